@@ -1,0 +1,1 @@
+"""Pure tensor maths of macro-action PPO: no Megatron, no process groups, no config."""

@@ -1,0 +1,313 @@
+"""Losses of PPO with macro actions, of reward models and of supervised fine-tuning.
+
+Every loss returns a sum and a count; the caller divides once by the count of the whole optimizer
+step (all micro batches, all data-parallel ranks), so that a gradient does not depend on how the
+batch is split. Aggregation modes are token weights with the matching count. No loss communicates.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from marlhf_mega.algorithm.macro_actions import MacroActions
+from marlhf_mega.algorithm.rewards import KlEstimator, kl_estimate
+
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "macro_mean"]
+Ratio = Literal["token", "macro", "macro_geo"]
+ValueTarget = Literal["token", "macro"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +- this before exp, against overflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A loss as sum and count."""
+
+    loss_sum: Tensor
+    """Scalar with gradient, to be divided by the global count."""
+    count: Tensor
+    """Scalar, what loss_sum is a sum over: tokens, sequences, macro actions or pairs."""
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    """(sum, count) scalars without gradient; their ratio after reduction is the metric."""
+
+
+def token_weights(
+    actions: MacroActions, aggregation: Aggregation, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights of token terms, and the count that turns their sum into the asked-for mean.
+
+    token_mean: mean over tokens. seq_mean_token_mean: mean over sequences of the mean over their
+    tokens. seq_mean_token_sum: mean over sequences of sums. macro_mean: mean over (non-empty)
+    macro actions of the mean over their tokens.
+
+    Returns:
+        weights like actions.ids, 0 on padding; count, scalar of dtype.
+    """
+    lengths = actions.lengths
+    match aggregation:
+        case "token_mean":
+            return actions.response_mask.to(dtype), lengths.sum().to(dtype)
+        case "macro_mean":
+            return (
+                actions.spread(lengths.to(dtype).clamp(min=1).reciprocal()),
+                (lengths > 0).sum().to(dtype),
+            )
+    row_lengths = lengths.sum(1, keepdim=True)
+    num_sequences = (row_lengths > 0).sum().to(dtype)
+    if aggregation == "seq_mean_token_sum":
+        return actions.response_mask.to(dtype), num_sequences
+    inverse = row_lengths.to(dtype).clamp(min=1).reciprocal()
+    return actions.spread(inverse.expand_as(lengths)), num_sequences
+
+
+def log_ratios(
+    logprobs: Tensor, old_logprobs: Tensor, actions: MacroActions, ratio: Ratio
+) -> Tensor:
+    """Log of the likelihood ratio new / old that each token's term uses.
+
+    token: of the token. macro: summed over the token's macro action (the paper's ratio).
+    macro_geo: its mean over the action (length-normalised, arXiv 2507.18071).
+    """
+    token_log_ratios = logprobs - old_logprobs
+    if ratio == "token":
+        return token_log_ratios
+    pooled = actions.pool(token_log_ratios)
+    if ratio == "macro_geo":
+        pooled = pooled / actions.lengths.clamp(min=1)
+    return actions.spread(pooled)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    actions: MacroActions,
+    *,
+    ratio: Ratio = "token",
+    aggregation: Aggregation = "token_mean",
+    clip_range: float = 0.2,
+    dual_clip: float | None = None,
+) -> LossOutput:
+    """Clipped surrogate -min(rho A, clip(rho, 1 - eps, 1 + eps) A) (PPO, arXiv 1707.06347, eq. 7).
+
+    A macro ratio gives every token of an action the action's term; with macro_mean that is one
+    term per action.
+
+    Args:
+        logprobs: like actions.ids, of the policy being trained.
+        old_logprobs: like actions.ids, of the policy at rollout.
+        advantages: like actions.ids, constant inside actions, without gradient.
+        actions: segmentation, padded or packed.
+        ratio: see `log_ratios`.
+        aggregation: see `token_weights`.
+        clip_range: eps.
+        dual_clip: bounds the loss by -c A where A < 0 (arXiv 1912.09729); None is off.
+    """
+    weights, count = token_weights(actions, aggregation, dtype=logprobs.dtype)
+    log_ratio = log_ratios(logprobs, old_logprobs, actions, ratio)
+    rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    gains = rho * advantages
+    with torch.no_grad():
+        clipped_gains = rho.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
+        is_clipped = clipped_gains < gains
+        metrics = {
+            "clip_fraction": _weighted(is_clipped, weights, count),
+            "approx_kl": _weighted(rho - 1.0 - log_ratio, weights, count),
+            "ratio": _weighted(rho, weights, count),
+        }
+    # Where clipping lowers the gain, the clipped ratio is a constant; elsewhere the two are equal.
+    gains = torch.where(is_clipped, clipped_gains, gains)
+    if dual_clip is not None:
+        gains = torch.where(advantages < 0, torch.maximum(gains, dual_clip * advantages), gains)
+    return LossOutput(loss_sum=-(gains * weights).sum(), count=count, metrics=metrics)
+
+
+def _weighted(terms: Tensor, weights: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.dot(terms.flatten().to(weights.dtype), weights.flatten()), count
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    actions: MacroActions,
+    *,
+    target: ValueTarget = "token",
+    pool_weights: Tensor | None = None,
+    aggregation: Aggregation = "token_mean",
+    clip_range: float | None = 0.2,
+) -> LossOutput:
+    """Squared error to the return of the macro action: 0.5 max((v - G)^2, (clip(v) - G)^2).
+
+    Args:
+        values: like actions.ids, of the critic being trained.
+        old_values: like actions.ids, at rollout.
+        returns: like actions.ids, G_k of the token's action, without gradient.
+        actions: segmentation, padded or packed.
+        target: "token" regresses every token's value; "macro" pools the values of an action
+            first, new and old, and every token of the action carries the action's term.
+        pool_weights: like actions.ids, from `value_weights`; needed for "macro".
+        aggregation: see `token_weights`.
+        clip_range: new values are clipped to old +- this; None is off.
+    """
+    weights, count = token_weights(actions, aggregation, dtype=values.dtype)
+    if target == "macro":
+        assert pool_weights is not None
+        values = actions.spread(actions.pool(values * pool_weights))
+        old_values = actions.spread(actions.pool(old_values * pool_weights))
+    errors = (values - returns).square()
+    metrics = {"value": _weighted(values.detach(), weights, count)}
+    if clip_range is not None:
+        with torch.no_grad():
+            near = values.clamp(old_values - clip_range, old_values + clip_range)
+            clipped_errors = (near - returns).square()
+            is_clipped = clipped_errors > errors
+            metrics["clip_fraction"] = _weighted(is_clipped, weights, count)
+        # Where clipping raises the error, the clipped value is a constant.
+        errors = torch.where(is_clipped, clipped_errors, errors)
+    return LossOutput(loss_sum=0.5 * (errors * weights).sum(), count=count, metrics=metrics)
+
+
+def entropy_loss(
+    entropy: Tensor, actions: MacroActions, *, aggregation: Aggregation = "token_mean"
+) -> LossOutput:
+    """Negative entropy of the policy, like actions.ids, to be added with a small coefficient."""
+    weights, count = token_weights(actions, aggregation, dtype=entropy.dtype)
+    loss_sum = -(torch.where(actions.response_mask, entropy, 0.0) * weights).sum()
+    return LossOutput(
+        loss_sum=loss_sum, count=count, metrics={"entropy": (-loss_sum.detach(), count)}
+    )
+
+
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    actions: MacroActions,
+    *,
+    estimator: KlEstimator = "k2",
+    aggregation: Aggregation = "token_mean",
+) -> LossOutput:
+    """Divergence from the reference as a loss term; use k2 or k3_straight_through.
+
+    Args:
+        logprobs: like actions.ids.
+        ref_logprobs: likewise.
+        actions: segmentation, padded or packed.
+        estimator: see `kl_estimate`.
+        aggregation: see `token_weights`.
+    """
+    weights, count = token_weights(actions, aggregation, dtype=logprobs.dtype)
+    mask = actions.response_mask
+    kl = kl_estimate(
+        torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), estimator
+    )
+    loss_sum = (kl * weights).sum()
+    return LossOutput(loss_sum=loss_sum, count=count, metrics={"kl": (loss_sum.detach(), count)})
+
+
+def sft_loss(logprobs: Tensor, response_mask: Tensor) -> LossOutput:
+    """Cross entropy of the response tokens; prompt and padding do not count.
+
+    Args:
+        logprobs: any shape, of the target tokens.
+        response_mask: same shape, bool.
+    """
+    loss_sum = -torch.where(response_mask, logprobs, 0.0).sum()
+    count = response_mask.sum().to(logprobs.dtype)
+    return LossOutput(loss_sum=loss_sum, count=count, metrics={})
+
+
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | float = 0.0,
+    chosen_probability: Tensor | float = 1.0,
+    center_coef: float = 0.0,
+) -> LossOutput:
+    """Bradley-Terry loss of a reward model on scores of the last token.
+
+    With D = chosen - rejected - margin and p = chosen_probability:
+    -(p log sigma(D) + (1 - p) log sigma(-D)) + center_coef (chosen + rejected)^2.
+
+    Args:
+        chosen: [pairs] scores.
+        rejected: [pairs] scores.
+        margin: how far chosen should lead; scalar or [pairs].
+        chosen_probability: soft label: 1 - label smoothing, or one per pair.
+        center_coef: keeps scores near zero.
+    """
+    loss = _preference_terms(chosen - rejected - margin, chosen_probability)
+    loss = loss + center_coef * (chosen + rejected).square()
+    return _pair_output(loss.sum(), chosen, rejected)
+
+
+def preference_span_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    margin: Tensor | float = 0.0,
+    chosen_probability: Tensor | float = 1.0,
+    center_coef: float = 0.0,
+) -> LossOutput:
+    """Bradley-Terry loss on every position from the first differing token on.
+
+    The mean over the span [first difference, end of the longer response). Beyond its end the
+    shorter response keeps its last real score, so padding is never read.
+
+    Args:
+        chosen: [pairs, response] scores of every prefix, right padded.
+        rejected: likewise.
+        chosen_tokens: [pairs, response] token ids.
+        rejected_tokens: likewise.
+        chosen_mask: [pairs, response] bool.
+        rejected_mask: likewise.
+        margin: scalar or [pairs], see `preference_loss`.
+        chosen_probability: scalar or [pairs], see `preference_loss`.
+        center_coef: applies to the last scores.
+    """
+    chosen, last_chosen = _hold_last(chosen, chosen_mask)
+    rejected, last_rejected = _hold_last(rejected, rejected_mask)
+    differs = (chosen_mask != rejected_mask) | ((chosen_tokens != rejected_tokens) & chosen_mask)
+    span = (differs.cumsum(1) > 0) & (chosen_mask | rejected_mask)
+    weights = span / span.sum(1, keepdim=True).clamp(min=1)
+    terms = _preference_terms(chosen - rejected - _column(margin), _column(chosen_probability))
+    loss_sum = (terms * weights).sum()
+    loss_sum = loss_sum + center_coef * (last_chosen + last_rejected).square().sum()
+    return _pair_output(loss_sum, last_chosen, last_rejected)
+
+
+def _preference_terms(lead: Tensor, chosen_probability: Tensor | float) -> Tensor:
+    # -(p log sigma(D) + (1-p) log sigma(-D)) = softplus(-D) + (1-p) D
+    return F.softplus(-lead) + (1.0 - chosen_probability) * lead
+
+
+def _hold_last(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores with padding replaced by the last real score, and that last score [pairs]."""
+    last = scores.gather(1, mask.sum(1, keepdim=True).clamp(min=1) - 1)
+    return torch.where(mask, scores, last), last.squeeze(1)
+
+
+def _column(per_pair: Tensor | float) -> Tensor | float:
+    return per_pair.unsqueeze(1) if isinstance(per_pair, Tensor) and per_pair.dim() else per_pair
+
+
+def _pair_output(loss_sum: Tensor, chosen: Tensor, rejected: Tensor) -> LossOutput:
+    count = loss_sum.new_tensor(chosen.numel())
+    with torch.no_grad():
+        both = torch.cat((chosen, rejected))
+        metrics = {
+            "accuracy": ((chosen > rejected).sum().to(count), count),
+            "margin": ((chosen - rejected).sum(), count),
+            "score": (both.sum(), 2 * count),
+            "score_square": (both.square().sum(), 2 * count),
+        }
+    return LossOutput(loss_sum=loss_sum, count=count, metrics=metrics)

@@ -1,0 +1,1 @@
+"""Hugging Face weights straight into sharded models and back, one slice in memory at a time."""

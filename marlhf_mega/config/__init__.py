@@ -1,0 +1,1 @@
+"""The frozen configuration of a run: schema, loader and the checks that span sections."""

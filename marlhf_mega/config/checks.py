@@ -1,0 +1,170 @@
+"""Rules that need more than one section, the job, or the size of the world."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.schema import Config
+
+Job = Literal["sft", "reward", "ppo", "evaluate"]
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Check that the layout fits the model and the world.
+
+    Args:
+        config: the resolved configuration.
+        world_size: number of ranks.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        ConfigError: one line for every rule that is broken.
+    """
+    problems = list(_layout_problems(config, world_size))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return world_size // config.parallel.model_size
+
+
+def check_job(config: Config, job: Job, data_size: int) -> None:
+    """Check what one job needs: its files and its batch arithmetic.
+
+    Args:
+        config: the resolved configuration.
+        job: which command runs.
+        data_size: data-parallel size.
+
+    Raises:
+        ConfigError: one line for every rule that is broken.
+    """
+    problems = [*_data_problems(config, job), *_batch_problems(config, job, data_size)]
+    if job == "ppo":
+        problems += _ppo_problems(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
+    if world_size % parallel.model_size:
+        yield (
+            f"parallel: tensor_size * pipeline_size * context_size = {parallel.model_size} must "
+            f"divide the number of ranks; it is {world_size}. Start a multiple of "
+            f"{parallel.model_size} ranks."
+        )
+    elif (world_size // pipeline) % parallel.expert_size:
+        yield (
+            f"parallel.expert_size={parallel.expert_size}: must divide the ranks of one pipeline "
+            f"stage, {world_size // pipeline}. Lower it or start more ranks."
+        )
+    if model.num_attention_heads % tensor:
+        yield (
+            f"parallel.tensor_size={tensor}: must divide model.num_attention_heads="
+            f"{model.num_attention_heads}. Use {_divisors(model.num_attention_heads)}."
+        )
+    if model.query_groups % tensor and tensor % model.query_groups:
+        yield (
+            f"parallel.tensor_size={tensor}: must divide model.num_query_groups="
+            f"{model.query_groups} or be a multiple of it. Use {_divisors(model.query_groups)}."
+        )
+    if model.ffn_hidden_size % tensor:
+        yield (
+            f"parallel.tensor_size={tensor}: must divide model.ffn_hidden_size="
+            f"{model.ffn_hidden_size}. Use another size."
+        )
+    chunks = pipeline * parallel.virtual_pipeline_size
+    if model.num_layers % chunks:
+        yield (
+            f"parallel.pipeline_size={pipeline} times virtual_pipeline_size="
+            f"{parallel.virtual_pipeline_size}: must divide model.num_layers={model.num_layers}. "
+            f"Use a product among {_divisors(model.num_layers)}."
+        )
+    if parallel.virtual_pipeline_size > 1 and pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline_size={parallel.virtual_pipeline_size}: needs "
+            "parallel.pipeline_size > 1; it is 1. Set it to 1."
+        )
+    yield from _expert_problems(config)
+
+
+def _expert_problems(config: Config) -> Iterator[str]:
+    parallel, experts = config.parallel, config.model.num_experts
+    if parallel.expert_size > 1 and experts is None:
+        yield f"parallel.expert_size={parallel.expert_size}: the model has no experts. Set it to 1."
+    elif experts and experts % parallel.expert_size:
+        yield (
+            f"parallel.expert_size={parallel.expert_size}: must divide model.num_experts="
+            f"{experts}. Use {_divisors(experts)}."
+        )
+    if experts and parallel.tensor_size > 1 and not parallel.sequence_parallel:
+        yield (
+            "parallel.sequence_parallel=false: experts with parallel.tensor_size > 1 need it. "
+            "Set it to true."
+        )
+
+
+def _data_problems(config: Config, job: Job) -> Iterator[str]:
+    keys = {"validation_path": config.data.validation_path}
+    if job != "evaluate":
+        keys["train_path"] = config.data.train_path
+    for key, path in keys.items():
+        optional = key == "validation_path" and job != "evaluate"
+        if path is None and not optional:
+            yield f"data.{key}: {job} needs it; it is not set. Give a .jsonl or .parquet file."
+        elif path is not None and not Path(path).is_file():
+            yield f"data.{key}={path}: no such file. Give a .jsonl or .parquet file."
+    longest = config.data.max_prompt_tokens + (
+        config.rollout.max_response_tokens
+        if job in ("ppo", "evaluate")
+        else config.data.max_response_tokens
+    )
+    section = "rollout" if job in ("ppo", "evaluate") else "data"
+    if longest > config.model.max_positions:
+        yield (
+            f"{section}.max_response_tokens: with data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} it must fit in model.max_positions="
+            f"{config.model.max_positions}; the sum is {longest}. Lower one of them."
+        )
+
+
+def _batch_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
+    batches = {
+        "sft": {"sft.batch_size": config.sft.batch_size},
+        "reward": {"reward_model.batch_size": config.reward_model.batch_size},
+        "ppo": {
+            "rollout.batch_size": config.rollout.batch_size,
+            "ppo.minibatch_size": config.ppo.minibatch_size,
+        },
+        "evaluate": {},
+    }[job]
+    for key, size in batches.items():
+        if size % data_size:
+            yield (
+                f"{key}={size}: must be a multiple of the data-parallel size {data_size}. "
+                f"Use {size // data_size * data_size or data_size} or "
+                f"{(size // data_size + 1) * data_size}."
+            )
+
+
+def _ppo_problems(config: Config) -> Iterator[str]:
+    if not config.reward.source:
+        yield (
+            "reward.source: ppo needs a reward. Give a reward model's directory or a rule "
+            "module:function."
+        )
+    if config.rollout.temperature == 0:
+        yield "rollout.temperature=0.0: ppo needs random samples. Use a value above 0, such as 1."
+    if config.rollout.batch_size % config.ppo.minibatch_size:
+        yield (
+            f"ppo.minibatch_size={config.ppo.minibatch_size}: must divide rollout.batch_size="
+            f"{config.rollout.batch_size}. Use {_divisors(config.rollout.batch_size)}."
+        )
+
+
+def _divisors(number: int) -> str:
+    found = [str(d) for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]

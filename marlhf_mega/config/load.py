@@ -1,0 +1,118 @@
+"""YAML files and dotted overrides to one frozen `Config`; every problem found, one line each."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from marlhf_mega.config.hf import model_config_from_hf
+from marlhf_mega.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be used; the message holds one line per problem."""
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, validate.
+
+    Args:
+        path: a YAML file that holds only what differs from the defaults; none: defaults alone.
+        overrides: dotted assignments such as `rollout.top_k=50`; values are YAML.
+
+    Returns:
+        The resolved configuration; with `model.hf_path` the model section is that of the folder.
+
+    Raises:
+        ConfigError: one line for every unknown key, wrong value and broken rule.
+    """
+    tree = OmegaConf.merge(_read(path), _parse_overrides(overrides))
+    values = OmegaConf.to_container(tree, resolve=True)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_lines(error))) from None
+    if config.model.hf_path is None:
+        return config
+    try:
+        model = model_config_from_hf(config.model.hf_path, config.model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config.model_copy(update={"model": model})
+
+
+def dump_config(config: BaseModel) -> str:
+    """Return the resolved tree as YAML."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+
+def _read(path: Path | None) -> DictConfig:
+    if path is None:
+        return OmegaConf.create({})
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: no such file. Give the path of a YAML file.")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"--config={path}: not valid YAML; {first}. Mend the file.") from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"--config={path}: must be a mapping of sections. Mend the file.")
+    return tree
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    tree = OmegaConf.create({})
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"{override}: an override is key=value. Write for example run.seed=1."
+            )
+        try:
+            parsed = OmegaConf.create(f"value: {value}").value
+        except (YAMLError, OmegaConfBaseException):
+            parsed = value
+        OmegaConf.update(tree, key, parsed, merge=True)
+    return tree
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            yield f"{where}: unknown key. {_nearest(problem['loc'])}"
+        elif problem["type"] == "value_error":
+            yield message.removeprefix("Value error, ")
+        else:
+            shown = problem["input"]
+            yield f"{where}={shown}: {message[0].lower()}{message[1:]}. Change the value."
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section = ".".join(str(part) for part in location[:-1])
+    siblings = list(_keys(Config, location[:-1]))
+    close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {'.'.join(filter(None, [section, close[0]]))}?"
+    return f"Known keys: {', '.join(siblings)}."
+
+
+def _keys(model: type[BaseModel], path: Iterable[int | str]) -> Iterable[str]:
+    for part in path:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _inner_model(model.model_fields[part].annotation) or model
+    return model.model_fields
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """Find the section inside `Section`, `tuple[Section, ...]` or `Section | None`."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next(filter(None, map(_inner_model, get_args(annotation))), None)

@@ -1,0 +1,361 @@
+"""Every key of a run's configuration, with its unit, its range and its default."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.section import Section
+
+
+class RunConfig(Section):
+    """Identity and length of a run."""
+
+    name: str = "run"
+    """Shown in logs and the report."""
+    dir: Path = Path("runs/run")
+    """Run directory: config, metrics, samples, checkpoints, exported models, report."""
+    seed: int = Field(1234, ge=0)
+    """Every random draw is a function of (seed, step, global sample index)."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps (sft, reward) or PPO steps; none: one pass over the training data."""
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism. The data-parallel size is what is left of the world."""
+
+    tensor_size: int = Field(1, gt=0)
+    """Ranks that share every matrix."""
+    pipeline_size: int = Field(1, gt=0)
+    """Stages the layers are cut into."""
+    virtual_pipeline_size: int = Field(1, gt=0)
+    """Chunks of layers per stage (interleaved schedule); 1: the plain 1F1B schedule."""
+    context_size: int = Field(1, gt=0)
+    """Ranks that share every sequence (needs Transformer Engine)."""
+    expert_size: int = Field(1, gt=0)
+    """Ranks the experts of a layer are spread over."""
+    sequence_parallel: bool = False
+    """Norms and residuals are split along the sequence over the tensor-parallel ranks."""
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor_size * self.pipeline_size * self.context_size
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations; `auto`: bfloat16 on GPUs, float32 on CPUs. Master weights are float32."""
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    """Matrix products in FP8 through Transformer Engine; `hybrid`: e5m2 gradients."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 scales are found; the default keeps no state between steps."""
+
+
+class TokenizerConfig(Section):
+    """Text to token ids."""
+
+    path: Path | None = None
+    """A sentencepiece .model file or a Hugging Face tokenizer folder; none: `model.hf_path`."""
+
+
+class DataConfig(Section):
+    """Training and validation files (.jsonl, .jsonl.gz, .parquet)."""
+
+    train_path: Path | None = None
+    """Training rows of the job's kind."""
+    validation_path: Path | None = None
+    """Held-out rows of the same kind."""
+    max_prompt_tokens: int = Field(512, gt=0)
+    """Longest prompt."""
+    max_response_tokens: int = Field(512, gt=0)
+    """Longest response of sft and preference rows; longer ones are cut and counted."""
+    long_prompts: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer prompt: refuse to start, drop and count, or keep its end."""
+    shuffle: bool = True
+    """Draw rows in a new order every epoch."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Highest learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where a decaying schedule ends."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up, over all optimizer steps of the run."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps from 0 to `lr`."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled; not applied to norms and biases."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning. The optimizer is `policy`'s."""
+
+    batch_size: int = Field(64, gt=0)
+    """Sequences per optimizer step, over all ranks."""
+    microbatch_size: int = Field(8, gt=0)
+    """Sequences per forward on one data-parallel rank."""
+
+
+class RewardModelConfig(OptimizerConfig):
+    """Training of a reward model from preference pairs."""
+
+    batch_size: int = Field(64, gt=0)
+    """Pairs per optimizer step, over all ranks."""
+    microbatch_size: int = Field(8, gt=0)
+    """Pairs per forward on one data-parallel rank."""
+    loss: Literal["last", "span"] = "last"
+    """Bradley-Terry on the last token's score, or on every token after the first difference."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a label is taken to be wrong."""
+    center_coef: float = Field(0.0, ge=0)
+    """Weight of (chosen + rejected)^2, which keeps scores near zero."""
+
+
+class CriticConfig(OptimizerConfig):
+    """The critic's optimizer and origin."""
+
+    init: str = "reward"
+    """`reward` (the first learned reward model), `policy` (the policy's body), or a run directory."""
+    warmup_ppo_steps: int = Field(0, ge=0)
+    """PPO steps in which only the critic learns."""
+
+
+class RolloutConfig(Section):
+    """Generation."""
+
+    batch_size: int = Field(64, gt=0)
+    """Sequences per PPO step, over all ranks."""
+    max_response_tokens: int = Field(64, gt=0)
+    """Longest response, the end token included."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits, here and wherever log-probs are recomputed; 0: greedy (not for ppo)."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k most likely tokens; 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the smallest set of tokens with this probability."""
+    samples_per_prompt: int = Field(1, gt=0)
+    """Responses to each prompt; batch_size must be a multiple."""
+    slots: int | None = Field(None, gt=0)
+    """Sequences decoded together on one data-parallel rank; none: the rank's whole share."""
+
+
+class MacroConfig(Section):
+    """Macro actions: which tokens form one action, and how rewards and values are pooled."""
+
+    rule: Literal[
+        "token",
+        "fixed_ngram",
+        "random_ngram",
+        "perplexity",
+        "parsing",
+        "sentence",
+        "whole_response",
+    ] = "fixed_ngram"
+    """Where an action ends. `token` is PPO, `whole_response` a bandit."""
+    n: int = Field(5, gt=0)
+    """`fixed_ngram`: tokens per action."""
+    lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field((2, 3, 5, 10), min_length=1)
+    """`random_ngram`: the lengths that are shuffled."""
+    repeats: int = Field(3, gt=0)
+    """`random_ngram`: how often each length stands in the list."""
+    random_mode: Literal["list", "cycle"] = "cycle"
+    """`random_ngram`: what follows the list: one last action, or new draws."""
+    perplexity: Literal["token", "prefix", "segment"] = "segment"
+    """`perplexity`: what must rise for a new action: the token's, the prefix's, the action's own."""
+    parser: str = "rules"
+    """`parsing`: `rules`, `python` (syntax tree), or an import path `module:factory`."""
+    cutoff: int = Field(5, gt=0)
+    """`parsing`: a constituent with fewer tokens than this is one action."""
+    min_length: int = Field(1, gt=0)
+    """Shorter actions are merged into the one before."""
+    max_length: int | None = Field(None, gt=0)
+    """Longer actions are split."""
+    eos: Literal["join", "own"] = "join"
+    """Whether the end token belongs to the last action or is its own."""
+    value: Literal["equal", "unit", "position", "position_repo", "first"] = "equal"
+    """How token values become the value of an action."""
+    reward: Literal["sum", "mean"] = "sum"
+    """How token rewards become the reward of an action; `mean` weakens the KL penalty by its length."""
+    ratio: Literal["token", "macro", "macro_geo"] = "token"
+    """Likelihood ratio: per token, of the whole action, or its geometric mean."""
+    discount: Literal["per_macro", "per_token"] = "per_macro"
+    """Whether gamma counts actions or tokens."""
+    lambda_unit: Literal["per_macro", "per_token"] = "per_macro"
+    """Whether lambda counts actions or tokens."""
+    value_target: Literal["token", "macro"] = "token"
+    """Whether every token's value or the pooled value regresses to the action's return."""
+    compat: Literal["none", "ma_rlhf"] = "none"
+    """`ma_rlhf`: the released code's boundaries, empty actions and pooled rewards included."""
+
+
+class PPOConfig(Section):
+    """The PPO update."""
+
+    epochs: int = Field(1, gt=0)
+    """Passes over one rollout batch."""
+    minibatch_size: int = Field(64, gt=0)
+    """Sequences per optimizer step, over all ranks."""
+    microbatch_size: int = Field(8, gt=0)
+    """Sequences per forward on one data-parallel rank."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Trace of generalised advantage estimation."""
+    clip_range: float = Field(0.2, gt=0)
+    """Ratio is clipped to 1 +- this."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound of the loss for negative advantages; none: off."""
+    value_clip_range: float | None = Field(0.2, gt=0)
+    """New values are clipped to old +- this; none: off."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Penalty on the divergence from the reference, inside the reward."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Estimator of the penalty in the reward."""
+    kl_target: float | None = Field(None, gt=0)
+    """Adaptive coefficient: the divergence per response it steers to; none: fixed."""
+    kl_horizon: int = Field(10000, gt=0)
+    """Adaptive coefficient: samples over which it reacts."""
+    kl_loss_coef: float = Field(0.0, ge=0)
+    """Penalty on the divergence inside the loss."""
+    kl_loss_estimator: Literal["k2", "k3_straight_through"] = "k2"
+    """Estimator of the penalty in the loss."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Bonus on the policy's entropy."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages by the moments of the global batch."""
+    aggregation: Literal[
+        "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "macro_mean"
+    ] = "token_mean"
+    """What the policy loss is a mean of, over the whole minibatch."""
+
+
+class RewardTerm(Section):
+    """One source of reward."""
+
+    source: str
+    """A reward model (run directory or Hugging Face folder) or a rule `module:function`."""
+    weight: float = 1.0
+    """Factor in the sum."""
+    timeout_seconds: float = Field(10.0, gt=0)
+    """Rule: time for one response; beyond it the sample is masked."""
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether `source` is an import path."""
+        module, _, function = self.source.partition(":")
+        return function.isidentifier() and all(p.isidentifier() for p in module.split("."))
+
+
+def _one_term(value: object) -> object:
+    if isinstance(value, str):
+        return ({"source": value},)
+    return (value,) if isinstance(value, dict) else value
+
+
+class RewardConfig(Section):
+    """The reward of a response: a weighted sum of sources, shaped."""
+
+    source: Annotated[tuple[RewardTerm, ...], BeforeValidator(_one_term)] = ()
+    """A path or import path, or a list of `{source, weight, timeout_seconds}`."""
+    clip: float | None = Field(None, gt=0)
+    """Scores are clipped to +- this after normalisation."""
+    normalize: Literal["none", "running", "running_scale"] = "none"
+    """Shift and scale by the running moments of all scores so far, or scale only."""
+    missing_eos: Literal["none", "subtract", "replace"] = "none"
+    """What happens to the score of a response that was cut off."""
+    missing_eos_value: float = 1.0
+    """Subtracted from the score (`subtract`), or the score itself (`replace`)."""
+    max_invalid_fraction: float = Field(0.5, ge=0, le=1)
+    """More failed samples than this in one step stop the run."""
+
+
+class EvaluateConfig(Section):
+    """Generation on held-out prompts, before, during and after training."""
+
+    interval: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only at the end."""
+    num_prompts: int = Field(256, gt=0)
+    """Held-out prompts used, from the start of the validation file."""
+    batch_size: int = Field(64, gt=0)
+    """Sequences (sft: rows, reward: pairs) per pass, over all ranks."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0: greedy."""
+    gold: str | None = None
+    """Rule `module:function` that judges but never trains."""
+
+
+class CheckpointConfig(Section):
+    """Saved states."""
+
+    interval: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints that stay."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on from `run.dir`'s newest checkpoint: if there is one, never, or else refuse to start."""
+    export_hf: bool = True
+    """Write a Hugging Face folder `run.dir`/hf at the end."""
+
+
+class LoggingConfig(Section):
+    """What is written besides checkpoints."""
+
+    samples: int = Field(4, ge=0)
+    """Prompts and responses written to samples.jsonl per interval."""
+    samples_interval: int = Field(10, gt=0)
+    """Steps between samples."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Weights & Biases project; none: off."""
+
+
+class Config(Section):
+    """One run, resolved."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    policy: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+    sft: SftConfig = SftConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    macro: MacroConfig = MacroConfig()
+    ppo: PPOConfig = PPOConfig()
+    reward: RewardConfig = RewardConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.rollout.batch_size % self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"rollout.batch_size={self.rollout.batch_size}: must be a multiple of "
+                f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}. Change one of them."
+            )
+        if self.parallel.sequence_parallel and self.parallel.tensor_size == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true: needs parallel.tensor_size > 1; it is 1. "
+                "Set it to false."
+            )
+        return self

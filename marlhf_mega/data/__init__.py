@@ -1,0 +1,1 @@
+"""Data: tokenizers, files, data sets, resumable streams, microbatches, built-in tasks."""

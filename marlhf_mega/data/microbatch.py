@@ -1,0 +1,130 @@
+"""Pad sequences and cut a rank's samples into microbatches of similar lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import BoolTensor, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatches:
+    """A partition of samples 0..n-1, each sample in exactly one microbatch."""
+
+    indices: list[Tensor]
+    """One int64 vector of sample indices per microbatch."""
+
+    @property
+    def inverse(self) -> Tensor:
+        """[n] int64: `torch.cat(results)[inverse]` puts per-sample results back in order."""
+        order = torch.cat(self.indices)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order))
+        return inverse
+
+
+def pad_sequences(
+    sequences: Sequence[Sequence[int]], *, pad_id: int, multiple: int = 1, min_length: int = 0
+) -> tuple[Tensor, BoolTensor]:
+    """Pad sequences on the right to a common length.
+
+    Args:
+        sequences: one list of token ids per sample, none of them all the rest: at least one.
+        pad_id: id of the padding.
+        multiple: the length is rounded up to a multiple of this (tensor and context parallel
+            sizes, FP8 blocks).
+        min_length: the length is at least this, so that several tensors can share a shape.
+
+    Returns:
+        tokens [batch, seq] int64 and mask [batch, seq] bool, True at real tokens.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    length = round_up(max(int(lengths.max()), min_length, 1), multiple)
+    mask = torch.arange(length) < lengths[:, None]
+    tokens = torch.full(mask.shape, pad_id, dtype=torch.long)
+    tokens[mask] = torch.tensor(
+        [token for sequence in sequences for token in sequence], dtype=torch.long
+    )
+    return tokens, mask  # type: ignore[return-value]
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round a count up to a multiple."""
+    return -(-value // multiple) * multiple
+
+
+def split_by_size(
+    lengths: Sequence[int], *, microbatch_size: int, num_microbatches_multiple: int = 1
+) -> Microbatches:
+    """Sort samples by length and cut them into microbatches of at most `microbatch_size`.
+
+    The number of microbatches is rounded up to `num_microbatches_multiple` (interleaved pipeline
+    schedules need a multiple of the pipeline size); sizes then differ by at most one.
+
+    Raises:
+        ValueError: when there are fewer samples than microbatches are needed.
+    """
+    num_samples = len(lengths)
+    num_microbatches = round_up(-(-num_samples // microbatch_size), num_microbatches_multiple)
+    _require_samples(num_samples, num_microbatches, num_microbatches_multiple)
+    return Microbatches(indices=list(_by_length(lengths).tensor_split(num_microbatches)))
+
+
+def split_by_tokens(
+    lengths: Sequence[int], *, max_tokens: int, num_microbatches_multiple: int = 1
+) -> Microbatches:
+    """Sort samples by length and cut them so that each microbatch has few padded tokens.
+
+    The cost of a microbatch is its size times its longest sequence. First the fewest contiguous
+    microbatches within `max_tokens` are counted, then the smallest possible largest cost for that
+    number is found, which balances them.
+
+    Raises:
+        ValueError: when one sequence alone is longer than `max_tokens`, or there are fewer samples
+            than microbatches are needed.
+    """
+    order = _by_length(lengths)
+    ordered = [lengths[index] for index in order.tolist()]
+    if ordered[-1] > max_tokens:
+        raise ValueError(
+            f"max_tokens={max_tokens}: must hold the longest sequence; it has {ordered[-1]} "
+            "tokens. Raise max_tokens or shorten the sequences."
+        )
+    num_microbatches = round_up(len(_cut(ordered, max_tokens)), num_microbatches_multiple)
+    _require_samples(len(lengths), num_microbatches, num_microbatches_multiple)
+    low, high = ordered[-1], max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(ordered, middle)) <= num_microbatches:
+            high = middle
+        else:
+            low = middle + 1
+    sizes = _cut(ordered, high)
+    while len(sizes) < num_microbatches:
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [sizes[largest] - half, half]
+    return Microbatches(indices=list(torch.split(order, sizes)))
+
+
+def _by_length(lengths: Sequence[int]) -> Tensor:
+    """Order samples from short to long; equal lengths keep their order."""
+    return torch.tensor(lengths).argsort(stable=True)
+
+
+def _cut(ordered: Sequence[int], max_tokens: int) -> list[int]:
+    """Fill microbatches from short to long; returns their sizes."""
+    sizes = [0]
+    for length in ordered:
+        if (sizes[-1] + 1) * length > max_tokens:
+            sizes.append(0)
+        sizes[-1] += 1
+    return sizes
+
+
+def _require_samples(num_samples: int, num_microbatches: int, multiple: int) -> None:
+    if num_samples < num_microbatches:
+        raise ValueError(
+            f"num_samples={num_samples}: must fill {num_microbatches} microbatches, a multiple of "
+            f"{multiple}. Use a larger batch or fewer pipeline stages."
+        )

@@ -1,0 +1,38 @@
+"""Wall-clock seconds per phase of a step."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimers:
+    """Adds up the seconds of each named phase until they are read.
+
+    Phases may nest; a phase entered twice is added up.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        """Take the platform's `synchronize`: a GPU's work is done when its clock is read."""
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a `with` block as part of `phase`, also when it raises."""
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._seconds[phase] = self.seconds(phase) + time.perf_counter() - start
+
+    def seconds(self, phase: str) -> float:
+        """Return the seconds of a phase so far."""
+        return self._seconds.get(phase, 0.0)
+
+    def drain(self) -> dict[str, float]:
+        """Return `time/<phase>_seconds` of every phase and start again from zero."""
+        drained = {f"time/{phase}_seconds": value for phase, value in self._seconds.items()}
+        self._seconds = {}
+        return drained

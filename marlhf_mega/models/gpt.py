@@ -1,0 +1,229 @@
+"""One stage chunk of a decoder-only transformer, with a language or a scalar head on the last.
+
+Built from Megatron-Core's embedding, transformer block and vocabulary-parallel layers rather than
+from its GPTModel: the head works on the hidden states of response tokens only, never makes the
+whole logits, and may be a scalar (critic, reward model) at any pipeline layout.
+"""
+
+from typing import Any, Literal
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.schema import PrecisionConfig
+from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
+from marlhf_mega.models.spec import block_spec, transformer_config
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.vocab import VocabShard, padded_vocab_size, vocab_parallel_logprobs
+
+Head = Literal["language", "scalar"]
+
+
+class StageModel(LanguageModule):
+    """The layers between two pipeline boundaries, plus embedding and head where they belong."""
+
+    def __init__(
+        self, model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, *, head: Head, chunk: int
+    ) -> None:
+        """Allocate parameters without filling them; `marlhf_mega.checkpoint.weights` does that.
+
+        Args:
+            model: the architecture, with its vocabulary size.
+            precision: number formats.
+            mesh: where this rank stands.
+            head: `language` for policy and reference, `scalar` for critic and reward.
+            chunk: which of this rank's virtual pipeline stages.
+        """
+        assert model.vocab_size is not None
+        config = transformer_config(model, precision, mesh)
+        super().__init__(config, mesh.groups)
+        self.model, self.head = model, head
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = chunk if mesh.num_chunks > 1 else None
+        self.pre_process = mesh.is_first_stage and chunk == 0
+        self.post_process = mesh.is_last_stage and chunk == mesh.num_chunks - 1
+        self.share_embeddings_and_output_weights = model.tied_embeddings and head == "language"
+        padded = padded_vocab_size(model.vocab_size, mesh.tp_size)
+        self.vocab_shard = VocabShard.of(mesh, vocab_size=model.vocab_size, padded_size=padded)
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=padded,
+                max_sequence_length=model.max_positions,
+                position_embedding_type="rope",
+                tp_group=mesh.groups.tp,
+            )
+        num_layers = model.num_layers // (mesh.pp_size * mesh.num_chunks)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(model, mesh, num_layers),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=mesh.groups,
+            vp_stage=self.vp_stage,
+        )
+        self.register_buffer(
+            "rotary_speeds", inverse_frequencies(model).to(mesh.device), persistent=False
+        )
+        if self.post_process:
+            self.output_layer = self._build_head(padded, mesh)
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+        _mark_sharded_weights(self)
+
+    def _build_head(self, padded_vocab: int, mesh: Mesh) -> torch.nn.Module:
+        if self.head == "scalar":
+            return ScalarHead(self.config, mesh)
+        return tensor_parallel.ColumnParallelLinear(
+            self.config.hidden_size,
+            padded_vocab,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process
+            and self.share_embeddings_and_output_weights,
+            tp_group=mesh.groups.tp,
+        )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the activations of the stage before; the pipeline schedule calls it."""
+        single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(single)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return [seq, batch, hidden] embeddings ([seq/tp, ...] with sequence parallelism)."""
+        hidden: Tensor = self.embedding(input_ids=tokens, position_ids=None)
+        if self.model.embedding_scale:
+            # The factor is rounded to the weights' dtype first, as in Gemma's training.
+            hidden = hidden * torch.tensor(self.model.hidden_size**0.5, dtype=hidden.dtype)
+        return hidden
+
+    def forward(
+        self, batch: SequenceBatch, *, temperature: float = 1.0, shift: int = -1
+    ) -> Tensor:
+        """Run the chunk; all stages are called with the same batch.
+
+        Args:
+            batch: the sequences.
+            temperature: divides the logits of a language head.
+            shift: scalar head: -1 reads the state before each response token (critic), 0 the
+                state after it (reward model).
+
+        Returns:
+            Not the last chunk: activations [seq, batch, hidden]. Language head: float32
+            [2, batch, response], log-probs of the response tokens and entropies. Scalar head:
+            float32 [batch, response].
+        """
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        angles = rotation_angles(self.rotary_speeds, positions)[:, None, None, :]
+        hidden: Tensor = self.decoder(
+            hidden_states=self.embed(batch.tokens) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=angles,
+        )
+        if not self.post_process:
+            return hidden
+        if self.head == "scalar":
+            whole = self._gather_sequence(hidden, sum_gradients=False)
+            selected = _select(whole, batch, shift)
+            return batch.to_grid(self.output_layer(selected))
+        whole = self._gather_sequence(hidden, sum_gradients=True)
+        logprobs, entropy = vocab_parallel_logprobs(
+            _select(whole, batch, -1),
+            self.head_weight(),
+            batch.response_tokens,
+            shard=self.vocab_shard,
+            temperature=temperature,
+            softcap=self.model.logits_softcap,
+        )
+        return torch.stack((batch.to_grid(logprobs), batch.to_grid(entropy)))
+
+    def head_weight(self) -> Tensor:
+        """Return the language head's rows on this rank, [vocab/tp, hidden]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        weight: Tensor = self.output_layer.weight
+        return weight
+
+    def _gather_sequence(self, hidden: Tensor, *, sum_gradients: bool) -> Tensor:
+        """Undo sequence parallelism; say whether ranks' gradients are parts of one sum."""
+        if self.config.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=sum_gradients, group=self.tp_group
+            )
+        if sum_gradients:
+            return tensor_parallel.copy_to_tensor_model_parallel_region(hidden, self.tp_group)
+        return hidden
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """Describe this chunk's parameters for distributed checkpoints."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
+
+class ScalarHead(torch.nn.Module):
+    """A linear map from a hidden state to one number; every tensor-parallel rank holds it whole."""
+
+    def __init__(self, config: Any, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=mesh.device)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return float32 [tokens] for [tokens, hidden]."""
+        return torch.nn.functional.linear(hidden.float(), self.weight.float())[:, 0]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """Describe the weight as whole on every rank."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets
+        )
+
+
+def _mark_sharded_weights(module: torch.nn.Module) -> None:
+    """Say which weights are shards: Megatron does so only where it also fills them.
+
+    Without the mark a shard counts as a copy, and its gradient is left out of the global norm.
+    """
+    for layer in module.modules():
+        if isinstance(layer, tensor_parallel.RowParallelLinear):
+            dim = 1
+        elif isinstance(
+            layer, tensor_parallel.ColumnParallelLinear | tensor_parallel.VocabParallelEmbedding
+        ):
+            dim = 0
+        else:
+            continue
+        if layer.weight is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
+
+
+def _select(hidden: Tensor, batch: SequenceBatch, shift: int) -> Tensor:
+    """Take the states around real response tokens: [seq, batch, hidden] -> [real, hidden]."""
+    flat = (batch.positions + shift) * hidden.shape[1] + batch.rows
+    return hidden.flatten(0, 1).index_select(0, flat)
+
+
+def build_chunks(
+    model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, *, head: Head
+) -> list[StageModel]:
+    """Build this rank's chunks of one model on its device, parameters not yet filled."""
+    return [
+        StageModel(model, precision, mesh, head=head, chunk=chunk).to(mesh.device)
+        for chunk in range(mesh.num_chunks)
+    ]

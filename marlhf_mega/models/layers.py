@@ -1,0 +1,150 @@
+"""Layers that Megatron-Core's local spec lacks: norm, attention and Gemma-2's normed projection."""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm in float32, for sequence parallelism and zero-centred weights too.
+
+    Megatron's own wrapper of the torch norm refuses both.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        start = 0.0 if self.zero_centered else 1.0
+        device = "cpu" if config.use_cpu_initialization else torch.get_default_device()
+        self.weight = torch.nn.Parameter(
+            torch.full((hidden_size,), start, dtype=config.params_dtype, device=device)
+        )
+        # Megatron sums such gradients over the ranks that share the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dim; the rounding order is that of each family's training code."""
+        if hidden.dtype == torch.float32:
+            scale = 1 + self.weight if self.zero_centered else self.weight
+            return F.rms_norm(hidden, scale.shape, scale, self.eps)
+        normed = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
+        if self.zero_centered:
+            return (normed * (1 + self.weight.float())).to(hidden.dtype)
+        return normed.to(hidden.dtype) * self.weight
+
+
+class PostNormRowParallelLinear(RowParallelLinear):
+    """A row-parallel projection whose summed output is normed (Gemma-2)."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.post_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Project, sum over the tensor-parallel ranks, norm."""
+        output, bias = super().forward(hidden)
+        return self.post_norm(output), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """Add the norm, which every rank holds whole."""
+        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        norm = {"post_norm.weight": self.post_norm.weight}
+        return own | make_sharded_tensors_for_checkpoint(norm, prefix, {}, sharded_offsets)
+
+
+class SdpaAttention(torch.nn.Module):
+    """Causal attention through torch's scaled-dot-product kernels.
+
+    Sequences are right-padded, so no padding mask is needed: no real token sees padding.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        window_every: int = 1,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        assert config.kv_channels is not None
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.softcap = softcap
+        # layer_number counts from 1: with window_every=2 layers 1, 3, 5, ... slide.
+        self.window = window if (layer_number - 1) % window_every == 0 else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **_: Any
+    ) -> Tensor:
+        """Attend causally.
+
+        Args:
+            query: [seq, batch, heads, head_dim].
+            key, value: [seq, batch, groups, head_dim].
+            attention_mask: always none: the order of positions is the mask.
+
+        Returns:
+            [seq, batch, heads * head_dim].
+        """
+        assert attention_mask is None
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None
+        if self.window is not None and self.window < query.shape[0]:
+            mask = causal_mask(query.shape[0], window=self.window, device=query.device)
+        context = self.attend(q, k, v, mask=mask)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+        """Attend with an explicit mask (True = visible), or causally without one.
+
+        Args:
+            q: [batch, heads, queries, head_dim].
+            k, v: [batch, groups, keys, head_dim].
+            mask: bool, broadcastable to [batch, heads, queries, keys].
+
+        Returns:
+            [batch, heads, queries, head_dim].
+        """
+        grouped = q.shape[1] != k.shape[1]
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=grouped,
+            )
+        if mask is None:
+            mask = causal_mask(q.shape[2], window=None, device=q.device)
+        if grouped:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = (q @ k.transpose(-1, -2)).mul_(self.scale)
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+        return probabilities.to(q.dtype) @ v
+
+
+def causal_mask(size: int, *, window: int | None, device: torch.device) -> Tensor:
+    """Return bool [size, size], True where query row may see key column."""
+    positions = torch.arange(size, device=device)
+    distance = positions[:, None] - positions
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)

@@ -1,0 +1,196 @@
+"""From our model configuration to Megatron-Core's: the transformer config and the layer spec."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.schema import PrecisionConfig
+from marlhf_mega.models.layers import PostNormRowParallelLinear, RMSNorm, SdpaAttention
+from marlhf_mega.parallel.mesh import Mesh
+
+
+def compute_dtype(precision: PrecisionConfig, mesh: Mesh) -> torch.dtype:
+    """Return the dtype of weights and activations."""
+    if precision.dtype == "auto":
+        return mesh.platform.default_dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision.dtype]
+
+
+def uses_transformer_engine(model: ModelConfig, mesh: Mesh) -> bool:
+    """Whether the layers come from Transformer Engine: it has neither softcaps nor post norms."""
+    return (
+        mesh.platform.has_transformer_engine
+        and not model.post_norms
+        and model.attention_softcap is None
+    )
+
+
+def transformer_config(
+    model: ModelConfig, precision: PrecisionConfig, mesh: Mesh
+) -> TransformerConfig:
+    """Translate our names to Megatron-Core's. Fusions that need CUDA kernels follow the platform."""
+    dtype = compute_dtype(precision, mesh)
+    pipelined = mesh.pp_size > 1
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu if model.activation == "silu" else _gelu_tanh,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        softmax_scale=None if model.query_scale is None else model.query_scale**-0.5,
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        # Weights are filled by marlhf_mega.checkpoint.weights, the same in every layout.
+        perform_initialization=False,
+        use_cpu_initialization=mesh.platform.name == "cpu",
+        tensor_model_parallel_size=mesh.tp_size,
+        pipeline_model_parallel_size=mesh.pp_size,
+        virtual_pipeline_model_parallel_size=mesh.num_chunks if mesh.num_chunks > 1 else None,
+        context_parallel_size=mesh.cp_size,
+        expert_model_parallel_size=mesh.ep_size,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=mesh.parallel.sequence_parallel,
+        variable_seq_lengths=pipelined,
+        # The only dispatcher that takes sequences of different lengths; asked of dense models too.
+        moe_token_dispatcher_type="alltoall",
+        # Batched exchanges give wrong gradients with virtual stages when there are two of them.
+        overlap_p2p_comm=mesh.num_chunks > 1,
+        batch_p2p_comm=mesh.num_chunks == 1,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **_expert_settings(model),
+        **_fp8_settings(precision),
+    )
+
+
+def layer_spec(model: ModelConfig, mesh: Mesh) -> TransformerBlockSubmodules | ModuleSpec:
+    """Choose the modules of a transformer layer for this platform and model."""
+    if uses_transformer_engine(model, mesh):
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
+        )
+    return _local_layer_spec(model)
+
+
+def block_spec(
+    model: ModelConfig, mesh: Mesh, num_layers_here: int
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """Spec of one stage chunk: its layers and the norm class that follows the last of them."""
+    layer = layer_spec(model, mesh)
+    if uses_transformer_engine(model, mesh):
+        return layer
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers_here, layer_norm=RMSNorm)
+
+
+class _LocalBackend(LocalSpecProvider):
+    """Megatron's local modules, except for the norm and, for Gemma-2, the output projections."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def row_parallel_linear(self) -> type:
+        return (
+            PostNormRowParallelLinear if self.model.post_norms else super().row_parallel_linear()
+        )
+
+
+def _local_layer_spec(model: ModelConfig) -> ModuleSpec:
+    backend = _LocalBackend(model)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=partial(
+                SdpaAttention,
+                softcap=model.attention_softcap,
+                window=model.sliding_window,
+                window_every=model.sliding_window_every,
+            ),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=RMSNorm if model.qk_norm else IdentityOp,
+            k_layernorm=RMSNorm if model.qk_norm else IdentityOp,
+        ),
+    )
+    # Checkpoints name these norms as Transformer Engine does, so that either side can read them.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if model.num_experts is None:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend=backend, num_experts=model.num_experts, moe_grouped_gemm=False
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+def _gelu_tanh(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
+def _expert_settings(model: ModelConfig) -> dict[str, Any]:
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.experts_per_token,
+        "moe_ffn_hidden_size": model.expert_ffn_hidden_size or model.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
+        "moe_shared_expert_gate": model.shared_expert_ffn_hidden_size is not None,
+        "moe_router_pre_softmax": model.router_softmax_first,
+        "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss_coef else "none",
+        "moe_aux_loss_coeff": model.router_aux_loss_coef,
+        "moe_grouped_gemm": False,
+    }
+
+
+def _fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    if precision.fp8 == "off":
+        return {}
+    return {"fp8": precision.fp8, "fp8_recipe": precision.fp8_recipe}

@@ -1,0 +1,104 @@
+"""A model that learns: chunks wrapped for data parallelism, optimizer and learning-rate schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from marlhf_mega.config.schema import OptimizerConfig
+from marlhf_mega.models.gpt import StageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step reports, the same on every rank."""
+
+    grad_norm: float
+    """Global, before clipping."""
+    lr: float
+    """Learning rate of the step just taken."""
+
+
+class TrainState:
+    """Owns the weights that change. All ranks call every method."""
+
+    def __init__(
+        self, chunks: Sequence[StageModel], optimizer: OptimizerConfig, *, total_steps: int
+    ) -> None:
+        """Wrap the chunks and build optimizer state.
+
+        Args:
+            chunks: this rank's chunks, filled.
+            optimizer: AdamW and its schedule.
+            total_steps: optimizer steps of the whole run, which decide the decay.
+        """
+        config = chunks[0].config
+        fp8 = config.fp8 is not None
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            fp8_param_gather=fp8,
+        )
+        self.chunks = [
+            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk)
+            for chunk in chunks
+        ]
+        bf16 = config.params_dtype == torch.bfloat16
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                min_lr=optimizer.min_lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.grad_clip,
+                bf16=bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+                **({"fp8_recipe": config.fp8_recipe} if fp8 else {}),
+            ),
+            self.chunks,
+        )
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optimizer.lr,
+            min_lr=min(optimizer.min_lr, optimizer.lr),
+            lr_warmup_steps=optimizer.warmup_steps,
+            lr_decay_steps=max(total_steps, optimizer.warmup_steps + 1),
+            lr_decay_style=optimizer.lr_schedule,
+            start_wd=optimizer.weight_decay,
+            end_wd=optimizer.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.no_sync_func = None
+        for chunk in chunks[1:]:
+            # Each chunk has its own config object; the schedule reads the first one's.
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+
+    def zero_grad(self) -> None:
+        """Forget gradients; call before the microbatches of every optimizer step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> StepResult:
+        """Move the schedule on, clip, update."""
+        # The schedule moves first: warm-up step k of n uses lr * k / n, and no step is lost to 0.
+        self.schedule.step(increment=1)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(grad_norm=float(grad_norm), lr=lr)

@@ -1,0 +1,1 @@
+"""Ranks, groups and collectives: the only layer above platform that communicates."""

@@ -1,0 +1,169 @@
+"""The device mesh: every degree, rank and process group of a run, in one frozen record."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from marlhf_mega import platform
+
+platform.prepare()  # before the first import of megatron: on a CPU its CUDA calls are redirected
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+from marlhf_mega.config.schema import ParallelConfig  # noqa: E402
+from marlhf_mega.platform import Platform  # noqa: E402
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Where this rank stands. Axes: tp tensor, pp pipeline, cp context, ep expert, dp data."""
+
+    platform: Platform
+    parallel: ParallelConfig
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    ep_rank: int
+    ep_size: int
+    dp_rank: int
+    dp_size: int
+    groups: ProcessGroupCollection
+    """Megatron-Core's groups: tp, pp, cp, ep, dp, dp_cp, embd, ..."""
+    rollout_pp: Group
+    """The pipeline's ranks again: carries sampled tokens while `groups.pp` carries activations."""
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.platform.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks on this rank (virtual pipeline stages)."""
+        return self.parallel.virtual_pipeline_size
+
+    def describe(self) -> str:
+        """Say the layout in one line, such as `4 ranks: TP2 x PP2 x DP1 (gloo, cpu)`."""
+        parts = [f"TP{self.tp_size}", f"PP{self.pp_size}"]
+        parts += [f"VPP{self.num_chunks}"] if self.num_chunks > 1 else []
+        parts += [f"CP{self.cp_size}"] if self.cp_size > 1 else []
+        parts += [f"EP{self.ep_size}"] if self.ep_size > 1 else []
+        parts += [f"DP{self.dp_size}"]
+        sp = " + SP" if self.parallel.sequence_parallel else ""
+        where = f"{self.platform.backend}, {self.platform.name}"
+        return f"{self.world_size} ranks: {' x '.join(parts)}{sp} ({where})"
+
+
+def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) -> Mesh:
+    """Join the world and build every process group. All ranks call it, once per process.
+
+    Without torchrun's environment the world is this one process.
+
+    Args:
+        parallel: degrees; what is left of the world is data parallel.
+        timeout_seconds: how long a collective may take.
+
+    Returns:
+        The mesh as this rank sees it.
+
+    Raises:
+        RuntimeError: the process has joined a world already.
+    """
+    here = platform.current()
+    _join_world(here, timedelta(seconds=timeout_seconds))
+    virtual = parallel.virtual_pipeline_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_size,
+        pipeline_model_parallel_size=parallel.pipeline_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_size,
+        expert_model_parallel_size=parallel.expert_size,
+        # Experts are spread whole: gloo cannot gather the uneven pieces of a tensor-split expert.
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
+    )
+    # Megatron forks this generator around the embedding; nothing of ours draws from it.
+    model_parallel_cuda_manual_seed(1)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Mesh(
+        platform=here,
+        parallel=parallel,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        cp_rank=groups.cp.rank(),
+        cp_size=groups.cp.size(),
+        ep_rank=groups.ep.rank(),
+        ep_size=groups.ep.size(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        groups=groups,
+        rollout_pp=_copy_of_pipeline_groups(groups.pp),
+    )
+
+
+def destroy_mesh() -> None:
+    """Leave the world, so that the process ends without hanging peers or warnings."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun. Does not communicate."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join_world(here: Platform, timeout: timedelta) -> None:
+    if dist.is_initialized():
+        raise RuntimeError("parallel: this process has joined a world already. Call destroy_mesh.")
+    device_id = here.device if here.name == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(here.backend, timeout=timeout, device_id=device_id)
+        return
+    dist.init_process_group(
+        here.backend,
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+def _copy_of_pipeline_groups(pipeline: Group) -> Group:
+    """Every rank creates every copy, in the same order, as `new_group` demands."""
+    stride = dist.get_world_size() // pipeline.size()
+    mine: Group | None = None
+    for first in range(stride):
+        ranks = [first + stage * stride for stage in range(pipeline.size())]
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            assert ranks == dist.get_process_group_ranks(pipeline), "pipeline is the slowest axis"
+            mine = group
+    assert mine is not None, "every rank is in one pipeline"
+    return mine

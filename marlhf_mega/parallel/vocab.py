@@ -1,0 +1,189 @@
+"""Log-probabilities and entropy from vocabulary-sharded logits, in chunks, with exact gradients.
+
+No rank ever holds `[tokens, vocab]`, nor the float32 copy of its own shard for all tokens: logits
+of one chunk are made, reduced to a few numbers per token and dropped; backward makes them again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from marlhf_mega.parallel.mesh import Group, Mesh
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits in flight on one rank: 64 MiB of float32 whatever the vocabulary is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabShard:
+    """Which columns of the vocabulary this tensor-parallel rank holds."""
+
+    group: Group
+    start: int
+    """First column."""
+    num_real: int
+    """Columns that are tokens; the rest of the shard is padding and takes no part."""
+    num_total: int
+    """Tokens of the whole vocabulary."""
+
+    @staticmethod
+    def of(mesh: Mesh, *, vocab_size: int, padded_size: int) -> "VocabShard":
+        """Return this rank's shard of `vocab_size` tokens padded to `padded_size` rows."""
+        width = padded_size // mesh.tp_size
+        start = mesh.tp_rank * width
+        num_real = min(max(vocab_size - start, 0), width)
+        return VocabShard(
+            group=mesh.groups.tp, start=start, num_real=num_real, num_total=vocab_size
+        )
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
+    """Round up so that every rank's shard is a multiple of 16 rows (FP8 needs that)."""
+    multiple = 16 * tensor_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute log p(target) and the entropy of softmax(cap(hidden @ weight.T) / temperature).
+
+    All tensor-parallel ranks call it with the same hidden states and get the same result. The
+    gradient of `hidden` is this rank's part only: the caller sums it over the group (the backward
+    of Megatron's copy-to or gather-from region does).
+
+    Args:
+        hidden: [tokens, hidden].
+        weight: [vocab/tp, hidden], this rank's rows.
+        targets: [tokens] int64, global token ids.
+        shard: which rows `weight` holds.
+        temperature: divides the logits.
+        softcap: logits become softcap * tanh(logits / softcap) first.
+
+    Returns:
+        logprobs and entropy, float32 [tokens] each.
+    """
+    result: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
+        hidden, weight, targets, shard, temperature, softcap
+    )
+    return result
+
+
+def _chunk_tokens(shard: VocabShard) -> int:
+    return max(16, CHUNK_ELEMENTS // max(shard.num_real, 1))
+
+
+def _scaled_logits(
+    hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return float32 logits over the temperature and, with a cap, d logits / d raw logits."""
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    slope = None
+    if softcap is not None:
+        squashed = torch.tanh(logits / softcap)
+        slope = 1 - squashed.square()
+        logits = squashed * softcap
+    return (logits if temperature == 1.0 else logits / temperature), slope
+
+
+def _own_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Return column indices inside the shard (0 for others' targets) and whose they are."""
+    local = targets - shard.start
+    mine = (local >= 0) & (local < shard.num_real)
+    return torch.where(mine, local, 0), mine
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shard: VocabShard,
+        temperature: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = weight[: shard.num_real]
+        parts = [
+            _chunk_statistics(h, rows, t, shard, temperature, softcap)
+            for h, t in _chunks(shard, hidden, targets)
+        ]
+        logprobs, entropy, log_normaliser = (torch.cat(p) for p in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, entropy, log_normaliser)
+        ctx.shard, ctx.temperature, ctx.softcap = shard, temperature, softcap
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> Any:  # noqa: D102
+        hidden, weight, targets, entropy, log_normaliser = ctx.saved_tensors
+        shard: VocabShard = ctx.shard
+        rows = weight[: shard.num_real]
+        grad_hidden = torch.empty_like(hidden)
+        # Chunks of a low-precision model are summed in float32 and rounded once.
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        done = 0
+        chunks = _chunks(
+            shard, hidden, targets, entropy, log_normaliser, grad_logprobs, grad_entropy
+        )
+        for h, t, ent, log_z, grad_lp, grad_ent in chunks:
+            logits, slope = _scaled_logits(h, rows, ctx.temperature, ctx.softcap)
+            logp = logits.sub_(log_z[:, None])
+            # d logp[target] / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
+            weight_on_p = grad_lp[:, None] + grad_ent[:, None] * (logp + ent[:, None])
+            grad = logp.exp_().mul_(weight_on_p).neg_()
+            local, mine = _own_targets(t, shard)
+            if shard.num_real:
+                grad.scatter_add_(1, local[:, None], (grad_lp * mine)[:, None])
+            if slope is not None:
+                grad.mul_(slope)
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            grad_hidden[done : done + len(h)] = grad @ rows
+            grad_weight[: shard.num_real].add_(grad.t() @ h)
+            done += len(h)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(shard: VocabShard, *tensors: Tensor) -> Any:
+    return zip(*(tensor.split(_chunk_tokens(shard)) for tensor in tensors), strict=True)
+
+
+def _chunk_statistics(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs, entropy and the log of the normaliser, float32 [tokens] each."""
+    logits, _ = _scaled_logits(hidden, rows, temperature, softcap)
+    local, mine = _own_targets(targets, shard)
+    if shard.num_real:
+        highest = logits.amax(-1)
+        target_logits = logits.gather(1, local[:, None])[:, 0] * mine
+    else:
+        highest = torch.full(targets.shape, -torch.inf, device=hidden.device)
+        target_logits = torch.zeros(targets.shape, device=hidden.device)
+    _all_reduce(highest, dist.ReduceOp.MAX, shard.group)
+    shifted = logits.sub_(highest[:, None])
+    weights = shifted.exp()
+    sums = torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, shifted), target_logits])
+    _all_reduce(sums, dist.ReduceOp.SUM, shard.group)
+    normaliser, weighted, target_logits = sums
+    log_z = highest + normaliser.log()
+    return target_logits - log_z, normaliser.log() - weighted / normaliser, log_z
+
+
+def _all_reduce(tensor: Tensor, op: Any, group: Group) -> None:
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)

@@ -1,0 +1,1 @@
+"""Where the score of a response comes from: rules, and sums of several sources."""

@@ -1,0 +1,191 @@
+"""A Python function as a reward, run in a process of its own so that nothing it does hurts."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+START_SECONDS = 60.0
+"""Time for importing the function's module; heavy imports are slow on cold disks."""
+
+CHUNK = 64
+"""Rows sent at once: many enough to be cheap, few enough for the answers to fit into a pipe."""
+
+
+class Scores(NamedTuple):
+    """Scores of a batch and which of them exist."""
+
+    scores: Tensor
+    """[batch] float32, always finite; 0 where not valid."""
+    valid: Tensor
+    """[batch] bool; False: there is no score, the sample takes no part."""
+    errors: list[str]
+    """Why, one short reason per sample that is not valid."""
+
+
+class RuleReward:
+    """Scores responses by `function(prompt, response, **row_fields) -> number`.
+
+    A call that raises, runs longer than the limit, kills its process or returns anything but a
+    finite number leaves that one sample without a score. The process is started once and again
+    after each time-out.
+    """
+
+    def __init__(
+        self, source: str, *, timeout_seconds: float = 10.0, key: str = "reward.source"
+    ) -> None:
+        """Start the process and import the function there.
+
+        Args:
+            source: `module:function`, found on Python's path or in the current folder.
+            timeout_seconds: for one response.
+            key: the config key that error messages name.
+
+        Raises:
+            ValueError: the function cannot be imported.
+        """
+        self._source = source
+        self._timeout = timeout_seconds
+        self._key = key
+        problem = self._start()
+        if problem is not None:
+            self.close()
+            raise ValueError(
+                f"{key}={source}: must name a function that can be imported; {problem}. "
+                "Mend the module, or add its folder to PYTHONPATH."
+            )
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+    ) -> Scores:
+        """Score a batch, in order.
+
+        Args:
+            prompts: text of each prompt.
+            responses: text of each response.
+            rows: fields of each prompt's row; the function gets those it takes, and what JSON
+                cannot hold (dates, say) as text.
+        """
+        requests = [
+            {"prompt": prompt, "response": response, "fields": _other_fields(row)}
+            for prompt, response, row in zip(prompts, responses, rows, strict=True)
+        ]
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(requests):
+            answers += self._score_chunk(requests[len(answers) : len(answers) + CHUNK])
+        values = torch.tensor([a.get("score", 0.0) for a in answers], dtype=torch.float32)
+        finite = values.isfinite()
+        scored = torch.tensor(["score" in a for a in answers], dtype=torch.bool)
+        errors = [
+            a.get("error") or f"returned {a['score']}"
+            for a, valid in zip(answers, (finite & scored).tolist(), strict=True)
+            if not valid
+        ]
+        return Scores(torch.where(finite, values, 0.0), finite & scored, errors)
+
+    def close(self) -> None:
+        """End the process; it also ends with this object and with this process."""
+        self._end()
+
+    def _score_chunk(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the answers up to the first call that gave none, which gets a reason instead."""
+        if self._process.poll() is not None:  # died between two batches: nobody's fault
+            self._restart()
+        assert self._process.stdin is not None
+        # A broken pipe means that it died just now; reading tells how.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(_encode(requests))
+            self._process.stdin.flush()
+        answers: list[dict[str, Any]] = []
+        for _ in requests:
+            answer = self._receive(self._timeout)
+            answers.append(answer)
+            if answer.get("lost"):
+                self._restart()
+                break
+        return answers
+
+    def _start(self) -> str | None:
+        """Start the process; return why that failed, none if it is ready."""
+        paths = [str(Path.cwd()), *filter(None, sys.path)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "marlhf_mega.rewards.worker", self._source, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        self._received = b""
+        return self._receive(START_SECONDS).get("error")
+
+    def _restart(self) -> None:
+        self._end()
+        problem = self._start()
+        if problem is not None:
+            raise RuntimeError(
+                f"{self._key}={self._source}: must be importable again after a failure; {problem}. "
+                "Mend the module and resume."
+            )
+
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        """Return the next answer, or a reason why there will be none, marked as `lost`."""
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._received:
+            # What has arrived counts, even if this process was held up beyond the deadline.
+            if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
+                return {"error": f"took longer than {seconds:g} s", "lost": True}
+            data = os.read(pipe, 1 << 16)
+            if not data:
+                code = self._process.wait()
+                return {"error": f"ended its process with exit code {code}", "lost": True}
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return dict(json.loads(line))
+
+
+def check_importable(source: str, *, key: str = "reward.source") -> None:
+    """Check, before anything starts, that a rule can be imported.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    RuleReward(source, key=key).close()
+
+
+def _other_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("prompt", "response")}
+
+
+def _encode(requests: Sequence[Mapping[str, Any]]) -> bytes:
+    return json.dumps({"rows": requests}, default=str).encode() + b"\n"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:
+        # The function may have started processes of its own: the whole session ends.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()

@@ -1,0 +1,1 @@
+"""Generation with a key/value cache on the very weights that are being trained."""

@@ -1,0 +1,205 @@
+"""One stage chunk run token by token: the training modules, around a cache of keys and values.
+
+Every matrix product, norm and projection is the module that trains, so rollout and training
+cannot drift apart; only attention is arranged differently. Keys are cached rotated.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn import functional as F
+
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.models.layers import SdpaAttention, causal_mask
+from marlhf_mega.models.rope import rotation_angles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """New prompts for neighbouring slots, right-padded."""
+
+    tokens: Tensor
+    """[batch, seq] int64."""
+    lengths: Tensor
+    """[batch] int64."""
+    first_slot: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """One more token for the first slots."""
+
+    tokens: Tensor
+    """[batch, 1] int64."""
+    positions: Tensor
+    """[batch] int64: where the tokens stand, which is how many the cache holds."""
+    longest: int
+    """Highest position plus one."""
+
+
+Work = Prefill | Decode
+
+
+class ChunkDecoder:
+    """Runs one model chunk on new tokens and keeps its keys and values."""
+
+    def __init__(self, chunk: StageModel, *, num_slots: int, max_tokens: int) -> None:
+        """Allocate the cache.
+
+        Args:
+            chunk: the model chunk; its weights are read at every call, never copied.
+            num_slots: sequences in flight.
+            max_tokens: longest sequence.
+        """
+        config, model = chunk.config, chunk.model
+        assert config.num_query_groups is not None
+        assert config.kv_channels is not None
+        self.chunk = chunk
+        groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+        shape = (len(chunk.decoder.layers), 2, num_slots, groups, max_tokens, config.kv_channels)
+        device = chunk.rotary_speeds.device
+        self.cache = torch.zeros(shape, dtype=config.params_dtype, device=device)
+        self.attentions = [
+            SdpaAttention(
+                config,
+                layer.layer_number,
+                AttnMaskType.causal,
+                softmax_scale=config.softmax_scale,
+                softcap=model.attention_softcap,
+                window=model.sliding_window,
+                window_every=model.sliding_window_every,
+            )
+            for layer in chunk.decoder.layers
+        ]
+
+    def move_slot(self, source: int, target: int) -> None:
+        """Copy a sequence's keys and values to another slot."""
+        self.cache[:, :, target] = self.cache[:, :, source]
+
+    def run(self, work: Work, hidden: Tensor | None) -> Tensor:
+        """Advance the chunk.
+
+        Args:
+            work: what is new.
+            hidden: [seq, batch, hidden] from the chunk before; none on the first.
+
+        Returns:
+            [seq, batch, hidden] for the next chunk; on the last one the normed states from which
+            the next tokens follow, [batch, hidden].
+        """
+        if hidden is None:
+            hidden = self.chunk.embed(work.tokens)
+        if isinstance(work, Prefill):
+            positions = torch.arange(work.tokens.shape[1], device=hidden.device)[:, None]
+        else:
+            positions = work.positions[None]
+        angles = rotation_angles(self.chunk.rotary_speeds, positions)[:, :, None, :]
+        cos, sin = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        masks = _masks(work, [a.window for a in self.attentions])
+        for index, layer in enumerate(self.chunk.decoder.layers):
+            normed = layer.input_layernorm(hidden)
+            query, key, value = layer.self_attention.get_query_key_value_tensors(normed, None)
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            attention = self.attentions[index]
+            context = self._attend(index, query, key, value, work, masks[attention.window])
+            hidden = hidden + layer.self_attention.linear_proj(context)[0]
+            hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+        if not self.chunk.post_process:
+            return hidden
+        if isinstance(work, Prefill):
+            rows = torch.arange(hidden.shape[1], device=hidden.device)
+            hidden = hidden[work.lengths - 1, rows]
+        else:
+            hidden = hidden[0]
+        last: Tensor = self.chunk.decoder.final_layernorm(hidden)
+        return last
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits of this rank's real columns, [batch, vocab/tp] (at least one)."""
+        shard, cap = self.chunk.vocab_shard, self.chunk.model.logits_softcap
+        if shard.num_real == 0:
+            return hidden.new_full((len(hidden), 1), -torch.inf, dtype=torch.float32)
+        logits = F.linear(hidden, self.chunk.head_weight()[: shard.num_real]).float()
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, work: Work, mask: Tensor | None
+    ) -> Tensor:
+        """Store the new keys and values, attend: [seq, batch, heads, d] -> [seq, batch, h * d]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        keys, values = self.cache[index]
+        batch = q.shape[0]
+        if isinstance(work, Prefill):
+            slots = slice(work.first_slot, work.first_slot + batch)
+            keys[slots, :, : k.shape[2]] = k
+            values[slots, :, : v.shape[2]] = v
+        else:
+            rows = torch.arange(batch, device=q.device)
+            keys[rows, :, work.positions] = k[:, :, 0]
+            values[rows, :, work.positions] = v[:, :, 0]
+            k, v = keys[:batch, :, : work.longest], values[:batch, :, : work.longest]
+        context = self.attentions[index].attend(q, k, v, mask=mask)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _masks(work: Work, windows: list[int | None]) -> dict[int | None, Tensor | None]:
+    """Build each distinct layer mask once: none where plain causal attention will do."""
+    masks: dict[int | None, Tensor | None] = {}
+    for window in set(windows):
+        if isinstance(work, Prefill):
+            size = work.tokens.shape[1]
+            sees_all = window is None or window >= size
+            masks[window] = (
+                None if sees_all else causal_mask(size, window=window, device=work.tokens.device)
+            )
+            continue
+        columns = torch.arange(work.longest, device=work.positions.device)
+        distance = work.positions[:, None] - columns
+        visible = distance >= 0
+        if window is not None:
+            visible &= distance < window
+        masks[window] = visible[:, None, None, :]
+    return masks
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@contextmanager
+def generating(chunks: list[StageModel]) -> Iterator[None]:
+    """Evaluate without gradients and without sequence parallelism, then restore both.
+
+    One new token a sequence cannot be shared along the sequence.
+    """
+    switched = [
+        (module, name)
+        for chunk in chunks
+        for module in chunk.modules()
+        for name in ("sequence_parallel", "reduce_scatter_embeddings")
+        if getattr(module, name, False) is True
+    ]
+    configs = {id(c): c for c in (m.config for ch in chunks for m in ch.modules() if hasattr(m, "config"))}
+    sequence_parallel = chunks[0].config.sequence_parallel
+    was_training = chunks[0].training
+    try:
+        for module, name in switched:
+            setattr(module, name, False)
+        for config in configs.values():
+            config.sequence_parallel = False
+        for chunk in chunks:
+            chunk.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, name in switched:
+            setattr(module, name, True)
+        for config in configs.values():
+            config.sequence_parallel = sequence_parallel
+        for chunk in chunks:
+            chunk.train(was_training)

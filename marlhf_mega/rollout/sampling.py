@@ -1,0 +1,118 @@
+"""From vocabulary-sharded logits to one token a row, without gathering the vocabulary.
+
+One uniform number decides a token by inverting the cumulative distribution, so a draw depends on
+(seed, step, sample, position) only and costs a few numbers of communication a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.parallel.collectives import gather_over_tensor, sum_over_tensor
+from marlhf_mega.parallel.vocab import VocabShard
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRule:
+    """How the next token is chosen."""
+
+    temperature: float
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens that has this probability."""
+
+
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, *, rule: SamplingRule, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Choose a token for every row. All tensor-parallel ranks call it and get the same answer.
+
+    Args:
+        logits: [batch, vocab/tp] float32, this rank's real columns.
+        uniform: [batch] float64 in [0, 1).
+        rule: temperature and filters.
+        shard: which columns `logits` holds.
+
+    Returns:
+        tokens [batch] int64 and their log-probs [batch] float32 under softmax(logits /
+        temperature), unfiltered; greedy choices are scored at temperature 1.
+    """
+    if rule.temperature > 0:
+        logits = logits / rule.temperature
+    masses, log_z = _masses(logits, shard)
+    if rule.temperature == 0:
+        tokens, chosen = _top(logits, 1, shard)
+        return tokens[:, 0], chosen[:, 0] - log_z
+    if rule.top_k == 0 and rule.top_p == 1.0:
+        tokens, chosen = _invert_cumulative(logits, uniform, masses, shard)
+    else:
+        tokens, chosen = _sample_filtered(logits, uniform, log_z, rule, shard)
+    return tokens, chosen - log_z
+
+
+def _masses(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Return every rank's share of the probability, float64 [batch, tp], and log Z [batch]."""
+    own = torch.logsumexp(logits, -1)
+    every = gather_over_tensor(own[:, None], shard.group)
+    log_z = torch.logsumexp(every, -1)
+    return (every.double() - log_z[:, None]).exp(), log_z
+
+
+def _invert_cumulative(
+    logits: Tensor, uniform: Tensor, masses: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Find the token at which the cumulative distribution, in id order, passes the number."""
+    bounds = masses.cumsum(-1)
+    target = uniform * bounds[:, -1]
+    rank = shard.group.rank()
+    owner = torch.searchsorted(bounds, target[:, None], right=True)[:, 0]
+    owner = owner.clamp(max=masses.shape[1] - 1)
+    below = bounds[:, rank] - masses[:, rank]
+    weights = torch.softmax(logits.double(), -1).cumsum(-1)
+    share = ((target - below) / masses[:, rank]).clamp(0, 1) * weights[:, -1]
+    local = torch.searchsorted(weights, share[:, None], right=True)
+    local = local.clamp(max=logits.shape[1] - 1)
+    chosen = logits.gather(1, local)[:, 0]
+    mine = owner == rank
+    # One sum carries both: ids are exact in float64, and only the owner adds anything.
+    answer = torch.stack((local[:, 0] + shard.start, chosen.double()))
+    answer = sum_over_tensor(torch.where(mine, answer, 0.0), shard.group)
+    return answer[0].long(), answer[1].float()
+
+
+def _sample_filtered(
+    logits: Tensor, uniform: Tensor, log_z: Tensor, rule: SamplingRule, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Draw among the kept tokens, most likely first."""
+    limit = rule.top_k if rule.top_k > 0 else shard.num_total
+    tokens, values = _top(logits, limit, shard)
+    probabilities = (values.double() - log_z[:, None]).exp()
+    if rule.top_k > 0:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    # A token stays while those before it have not reached top_p, so the first always stays.
+    before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < rule.top_p, probabilities, 0.0).cumsum(-1)
+    place = torch.searchsorted(kept, (uniform * kept[:, -1])[:, None], right=True)
+    place = place.clamp(max=tokens.shape[1] - 1)
+    return tokens.gather(1, place)[:, 0], values.gather(1, place)[:, 0]
+
+
+def _top(logits: Tensor, count: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Return the ids and logits [batch, count] of the best tokens, ties by the smaller id."""
+    count = min(count, shard.num_total)
+    local = min(count, logits.shape[1])
+    # Candidates go in id order into a stable sort, so that equal logits rank alike in every layout.
+    values, ids = logits.topk(local, -1)
+    ids, order = ids.sort(-1)
+    values = values.gather(1, order)
+    missing = count - local
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+        ids = torch.nn.functional.pad(ids, (0, missing))
+    every_value = gather_over_tensor(values, shard.group)
+    every_id = gather_over_tensor(ids + shard.start, shard.group)
+    ranked, order = every_value.sort(-1, descending=True, stable=True)
+    return every_id.gather(1, order)[:, :count], ranked[:, :count]

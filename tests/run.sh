@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes the environment, then lints and runs all tests. Arguments go to pytest.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+make_venv "$root"
+
+# Tests start several ranks at once: one thread each.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+lint=0 tests=0
+"$VENV_PYTHON" -m ruff check . || lint=$?
+
+results=$(mktemp)
+trap 'rm -f -- "$results"' EXIT
+"$VENV_PYTHON" -m pytest --junit-xml "$results" "$@" || tests=$?
+
+# Nothing is written where pytest was used wrongly.
+if [[ -s $results ]]; then
+    "$VENV_PYTHON" - "$results" <<'END'
+import sys
+import xml.etree.ElementTree as ET
+
+cases = ET.parse(sys.argv[1]).iter("testcase")
+names = [f"{c.get('classname')}.{c.get('name')}" for c in cases if c.find("skipped") is not None]
+gpu = sum("tests.gpu" in name for name in names)
+print(f"GPU tests skipped: {gpu}; other tests skipped: {len(names) - gpu}")
+END
+fi
+if ((lint)); then
+    echo "ruff check failed, see the top" >&2
+fi
+exit $((tests ? tests : lint))

@@ -1,0 +1,78 @@
+"""The platform record: what a CPU-only process is told, memory figures, seeds, refusals."""
+
+import random
+
+import numpy
+import pytest
+import torch
+
+from marlhf_mega.platform import current
+from marlhf_mega.platform.device import Support, check_local_rank, fp8_support
+
+MIB = 2**20
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA")
+
+
+@needs_cpu
+def test_without_cuda_the_platform_is_gloo_in_float32():
+    platform = current()
+    assert platform.name == "cpu"
+    assert platform.device == torch.device("cpu")
+    assert platform.backend == "gloo"
+    assert platform.default_dtype is torch.float32
+    assert not platform.has_transformer_engine
+    assert platform.supports_fp8() == Support(False, "there is no CUDA device")
+    assert current() is platform
+
+
+@needs_cpu
+def test_memory_follows_an_allocation_and_its_peak_outlives_it():
+    platform = current()
+    before = platform.memory_allocated()
+    resettable = platform.reset_memory_peak()
+    block = torch.ones(64 * MIB // 4)
+    assert platform.memory_allocated() - before > 60 * MIB
+    del block
+    assert platform.memory_peak() - before > 60 * MIB
+    if resettable:
+        platform.reset_memory_peak()
+        assert platform.memory_peak() - before < 30 * MIB
+
+
+def test_seed_repeats_python_numpy_and_torch_draws():
+    def draw():
+        return random.random(), numpy.random.rand(), torch.rand(()).item()
+
+    platform = current()
+    platform.seed(5)
+    first = draw()
+    platform.seed(6)
+    other = draw()
+    platform.seed(5)
+    assert draw() == first
+    assert all(x != y for x, y in zip(first, other, strict=True))
+
+
+def test_seed_takes_64_bit_numbers():
+    current().seed(2**63 + 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_engine", "reason"),
+    [
+        ((8, 0), True, "the GPU has compute capability 8.0, FP8 needs at least 8.9"),
+        ((9, 0), False, "transformer_engine cannot be imported"),
+        ((8, 9), True, ""),
+        ((10, 0), True, ""),
+    ],
+)
+def test_fp8_needs_a_capable_gpu_and_transformer_engine(capability, has_engine, reason):
+    support = fp8_support(capability, has_engine)
+    assert support.reason == reason
+    assert bool(support) == (reason == "")
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused():
+    check_local_rank(1, 2)
+    with pytest.raises(RuntimeError, match=r"LOCAL_RANK=2: must be below .* Start at most 2 ranks"):
+        check_local_rank(2, 2)
