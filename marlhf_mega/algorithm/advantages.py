@@ -128,13 +128,14 @@ def reverse_scan(terms: Tensor, factors: Tensor) -> Tensor:
         terms: [batch, length].
         factors: [batch, length].
     """
-    length, span = terms.size(1), 1
+    terms, factors = terms.t().contiguous(), factors.t()
+    length, span = terms.size(0), 1
     while span < length:
-        head = torch.addcmul(terms[:, :-span], factors[:, : length - span], terms[:, span:])
-        terms = torch.cat((head, terms[:, -span:]), 1)
-        factors = factors[:, :-span] * factors[:, span:]  # of twice the span, where both exist
+        head = torch.addcmul(terms[:-span], factors[: length - span], terms[span:])
+        terms = torch.cat((head, terms[-span:]))
+        factors = factors[:-span] * factors[span:]  # of twice the span, where both exist
         span *= 2
-    return terms
+    return terms.t().contiguous()
 
 
 def leave_one_out(scores: Tensor, *, samples_per_prompt: int) -> Tensor:
@@ -148,7 +149,8 @@ def leave_one_out(scores: Tensor, *, samples_per_prompt: int) -> Tensor:
         [batch] score minus the mean of the others.
     """
     groups = _groups(scores, samples_per_prompt)
-    return ((groups - groups.mean(1, keepdim=True)) * _bessel(samples_per_prompt)).flatten()
+    others = (groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)
+    return (groups - others).flatten()
 
 
 def group_normalised(scores: Tensor, *, samples_per_prompt: int) -> Tensor:
@@ -156,10 +158,6 @@ def group_normalised(scores: Tensor, *, samples_per_prompt: int) -> Tensor:
     groups = _groups(scores, samples_per_prompt)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
-
-
-def _bessel(count: int) -> float:
-    return count / (count - 1)
 
 
 def _groups(scores: Tensor, samples_per_prompt: int) -> Tensor:

@@ -3,6 +3,7 @@
 Every loss returns a sum and a count; the caller divides once by the count of the whole optimizer
 step (all micro batches, all data-parallel ranks), so that a gradient does not depend on how the
 batch is split. Aggregation modes are token weights with the matching count. No loss communicates.
+Token tensors must be finite on padding, whose weight is 0.
 """
 
 from dataclasses import dataclass
@@ -109,25 +110,41 @@ def policy_loss(
     """
     weights, count = token_weights(actions, aggregation, dtype=logprobs.dtype)
     log_ratio = log_ratios(logprobs, old_logprobs, actions, ratio)
-    rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    # hardtanh is clamp with a backward pass of one kernel
+    rho = F.hardtanh(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     gains = rho * advantages
     with torch.no_grad():
-        clipped_gains = rho.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
-        is_clipped = clipped_gains < gains
+        clipped_rho = rho.clamp(1.0 - clip_range, 1.0 + clip_range)
+        bounded = torch.minimum(gains, clipped_rho * advantages)
+        if dual_clip is not None:
+            floor = torch.maximum(bounded, dual_clip * advantages)
+            bounded = torch.where(advantages < 0, floor, bounded)
+    gain_sum, clipped = _sum_of_bounded(gains, bounded, weights)
+    with torch.no_grad():
         metrics = {
-            "clip_fraction": _weighted(is_clipped, weights, count),
-            "approx_kl": _weighted(rho - 1.0 - log_ratio, weights, count),
-            "ratio": _weighted(rho, weights, count),
+            "clip_fraction": (clipped, count),
+            "approx_kl": (((rho - 1.0 - log_ratio) * weights).sum(), count),
+            "ratio": ((rho * weights).sum(), count),
         }
-    # Where clipping lowers the gain, the clipped ratio is a constant; elsewhere the two are equal.
-    gains = torch.where(is_clipped, clipped_gains, gains)
-    if dual_clip is not None:
-        gains = torch.where(advantages < 0, torch.maximum(gains, dual_clip * advantages), gains)
-    return LossOutput(loss_sum=-(gains * weights).sum(), count=count, metrics=metrics)
+    return LossOutput(loss_sum=-gain_sum, count=count, metrics=metrics)
 
 
-def _weighted(terms: Tensor, weights: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.dot(terms.flatten().to(weights.dtype), weights.flatten()), count
+def _sum_of_bounded(terms: Tensor, bounded: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of terms after a bound that is constant where it differs from the term.
+
+    Sum and gradient of torch.minimum or torch.maximum with a constant, in fewer kernels.
+
+    Args:
+        terms: with gradient.
+        bounded: same shape, without gradient: the term or what replaces it.
+        weights: same shape.
+
+    Returns:
+        The sum, with the gradient of the terms that are not replaced; the weight of those that are.
+    """
+    free = weights * (bounded == terms.detach())
+    replaced = weights - free
+    return (terms * free).sum() + (bounded * replaced).sum(), replaced.sum()
 
 
 def value_loss(
@@ -159,17 +176,18 @@ def value_loss(
         assert pool_weights is not None
         values = actions.spread(actions.pool(values * pool_weights))
         old_values = actions.spread(actions.pool(old_values * pool_weights))
-    errors = (values - returns).square()
-    metrics = {"value": _weighted(values.detach(), weights, count)}
-    if clip_range is not None:
-        with torch.no_grad():
+    errors = F.mse_loss(values, returns, reduction="none")
+    with torch.no_grad():
+        bounded = errors
+        if clip_range is not None:
             near = values.clamp(old_values - clip_range, old_values + clip_range)
-            clipped_errors = (near - returns).square()
-            is_clipped = clipped_errors > errors
-            metrics["clip_fraction"] = _weighted(is_clipped, weights, count)
-        # Where clipping raises the error, the clipped value is a constant.
-        errors = torch.where(is_clipped, clipped_errors, errors)
-    return LossOutput(loss_sum=0.5 * (errors * weights).sum(), count=count, metrics=metrics)
+            bounded = torch.maximum(errors, F.mse_loss(near, returns, reduction="none"))
+    error_sum, clipped = _sum_of_bounded(errors, bounded.detach(), weights)
+    metrics = {
+        "value": ((values.detach() * weights).sum(), count),
+        "clip_fraction": (clipped, count),
+    }
+    return LossOutput(loss_sum=0.5 * error_sum, count=count, metrics=metrics)
 
 
 def entropy_loss(

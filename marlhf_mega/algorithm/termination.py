@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.counter_rng import fold
+from marlhf_mega.algorithm.macro_actions import Compat
 
 RandomMode = Literal["list", "cycle"]
 PerplexityForm = Literal["token", "prefix", "segment"]
@@ -100,7 +101,7 @@ def perplexity(
     ref_logprobs: Tensor,
     *,
     form: PerplexityForm,
-    compat: Literal["none", "ma_rlhf"] = "none",
+    compat: Compat = "none",
 ) -> Tensor:
     """Start an action where the reference model's perplexity rises.
 

@@ -60,7 +60,7 @@ TWO_THINGS = (
 )
 MEETING = ("Let us meet {place}.", "See you {place}.", "I will wait {place}.")
 
-WEIGHTS = {"coverage": 0.35, "order": 0.15, "greeting": 0.15, "closing": 0.15, "clean": 0.2}
+WEIGHTS = {"coverage": 0.4, "order": 0.1, "greeting": 0.2, "closing": 0.2, "clean": 0.1}
 """Weights of the parts of the gold reward; they sum to 1."""
 
 HELD_OUT_FRACTION = 0.1
@@ -189,7 +189,7 @@ def generate_preferences(
 ) -> list[dict[str, str]]:
     """Generate `n` preference rows `{prompt, chosen, rejected}` labelled by the gold reward.
 
-    The two notes differ in gold reward by at least 0.1; a share `flip_probability` of the labels
+    The two notes differ in gold reward by at least 0.15; a share `flip_probability` of the labels
     is wrong, as human labels are.
     """
     rng = random.Random(f"preferences-{seed}-{held_out}")
@@ -198,7 +198,7 @@ def generate_preferences(
         prompt = _request(rng, held_out).prompt()
         notes = [_damaged_note(rng, Request.parse(prompt)) for _ in range(2)]
         worse, better = sorted(notes, key=lambda note: gold_reward(prompt, note))
-        if gold_reward(prompt, better) - gold_reward(prompt, worse) < 0.1:
+        if gold_reward(prompt, better) - gold_reward(prompt, worse) < 0.15:
             continue
         if rng.random() < flip_probability:
             worse, better = better, worse

@@ -72,6 +72,23 @@ def gather_objects_over_data(value: T, mesh: Mesh) -> list[T]:
     return parts
 
 
+def share_in_replica(value: T | None, mesh: Mesh) -> T:
+    """Give every rank of a replica the small Python value that its first rank holds."""
+    box = [value]
+    if mesh.groups.mp.size() > 1:
+        dist.broadcast_object_list(box, group_src=0, group=mesh.groups.mp)
+    received = box[0]
+    assert received is not None
+    return received
+
+
+def sum_over_world(value: Tensor) -> Tensor:
+    """Sum over all ranks; returns a new tensor."""
+    result = value.clone()
+    dist.all_reduce(result)
+    return result
+
+
 def broadcast_object(value: T | None) -> T:
     """Give every rank the Python value of rank 0."""
     box = [value]

@@ -64,6 +64,22 @@ class Mesh:
         """Model chunks on this rank (virtual pipeline stages)."""
         return self.parallel.virtual_pipeline_size
 
+    @property
+    def is_replica_leader(self) -> bool:
+        """Whether this rank does what one rank of a replica has to do: rules, parsing."""
+        return self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this rank's numbers stand for its replica's: one rank of the last stage."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Padded sequences are a multiple of this, so that ranks can share them evenly."""
+        tensor = self.tp_size if self.parallel.sequence_parallel else 1
+        return tensor * (2 * self.cp_size if self.cp_size > 1 else 1)
+
     def describe(self) -> str:
         """Say the layout in one line, such as `4 ranks: TP2 x PP2 x DP1 (gloo, cpu)`."""
         parts = [f"TP{self.tp_size}", f"PP{self.pp_size}"]

@@ -114,5 +114,5 @@ def _top(logits: Tensor, count: int, shard: VocabShard) -> tuple[Tensor, Tensor]
         ids = torch.nn.functional.pad(ids, (0, missing))
     every_value = gather_over_tensor(values, shard.group)
     every_id = gather_over_tensor(ids + shard.start, shard.group)
-    ranked, order = every_value.sort(-1, descending=True, stable=True)
+    ranked, order = every_value.sort(dim=-1, descending=True, stable=True)
     return every_id.gather(1, order)[:, :count], ranked[:, :count]

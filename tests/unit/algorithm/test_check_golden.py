@@ -40,10 +40,18 @@ def test_reference_vectors_are_reproduced(check_golden, file, layouts):
     assert f"{layouts * len(golden['cases']) + extra} comparisons, all within 1e-09" in out
 
 
-OUTPUTS = (
-    "token_rewards macro_values macro_rewards advantages returns "
-    "actor_loss actor_grad critic_loss critic_grad segment_lengths"
-).split()
+OUTPUTS = [
+    "token_rewards",
+    "macro_values",
+    "macro_rewards",
+    "advantages",
+    "returns",
+    "actor_loss",
+    "actor_grad",
+    "critic_loss",
+    "critic_grad",
+    "segment_lengths",
+]
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -163,7 +163,7 @@ def test_value_loss_without_clipping_is_half_the_squared_error():
         clip_range=None,
     )
     assert (found.loss_sum.item(), found.count.item()) == (1.0, 2.0)
-    assert "clip_fraction" not in found.metrics
+    assert found.metrics["clip_fraction"][0].item() == 0.0
 
 
 def test_metrics_of_known_ratios():
@@ -273,3 +273,29 @@ def test_single_token_actions_are_token_ppo():
         torch.testing.assert_close(found.loss_sum, policy_total)
     found = value_loss(new_values, values, macro.token_returns, actions)
     torch.testing.assert_close(found.loss_sum, value_total)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_batch_whose_samples_are_all_masked_contributes_nothing(aggregation):
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    actions = MacroActions.from_starts(whole_response(mask), mask)
+    tokens = torch.ones(2, 3, requires_grad=True)
+    macro = macro_advantages(
+        tokens.detach(),
+        tokens.detach(),
+        actions,
+        value_rule="position",
+        macro_reward="sum",
+        gamma=1.0,
+        gae_lambda=0.95,
+    )
+    policy = policy_loss(
+        tokens, tokens.detach() - 1, macro.token_advantages, actions, aggregation=aggregation
+    )
+    critic = value_loss(
+        tokens, tokens.detach(), macro.token_returns, actions, aggregation=aggregation
+    )
+    (policy.loss_sum + critic.loss_sum).backward()
+    assert (policy.loss_sum.item(), policy.count.item()) == (0.0, 0.0)
+    assert (critic.loss_sum.item(), critic.count.item()) == (0.0, 0.0)
+    assert not tokens.grad.any()

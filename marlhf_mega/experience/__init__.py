@@ -1,0 +1,1 @@
+"""From rollouts to experience: scores, log-probs, values, macro actions, advantages."""

@@ -1,0 +1,116 @@
+"""Scores of finished responses: learned reward models and rules, added by weight."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.config.schema import RewardTerm
+from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.experience.forward import forward_rows
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.models.roles import score_step
+from marlhf_mega.parallel.collectives import share_in_replica
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rewards.combine import weighted_sum
+from marlhf_mega.rewards.rule import RuleReward, Scores
+from marlhf_mega.rollout.types import Rollout
+
+
+class Scorer:
+    """Scores rollouts; owns the processes that run rules."""
+
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        models: Sequence[Sequence[StageModel]],
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        microbatch_size: int,
+        key: str = "reward.source",
+    ) -> None:
+        """Start the rules, on one rank of each replica.
+
+        Args:
+            terms: the config's sources.
+            models: the chunks of the learned ones, in order.
+            tokenizer: turns responses into text for the rules.
+            mesh: where this rank stands.
+            microbatch_size: rows per forward.
+            key: the config key that error messages name.
+        """
+        self.terms, self.tokenizer, self.mesh = terms, tokenizer, mesh
+        self.microbatch_size = microbatch_size
+        learned = iter(models)
+        self.sources: list[Sequence[StageModel] | RuleReward | None] = []
+        for term in terms:
+            if not term.is_rule:
+                self.sources.append(next(learned))
+            elif mesh.is_replica_leader:
+                rule = RuleReward(term.source, timeout_seconds=term.timeout_seconds, key=key)
+                self.sources.append(rule)
+            else:
+                self.sources.append(None)
+
+    def score(self, rollout: Rollout, rows: Sequence[Mapping[str, Any]]) -> Scores:
+        """Score every response of this replica; all its ranks get the result.
+
+        Args:
+            rollout: the responses.
+            rows: the data row of each prompt, with the prompt's text as `prompt`.
+        """
+        parts = []
+        for term, source in zip(self.terms, self.sources, strict=True):
+            if term.is_rule:
+                assert source is None or isinstance(source, RuleReward)
+                parts.append((term.weight, self._by_rule(source, rollout, rows)))
+            else:
+                assert isinstance(source, Sequence)
+                parts.append((term.weight, self._by_model(source, rollout)))
+        return weighted_sum(parts)
+
+    def close(self) -> None:
+        """End the rules' processes."""
+        for source in self.sources:
+            if isinstance(source, RuleReward):
+                source.close()
+
+    def _by_model(self, chunks: Sequence[StageModel], rollout: Rollout) -> Scores:
+        scores = last_token_scores(
+            chunks,
+            rollout.prompts,
+            rollout.responses,
+            mesh=self.mesh,
+            microbatch_size=self.microbatch_size,
+        )
+        finite = scores.isfinite()
+        errors = ["the reward model's score is not finite"] * int((~finite).sum())
+        return Scores(torch.where(finite, scores, 0.0), finite, errors)
+
+    def _by_rule(
+        self, rule: RuleReward | None, rollout: Rollout, rows: Sequence[Mapping[str, Any]]
+    ) -> Scores:
+        answer = None
+        if rule is not None:
+            texts = [self.tokenizer.decode(ids) for ids in rollout.responses]
+            answer = rule.score([row["prompt"] for row in rows], texts, rows)
+        scores, valid, errors = share_in_replica(answer, self.mesh)
+        return Scores(scores.to(self.mesh.device), valid.to(self.mesh.device), errors)
+
+
+def last_token_scores(
+    chunks: Sequence[torch.nn.Module],
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    *,
+    mesh: Mesh,
+    microbatch_size: int,
+) -> Tensor:
+    """Return float32 [batch]: a reward model's score at the last token of every response."""
+    grid = forward_rows(
+        chunks, prompts, responses, mesh=mesh, microbatch_size=microbatch_size, run=score_step
+    )
+    last = torch.tensor([len(r) - 1 for r in responses], device=grid.device)
+    return grid.gather(1, last[:, None])[:, 0]

@@ -1,0 +1,96 @@
+"""Which response sits in which cache slot. Every rank of a replica keeps the same books."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.rollout.decoder import Decode, Prefill, Work
+
+PREFILL_TOKENS = 1 << 14
+"""Prompt tokens in one prefill: bounds its activations whatever the batch is."""
+
+
+@dataclass
+class Response:
+    """One response as it grows."""
+
+    sample: int
+    """Index among the prompts that the generator was given."""
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class SlotGroup:
+    """Slots that are decoded together; with a pipeline there is one group per stage in flight.
+
+    Active responses always fill slots 0..n-1: the last one moves into a slot that falls free, so
+    that a step computes nothing for responses that have ended, and new prompts are written to
+    neighbouring slots.
+    """
+
+    def __init__(self, num_slots: int, waiting: deque[Response], device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.waiting = waiting
+        self.device = device
+        self.active: list[Response] = []
+        self.in_flight: list[Response] = []
+        """Responses that the work under way adds a token to."""
+
+    def next_work(self) -> Work | None:
+        """Choose what to run now: new prompts once enough slots are free, else one more token."""
+        free = self.num_slots - len(self.active)
+        if self.waiting and free and (free * 8 >= self.num_slots or not self.active):
+            return self._admit(free)
+        if not self.active:
+            return None
+        self.in_flight = list(self.active)
+        positions = [len(r.prompt) + len(r.tokens) - 1 for r in self.active]
+        return Decode(
+            tokens=self._tensor([[r.tokens[-1]] for r in self.active]),
+            positions=self._tensor(positions),
+            longest=max(positions) + 1,
+        )
+
+    def record(
+        self, tokens: list[int], logprobs: list[float], *, eos_id: int, max_tokens: int
+    ) -> list[tuple[int, int]]:
+        """Add the sampled tokens, retire what has ended, close the gaps.
+
+        Returns:
+            (source, target) slots whose caches have to be copied, in this order.
+        """
+        for response, token, logprob in zip(self.in_flight, tokens, logprobs, strict=True):
+            response.tokens.append(token)
+            response.logprobs.append(logprob)
+            response.finished = token == eos_id
+        self.in_flight = []
+        moves = []
+        for slot in range(len(self.active) - 1, -1, -1):
+            response = self.active[slot]
+            if response.finished or len(response.tokens) == max_tokens:
+                last = len(self.active) - 1
+                if slot != last:
+                    self.active[slot] = self.active[last]
+                    moves.append((last, slot))
+                self.active.pop()
+        return moves
+
+    def _admit(self, free: int) -> Prefill:
+        first = len(self.active)
+        longest = len(self.waiting[0].prompt)
+        count = min(free, len(self.waiting), max(1, PREFILL_TOKENS // longest))
+        self.in_flight = [self.waiting.popleft() for _ in range(count)]
+        self.active += self.in_flight
+        width = max(len(r.prompt) for r in self.in_flight)
+        rows = [r.prompt + [0] * (width - len(r.prompt)) for r in self.in_flight]
+        lengths = [len(r.prompt) for r in self.in_flight]
+        return Prefill(
+            tokens=self._tensor(rows), lengths=self._tensor(lengths), first_slot=first
+        )
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, device=self.device)

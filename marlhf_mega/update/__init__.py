@@ -1,0 +1,1 @@
+"""The PPO update: the only place where weights change during ppo."""

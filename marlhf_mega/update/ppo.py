@@ -1,0 +1,244 @@
+"""PPO epochs over one experience batch: minibatches, microbatches, optimizer steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.algorithm.counter_rng import fold
+from marlhf_mega.algorithm.losses import (
+    LossOutput,
+    entropy_loss,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
+from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
+from marlhf_mega.config.schema import Config
+from marlhf_mega.experience.forward import cut_rows
+from marlhf_mega.experience.types import Experience
+from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.roles import LogprobStep, Roles, value_step
+from marlhf_mega.models.train_state import StepResult, TrainState
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.schedule import run_forward_backward
+
+MEANS = (
+    "policy/loss",
+    "policy/clip_fraction",
+    "policy/approx_kl",
+    "policy/ratio",
+    "policy/grad_norm",
+    "policy/lr",
+    "critic/loss",
+    "critic/clip_fraction",
+    "critic/value",
+    "critic/grad_norm",
+    "critic/lr",
+)
+
+UPDATE_STREAM = 2
+"""Keeps the order of minibatches apart from other draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoMicrobatch:
+    """A few sequences and what their losses need, cut to the width of their longest response."""
+
+    batch: SequenceBatch
+    actions: MacroActions
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def ppo_update(
+    roles: Roles,
+    experience: Experience,
+    config: Config,
+    mesh: Mesh,
+    *,
+    step: int,
+    sums: MetricSums,
+) -> None:
+    """Run all epochs and minibatches of one PPO step. All ranks call it.
+
+    Which samples form a minibatch was settled when prompts were dealt to the ranks
+    (`local_indices`), so it does not depend on the layout.
+
+    Args:
+        roles: policy and critic are changed.
+        experience: this replica's samples, minibatch after minibatch.
+        config: of the run.
+        mesh: where this rank stands.
+        step: PPO step, from 0; the policy rests for the first `critic.warmup_ppo_steps`.
+        sums: takes this step's metrics.
+    """
+    share = config.ppo.minibatch_size // mesh.dp_size
+    minibatches = torch.arange(len(experience.prompts)).split(share)
+    for epoch in range(config.ppo.epochs):
+        keys = fold(config.run.seed, step, UPDATE_STREAM, epoch, torch.arange(len(minibatches)))
+        for number in keys.argsort().tolist() if len(minibatches) > 1 else [0]:
+            microbatches = _microbatches(experience, minibatches[number], config, mesh)
+            update_critic(roles.critic, microbatches, config, mesh, sums=sums)
+            if step >= config.critic.warmup_ppo_steps:
+                update_policy(roles.policy, microbatches, config, mesh, sums=sums)
+
+
+def update_policy(
+    policy: TrainState,
+    microbatches: Sequence[PpoMicrobatch],
+    config: Config,
+    mesh: Mesh,
+    *,
+    sums: MetricSums,
+) -> None:
+    """Take one optimizer step on the clipped surrogate."""
+    run = LogprobStep(config.rollout.temperature)
+    policy.zero_grad()
+    losses = run_forward_backward(
+        policy.chunks,
+        microbatches,
+        lambda chunk, microbatch: run(chunk, microbatch.batch),
+        partial(policy_objective, config=config),
+    )
+    _report(sums, "policy", losses, policy.step(), mesh)
+
+
+def update_critic(
+    critic: TrainState,
+    microbatches: Sequence[PpoMicrobatch],
+    config: Config,
+    mesh: Mesh,
+    *,
+    sums: MetricSums,
+) -> None:
+    """Take one optimizer step on the value loss."""
+    critic.zero_grad()
+    losses = run_forward_backward(
+        critic.chunks,
+        microbatches,
+        lambda chunk, microbatch: value_step(chunk, microbatch.batch),
+        partial(critic_objective, config=config),
+    )
+    _report(sums, "critic", losses, critic.step(), mesh)
+
+
+def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Config) -> LossOutput:
+    """Surrogate plus, where asked for, KL and entropy terms, all over the same count.
+
+    Args:
+        output: [2, batch, response], log-probs and entropies of the policy being trained.
+        microbatch: the samples.
+        config: of the run.
+    """
+    logprobs, entropy = output
+    ppo, actions = config.ppo, microbatch.actions
+    loss = policy_loss(
+        logprobs,
+        microbatch.old_logprobs,
+        microbatch.advantages,
+        actions,
+        ratio=config.macro.ratio,
+        aggregation=ppo.aggregation,
+        clip_range=ppo.clip_range,
+        dual_clip=ppo.dual_clip,
+    )
+    total = loss.loss_sum
+    if ppo.kl_loss_coef:
+        divergence = kl_loss(
+            logprobs,
+            microbatch.ref_logprobs,
+            actions,
+            estimator=ppo.kl_loss_estimator,
+            aggregation=ppo.aggregation,
+        )
+        total = total + ppo.kl_loss_coef * divergence.loss_sum
+    if ppo.entropy_coef:
+        bonus = entropy_loss(entropy, actions, aggregation=ppo.aggregation)
+        total = total + ppo.entropy_coef * bonus.loss_sum
+    return LossOutput(loss_sum=total, count=loss.count, metrics=loss.metrics)
+
+
+def critic_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Config) -> LossOutput:
+    """Clipped squared error to the returns of the macro actions.
+
+    Args:
+        output: [batch, response] values of the critic being trained.
+        microbatch: the samples.
+        config: of the run.
+    """
+    macro, actions = config.macro, microbatch.actions
+    pooled = macro.value_target == "macro"
+    return value_loss(
+        output,
+        microbatch.old_values,
+        microbatch.returns,
+        actions,
+        target=macro.value_target,
+        pool_weights=value_weights(actions, macro.value, dtype=output.dtype) if pooled else None,
+        aggregation=config.ppo.aggregation,
+        clip_range=config.ppo.value_clip_range,
+    )
+
+
+def local_indices(batch_size: int, minibatch_size: int, mesh: Mesh) -> list[int]:
+    """Deal a global batch to the data-parallel ranks so that each holds a share of every minibatch.
+
+    Minibatch m is the m-th block of the global batch whatever the layout; this rank's samples of
+    it are one slice of the block.
+
+    Returns:
+        Global sample indices of this rank, minibatch after minibatch.
+    """
+    share = minibatch_size // mesh.dp_size
+    return [
+        start + mesh.dp_rank * share + offset
+        for start in range(0, batch_size, minibatch_size)
+        for offset in range(share)
+    ]
+
+
+def _microbatches(
+    experience: Experience, rows: Tensor, config: Config, mesh: Mesh
+) -> list[PpoMicrobatch]:
+    chosen = rows.tolist()
+    cuts = cut_rows(
+        [experience.prompts[i] for i in chosen],
+        [experience.responses[i] for i in chosen],
+        microbatch_size=config.ppo.microbatch_size,
+        mesh=mesh,
+    )
+    return [_take(experience, rows[cut.rows], cut.batch) for cut in cuts]
+
+
+def _take(experience: Experience, rows: Tensor, batch: SequenceBatch) -> PpoMicrobatch:
+    def cut(values: Tensor) -> Tensor:
+        return values[rows.to(values.device), : batch.num_columns]
+
+    return PpoMicrobatch(
+        batch=batch,
+        actions=MacroActions.from_ids(cut(experience.actions.ids)),
+        old_logprobs=cut(experience.old_logprobs),
+        ref_logprobs=cut(experience.ref_logprobs),
+        old_values=cut(experience.old_values),
+        advantages=cut(experience.advantages),
+        returns=cut(experience.returns),
+    )
+
+
+def _report(
+    sums: MetricSums, role: str, losses: Sequence[LossOutput], result: StepResult, mesh: Mesh
+) -> None:
+    if not mesh.is_reporter:
+        return
+    for loss in losses:
+        sums.add_means({f"{role}/loss": loss.loss_sum}, count=loss.count)
+        for name, (total, count) in loss.metrics.items():
+            sums.add_means({f"{role}/{name}": total}, count=count)
+    sums.add_means({f"{role}/grad_norm": result.grad_norm, f"{role}/lr": result.lr}, count=1)
