@@ -2,13 +2,17 @@
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.counter_rng import fold
+from marlhf_mega.checkpoint.hf.importer import import_weights
+from marlhf_mega.checkpoint.hf.parameters import find_shards, local_parameters
 from marlhf_mega.checkpoint.hf.table import Layout, Piece, WeightTable
+from marlhf_mega.checkpoint.store import load_weights
+from marlhf_mega.config.origin import Origin
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.vocab import padded_vocab_size
@@ -33,18 +37,6 @@ def layout_of(mesh: Mesh, vocab_size: int) -> Layout:
     )
 
 
-def named_parameters(
-    chunks: Sequence[StageModel],
-) -> Iterator[tuple[str, int | None, torch.nn.Parameter]]:
-    """Yield every parameter of this rank: its name in its chunk, its global layer, itself."""
-    for chunk in chunks:
-        first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
-        for name, parameter in chunk.named_parameters():
-            in_layer = name.startswith("decoder.layers.")
-            local = int(name.split(".")[2]) if in_layer else 0
-            yield name, first + local if in_layer else None, parameter
-
-
 @torch.no_grad()
 def fill_random(
     chunks: Sequence[StageModel], mesh: Mesh, *, seed: int, only: str | None = None
@@ -63,13 +55,11 @@ def fill_random(
     """
     model = chunks[0].model
     assert model.vocab_size is not None
-    table = WeightTable(model, "causal_lm" if chunks[0].head == "language" else "classification")
+    table = WeightTable(model, "causal_lm" if chunks[0].head == "language" else "sequence_classification")
     layout = layout_of(mesh, model.vocab_size)
-    for name, layer, parameter in named_parameters(chunks):
-        if only is not None and not name.startswith(only):
-            continue
-        shard = table.shard(name, layer, layout)
-        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+    wanted = [p for p in local_parameters(chunks) if only is None or p.name.startswith(only)]
+    for local, shard in find_shards(wanted, table, layout):
+        name, parameter = local.name, local.tensor
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:
@@ -116,3 +106,36 @@ def _normal(bits: Tensor) -> Tensor:
     low = (bits & 0xFFFFFFFF).to(torch.float64)
     radius = torch.sqrt(-2.0 * torch.log((high + 1) / 2**32))
     return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
+
+
+def fill_from(
+    origin: Origin, chunks: Sequence[StageModel], mesh: Mesh, *, seed: int
+) -> list[str]:
+    """Fill a model from a run directory or a Hugging Face folder, at any layout.
+
+    A scalar head that the origin does not have (a critic started from a policy) is drawn afresh.
+
+    Args:
+        origin: where the weights are.
+        chunks: this rank's chunks of one model.
+        mesh: where this rank stands.
+        seed: of the run.
+
+    Returns:
+        Names of the tensors that were freshly initialised, the same on every rank.
+    """
+    if chunks[0].head == "scalar":
+        fill_random(chunks, mesh, seed=seed, only="output_layer")
+    if origin.is_run:
+        return load_weights(origin.path, chunks, mesh)
+    model = chunks[0].model
+    assert model.vocab_size is not None
+    table = WeightTable(model, "causal_lm" if chunks[0].head == "language" else "sequence_classification")
+    report = import_weights(
+        origin.path,
+        local_parameters(chunks),
+        table,
+        layout_of(mesh, model.vocab_size),
+        allow_fresh_head=chunks[0].head == "scalar",
+    )
+    return list(report.fresh)

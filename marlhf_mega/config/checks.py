@@ -141,7 +141,13 @@ def _batch_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
         },
         "evaluate": {},
     }[job]
+    stages = config.parallel.pipeline_size if config.parallel.virtual_pipeline_size > 1 else 1
     for key, size in batches.items():
+        if size // data_size < stages:
+            yield (
+                f"{key}={size}: an interleaved pipeline of {stages} stages needs at least "
+                f"{stages * data_size}. Raise it or set parallel.virtual_pipeline_size=1."
+            )
         if size % data_size:
             yield (
                 f"{key}={size}: must be a multiple of the data-parallel size {data_size}. "

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from marlhf_mega.config.hf import model_config_from_hf
+from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
 
 
@@ -37,13 +37,28 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_lines(error))) from None
-    if config.model.hf_path is None:
-        return config
     try:
-        model = model_config_from_hf(config.model.hf_path, config.model)
+        return _with_origin(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return config.model_copy(update={"model": model})
+
+
+def _with_origin(config: Config) -> Config:
+    """Take the architecture from where the weights come from."""
+    model = config.model
+    if model.hf_path is not None:
+        if model.init not in ("auto", "random"):
+            raise ValueError(
+                f"model.init={model.init}: with model.hf_path the weights come from there. "
+                "Remove one of the two."
+            )
+        found = find_origin(model.hf_path, key="model.hf_path", base=model).model
+    elif model.init not in ("auto", "random"):
+        origin = find_origin(Path(model.init), key="model.init", base=model)
+        found = origin.model.model_copy(update={"hf_path": None})
+    else:
+        return config
+    return config.model_copy(update={"model": found.model_copy(update={"init": model.init})})
 
 
 def dump_config(config: BaseModel) -> str:

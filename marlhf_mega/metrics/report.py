@@ -86,15 +86,11 @@ def _essentials(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model, parallel = config.get("model", {}), config.get("parallel", {})
     if model:
         yield "model", f"{model.get('num_layers')} layers x {model.get('hidden_size')}"
-    degrees = {"TP": "tensor", "PP": "pipeline", "VPP": "virtual_pipeline", "CP": "context"}
-    sizes = {short: parallel.get(f"{name}_size", 1) for short, name in degrees.items()}
-    if parallel:
-        split = " x ".join(f"{short}{size}" for short, size in sizes.items() if size > 1)
-        yield (
-            "layout",
-            (split or "one rank per replica")
-            + (" + SP" if parallel.get("sequence_parallel") else ""),
-        )
+    if config.get("layout"):
+        yield "layout", str(config["layout"])
+    elif parallel:
+        sizes = (f"{name.removesuffix('_size')} {size}" for name, size in parallel.items())
+        yield "layout", ", ".join(sizes)
     for section, key, label in (
         ("precision", "dtype", "dtype"),
         ("macro", "rule", "macro actions"),
@@ -102,9 +98,7 @@ def _essentials(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ):
         if key in config.get(section, {}):
             yield label, str(config[section][key])
-    for section in ("layout", "versions"):
-        extra = config.get(section, {})
-        yield from ((str(key), str(value)) for key, value in extra.items())
+    yield from ((str(k), str(v)) for k, v in config.get("versions", {}).items())
     if config.get("git_revision"):
         yield "revision", str(config["git_revision"])[:12]
 

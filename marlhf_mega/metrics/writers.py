@@ -128,6 +128,17 @@ class SamplesWriter:
         """Close the file."""
         self._lines.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 def check_wandb(project: str | None) -> None:
     """Check, before anything starts, that Weights & Biases can be used if it is asked for.

@@ -152,3 +152,29 @@ def sum_over_tensor(value: Tensor, group: Group) -> Tensor:
     if group.size() > 1:
         dist.all_reduce(value, group=group)
     return value
+
+
+class WorldPeers:
+    """All ranks as the parties of one undertaking, such as writing a folder together."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self.rank = mesh.rank
+
+    def agree(self, error: str | None) -> str | None:
+        """Return the first rank's error, none if all are well; also a barrier."""
+        return agree_on_error(error, self._mesh)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value to rank 0, an empty list to the others."""
+        parts: list[T] = [value] * self._mesh.world_size
+        dist.gather_object(value, parts if self.rank == 0 else None, dst=0)
+        return parts if self.rank == 0 else []
+
+
+def share_from_first(value: T, mesh: Mesh) -> T:
+    """Give every rank the small Python value that rank 0 holds."""
+    box = [value]
+    if mesh.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

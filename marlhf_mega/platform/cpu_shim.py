@@ -122,6 +122,7 @@ def _cuda_view() -> ModuleType:
         Stream=_Stream,
         current_stream=lambda device=None: _Stream(),
         # The RNG tracker seeds and saves "the CUDA generator"; CPU operators draw from the CPU's.
+        # So model_parallel_cuda_manual_seed also seeds torch's default generator here.
         get_rng_state=_get_rng_state,
         manual_seed=torch.default_generator.manual_seed,
     )

@@ -45,6 +45,11 @@ class Platform:
         """Whether Transformer Engine's torch layers can be used here."""
         return self.name == "cuda" and _engine_imports()
 
+    @property
+    def device_name(self) -> str:
+        """The device's product name, `cpu` on the CPU."""
+        return torch.cuda.get_device_name(self.device) if self.name == "cuda" else "cpu"
+
     def supports_fp8(self) -> Support:
         """Say whether FP8 can be used here, and what is missing if not."""
         if self.name == "cpu":

@@ -20,6 +20,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.experience.forward import cut_rows
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.roles import LogprobStep, Roles, value_step
 from marlhf_mega.models.train_state import StepResult, TrainState
@@ -65,6 +66,7 @@ def ppo_update(
     *,
     step: int,
     sums: MetricSums,
+    timers: PhaseTimers,
 ) -> None:
     """Run all epochs and minibatches of one PPO step. All ranks call it.
 
@@ -78,6 +80,7 @@ def ppo_update(
         mesh: where this rank stands.
         step: PPO step, from 0; the policy rests for the first `critic.warmup_ppo_steps`.
         sums: takes this step's metrics.
+        timers: takes the seconds of `policy` and `critic`.
     """
     share = config.ppo.minibatch_size // mesh.dp_size
     minibatches = torch.arange(len(experience.prompts)).split(share)
@@ -85,9 +88,11 @@ def ppo_update(
         keys = fold(config.run.seed, step, UPDATE_STREAM, epoch, torch.arange(len(minibatches)))
         for number in keys.argsort().tolist() if len(minibatches) > 1 else [0]:
             microbatches = _microbatches(experience, minibatches[number], config, mesh)
-            update_critic(roles.critic, microbatches, config, mesh, sums=sums)
+            with timers("critic"):
+                update_critic(roles.critic, microbatches, config, mesh, sums=sums)
             if step >= config.critic.warmup_ppo_steps:
-                update_policy(roles.policy, microbatches, config, mesh, sums=sums)
+                with timers("policy"):
+                    update_policy(roles.policy, microbatches, config, mesh, sums=sums)
 
 
 def update_policy(

@@ -1,0 +1,6 @@
+"""`python -m marlhf_mega`, the same as `marlhf`."""
+
+from marlhf_mega.cli import main
+
+if __name__ == "__main__":
+    main()

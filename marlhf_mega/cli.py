@@ -1,0 +1,150 @@
+"""The command line: `marlhf COMMAND --config FILE [key=value ...]`, alone or under torchrun."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from marlhf_mega.config.load import dump_config, load_config
+from marlhf_mega.config.schema import Config
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+COMMANDS = {
+    "quickstart": "the whole story on built-in data: sft, reward model, macro ppo, a report",
+    "sft": "fine-tune a policy on demonstrations",
+    "reward": "train a reward model on preference pairs",
+    "ppo": "train the policy against the reward with macro-action PPO",
+    "evaluate": "generate on held-out prompts and judge",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and end the process with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns 0 done, 1 failed, 2 wrong usage or configuration."""
+    options = _parser().parse_args(arguments)
+    _set_up_logging()
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            sys.stdout.write(dump_config(config))
+            return 0
+        job = _prepare(options.command, config)
+    except ValueError as error:
+        if _rank() == 0:
+            sys.stderr.write(f"{error}\n")
+        return EXIT_USAGE
+    return job()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="marlhf",
+        description="Reinforcement learning from human feedback with macro actions on "
+        "Megatron-Core. Every command runs on one rank, or on many under torchrun.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration (nothing started).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about.capitalize() + ".")
+        command.add_argument("--config", type=Path, help="YAML file with what differs from defaults")
+        command.add_argument(
+            "--print-config", action="store_true", help="show the resolved configuration and stop"
+        )
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="dotted keys, such as ppo.epochs=2"
+        )
+    return parser
+
+
+def _prepare(command: str, config: Config) -> Callable[[], int]:
+    """Read everything the command needs; what remains to be done needs the other ranks.
+
+    Imports are here so that wrong usage is reported at once, before torch and Megatron load.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    from marlhf_mega.parallel.mesh import Mesh, world_size_from_environment
+
+    world_size = world_size_from_environment()
+    work: Callable[[Mesh], Any]
+    match command:
+        case "quickstart":
+            from marlhf_mega.train.quickstart import quickstart_config, run_quickstart
+
+            config = quickstart_config(config, world_size)
+
+            def work(mesh: Mesh) -> None:
+                run_quickstart(config, mesh)
+
+        case "sft":
+            from marlhf_mega.train.sft import run_sft, sft_inputs
+
+            examples = sft_inputs(config, world_size)
+
+            def work(mesh: Mesh) -> None:
+                run_sft(examples, mesh)
+
+        case "reward":
+            from marlhf_mega.train.reward import reward_inputs, run_reward
+
+            pairs = reward_inputs(config, world_size)
+
+            def work(mesh: Mesh) -> None:
+                run_reward(pairs, mesh)
+
+        case "ppo":
+            from marlhf_mega.train.ppo import ppo_inputs, run_ppo
+
+            prompts = ppo_inputs(config, world_size)
+
+            def work(mesh: Mesh) -> None:
+                run_ppo(prompts, mesh)
+
+        case "evaluate":
+            from marlhf_mega.train.evaluate import evaluate_inputs, run_evaluate
+
+            held_out = evaluate_inputs(config, world_size)
+
+            def work(mesh: Mesh) -> None:
+                run_evaluate(held_out, mesh)
+
+    return lambda: _on_mesh(config, work)
+
+
+def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
+    from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+
+    mesh = create_mesh(config.parallel)
+    try:
+        work(mesh)
+    except (RuntimeError, ValueError) as error:
+        logging.getLogger(__name__).exception("rank %d failed: %s", mesh.rank, error)
+        return EXIT_FAILED
+    destroy_mesh()
+    return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _set_up_logging() -> None:
+    """Say what happens on rank 0, only warnings elsewhere."""
+    logging.basicConfig(
+        level=logging.INFO if _rank() == 0 else logging.WARNING,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.captureWarnings(True)
+    for noisy in ("py.warnings", "megatron", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,0 +1,120 @@
+"""Models with weights: build a role's chunks and fill them from where they come from."""
+
+import logging
+from pathlib import Path
+
+from marlhf_mega.checkpoint.weights import fill_from, fill_random
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.origin import Origin, find_origin
+from marlhf_mega.config.schema import Config
+from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.models.gpt import Head, StageModel, build_chunks
+from marlhf_mega.models.roles import Roles
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.train.inputs import origin_of
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    model: ModelConfig, config: Config, mesh: Mesh, *, head: Head, origin: Origin | None, name: str
+) -> list[StageModel]:
+    """Build a role on this rank and fill it.
+
+    Args:
+        model: the architecture.
+        config: of the run.
+        mesh: where this rank stands.
+        head: language or scalar.
+        origin: where the weights come from; none: random ones.
+        name: of the role, for the report of fresh tensors.
+
+    Returns:
+        This rank's chunks.
+    """
+    chunks = build_chunks(model, config.precision, mesh, head=head)
+    if origin is None:
+        fill_random(chunks, mesh, seed=config.run.seed)
+        logger.info("%s: all weights are random (seed %d)", name, config.run.seed)
+        return chunks
+    fresh = fill_from(origin, chunks, mesh, seed=config.run.seed)
+    logger.info(
+        "%s: weights from %s; freshly initialised: %s",
+        name,
+        origin.path,
+        ", ".join(fresh) if fresh else "nothing",
+    )
+    return chunks
+
+
+def policy_origin(config: Config) -> Origin | None:
+    """Return where the policy's first weights come from; none: random."""
+    model = config.model
+    if model.init not in ("auto", "random"):
+        return find_origin(Path(model.init), key="model.init")
+    if model.hf_path is not None and model.init == "auto":
+        return find_origin(model.hf_path, key="model.hf_path", base=model)
+    return None
+
+
+def reward_origins(config: Config, tokenizer: Tokenizer) -> list[Origin]:
+    """Return where the learned reward models come from, in the config's order.
+
+    Raises:
+        ValueError: one is missing or does not fit the tokenizer.
+    """
+    terms = [term for term in config.reward.source if not term.is_rule]
+    return [origin_of(term.source, tokenizer, key="reward.source") for term in terms]
+
+
+def critic_origin(config: Config, tokenizer: Tokenizer, rewards: list[Origin]) -> Origin | None:
+    """Return where the critic's first weights come from.
+
+    Raises:
+        ValueError: it is missing or does not fit the tokenizer.
+    """
+    match config.critic.init:
+        case "reward" if rewards:
+            return rewards[0]
+        case "reward" | "policy":
+            return policy_origin(config)
+        case path:
+            return origin_of(path, tokenizer, key="critic.init")
+
+
+def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_steps: int) -> Roles:
+    """Build the four models of ppo.
+
+    Args:
+        config: of the run.
+        tokenizer: that all of them share.
+        mesh: where this rank stands.
+        optimizer_steps: of the whole run, for the learning-rate schedules.
+    """
+    start = policy_origin(config)
+    rewards = reward_origins(config, tokenizer)
+    critic = critic_origin(config, tokenizer, rewards)
+    policy = build_model(
+        config.model, config, mesh, head="language", origin=start, name="policy"
+    )
+    reference = build_model(
+        config.model, config, mesh, head="language", origin=start, name="reference"
+    )
+    critic_model = config.model if critic is None else critic.model
+    critic_chunks = build_model(
+        critic_model, config, mesh, head="scalar", origin=critic, name="critic"
+    )
+    models = [
+        build_model(origin.model, config, mesh, head="scalar", origin=origin, name="reward")
+        for origin in rewards
+    ]
+    for chunks in (reference, *models):
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+    return Roles(
+        policy=TrainState(policy, config.policy, total_steps=optimizer_steps),
+        critic=TrainState(critic_chunks, config.critic, total_steps=optimizer_steps),
+        reference=reference,
+        rewards=models,
+    )

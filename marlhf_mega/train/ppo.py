@@ -1,0 +1,314 @@
+"""Macro-action PPO. The loop is `run_ppo`; one step of it is `PpoRun.step`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
+from marlhf_mega.checkpoint.store import save
+from marlhf_mega.config.schema import Config
+from marlhf_mega.data.datasets import Prompt
+from marlhf_mega.data.stream import SampleStream
+from marlhf_mega.experience import builder
+from marlhf_mega.experience.builder import ExperienceBuilder
+from marlhf_mega.experience.scoring import Scorer
+from marlhf_mega.experience.segmentation import Segmenter, load_parser
+from marlhf_mega.experience.types import Experience
+from marlhf_mega.metrics.flops import forward_flops, mfu, peak_flops, training_flops
+from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.metrics.timing import PhaseTimers
+from marlhf_mega.metrics.writers import Sample
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rewards.rule import check_importable
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.types import Rollout
+from marlhf_mega.train.build import build_roles, critic_origin, policy_origin, reward_origins
+from marlhf_mega.train.evaluate import Evaluator, Judged, make_sample, prompt_examples, prompt_row
+from marlhf_mega.train.export import export_hf
+from marlhf_mega.train.inputs import Inputs, read_inputs
+from marlhf_mega.train.output import RunOutput
+from marlhf_mega.train.resume import resume
+from marlhf_mega.update import ppo as update
+from marlhf_mega.update.ppo import local_indices, ppo_update
+
+
+def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
+    """Read what ppo needs; raises ValueError for anything the user has to mend."""
+    inputs = read_inputs(
+        config, "ppo", world_size=world_size, kind="prompts", build=prompt_examples
+    )
+    config, tokenizer = inputs.config, inputs.tokenizer
+    policy_origin(config)
+    critic_origin(config, tokenizer, reward_origins(config, tokenizer))
+    for term in config.reward.source:
+        if term.is_rule:
+            check_importable(term.source)
+    if config.evaluate.gold is not None:
+        check_importable(config.evaluate.gold, key="evaluate.gold")
+    if config.macro.rule == "parsing":
+        load_parser(config.macro.parser)
+    return inputs
+
+
+def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[str, float]]:
+    """Train the policy against the reward. All ranks call it.
+
+    Returns:
+        Held-out results before the first step (empty after a resume) and at the end.
+    """
+    run = PpoRun(inputs, mesh)
+    config, first = inputs.config, run.first_step
+    before: dict[str, float] = {}
+    with run.output as output:
+        if first == 0:
+            before = run.evaluate(step=0)
+        for step in range(first, run.num_steps):
+            with output.timers("step"):
+                metrics = run.step(step)
+            done, last = step + 1, step + 1 == run.num_steps
+            if last or (config.evaluate.interval and done % config.evaluate.interval == 0):
+                metrics |= run.evaluate(step=done)
+            output.finish_step(done, metrics)
+            if last or (config.checkpoint.interval and done % config.checkpoint.interval == 0):
+                run.save(done)
+        run.close()
+        output.write_report()
+    return before, run.last_results
+
+
+class PpoRun:
+    """The parties of a run: models, generator, scorer, streams, writers."""
+
+    def __init__(self, inputs: Inputs[Prompt], mesh: Mesh) -> None:
+        """Build everything and, where there is a checkpoint, go on from it."""
+        config, tokenizer = inputs.config, inputs.tokenizer
+        self.config, self.inputs, self.mesh, self.tokenizer = config, inputs, mesh, tokenizer
+        rollout, ppo = config.rollout, config.ppo
+        num_prompts = rollout.batch_size // rollout.samples_per_prompt
+        self.num_steps = config.run.steps or max(1, len(inputs.train) // num_prompts)
+        optimizer_steps = self.num_steps * ppo.epochs * (rollout.batch_size // ppo.minibatch_size)
+        self.roles = build_roles(config, tokenizer, mesh, optimizer_steps=optimizer_steps)
+        self.policy: list[StageModel] = [ddp.module for ddp in self.roles.policy.chunks]
+        self.generator = Generator(self.policy, mesh, eos_id=tokenizer.eos_id)
+        self.scorer = Scorer(
+            config.reward.source,
+            self.roles.rewards,
+            tokenizer,
+            mesh,
+            microbatch_size=ppo.microbatch_size,
+        )
+        segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
+        self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)
+        self.evaluator = (
+            Evaluator(config, inputs.validation, tokenizer, self.scorer, mesh)
+            if inputs.validation
+            else None
+        )
+        self.stream = SampleStream(
+            num_samples=len(inputs.train),
+            batch_size=num_prompts,
+            seed=config.run.seed,
+            shuffle=config.data.shuffle,
+            data_hash=inputs.data_hash,
+        )
+        self.role_timers = PhaseTimers(mesh.platform.synchronize)
+        self.kl_coef = ppo.kl_coef
+        self.first_scores: list[float] | None = None
+        self.last_results: dict[str, float] = {}
+        self.trained = {"policy": self.roles.policy, "critic": self.roles.critic}
+        self.first_step = self._resume()
+        self.output = RunOutput(
+            "ppo", inputs, mesh, num_steps=self.num_steps, first_step=self.first_step
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """Take one PPO step: rollout, experience, update. Returns the reduced metrics."""
+        config, timers = self.config, self.output.timers
+        sums = MetricSums(
+            mean=[*builder.MEANS, *update.MEANS],
+            total=["tokens/rollout", "tokens/update"],
+            maximum=builder.MAXIMA,
+        )
+        with timers("rollout"):
+            prompts, rollout = self._rollout(step)
+        with timers("experience"):
+            experience, scores = self.builder.build(
+                rollout,
+                [prompt_row(p) for p in prompts],
+                step=step,
+                kl_coef=self.kl_coef,
+                sums=sums,
+            )
+        with timers("update"):
+            ppo_update(
+                self.roles,
+                experience,
+                config,
+                self.mesh,
+                step=step,
+                sums=sums,
+                timers=self.role_timers,
+            )
+        self._count_tokens(sums, rollout)
+        metrics = _derived(self.output.reduce(sums))
+        metrics["policy/kl_coef"] = self.kl_coef
+        self._add_rates(metrics, rollout)
+        if config.ppo.kl_target is not None:
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef,
+                metrics["policy/kl"],
+                target=config.ppo.kl_target,
+                horizon=config.ppo.kl_horizon,
+                num_samples=config.rollout.batch_size,
+            )
+        if step % config.logging.samples_interval == 0:
+            self.output.write_samples(step + 1, self._samples(prompts, experience, scores))
+        return metrics
+
+    def evaluate(self, *, step: int) -> dict[str, float]:
+        """Judge the policy on held-out prompts and note it; nothing without a validation file."""
+        if self.evaluator is None:
+            return {}
+        judged = self.evaluator.judge(self.policy, self.roles.reference)
+        results = judged.metrics | self._win_rate(judged)
+        self.last_results = results
+        if step == 0:
+            self.output.write_evaluation(step, results)
+        return results
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` PPO steps."""
+        moments = self.builder.moments
+        state = {
+            "step": done,
+            "stream": self.stream.state_dict(),
+            "kl_coef": self.kl_coef,
+            "reward_moments": [moments.count, moments.mean, moments.square_deviation],
+            "first_scores": self.first_scores,
+        }
+        keep = self.config.checkpoint.keep
+        save(self.config.run.dir, done, self.trained, state, self.mesh, keep=keep)
+
+    def close(self) -> None:
+        """Export the models and end the rules' processes."""
+        run_dir = self.config.run.dir
+        if self.config.checkpoint.export_hf:
+            export_hf(self.policy, self.config, self.mesh, target=run_dir / "hf")
+            critic = [ddp.module for ddp in self.roles.critic.chunks]
+            export_hf(critic, self.config, self.mesh, target=run_dir / "hf_critic")
+        self.scorer.close()
+        if self.evaluator is not None:
+            self.evaluator.close()
+
+    def _resume(self) -> int:
+        state = resume(self.config, self.trained, self.mesh)
+        if state is None:
+            return 0
+        self.stream.load_state_dict(state["stream"])
+        self.kl_coef = float(state["kl_coef"])
+        count, mean, square_deviation = state["reward_moments"]
+        self.builder.moments = RunningMoments(
+            count=count, mean=mean, square_deviation=square_deviation
+        )
+        self.first_scores = state["first_scores"]
+        return int(state["step"])
+
+    def _rollout(self, step: int) -> tuple[list[Prompt], Rollout]:
+        """Generate this replica's share of the step's samples."""
+        settings = self.config.rollout
+        drawn = self.stream.next_batch().tolist()
+        own = local_indices(settings.batch_size, self.config.ppo.minibatch_size, self.mesh)
+        prompts = [self.inputs.train[drawn[i // settings.samples_per_prompt]] for i in own]
+        rollout = self.generator.generate(
+            [p.prompt_ids for p in prompts],
+            own,
+            rule=SamplingRule(
+                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+            ),
+            max_response_tokens=settings.max_response_tokens,
+            seed=self.config.run.seed,
+            step=step,
+            slots=settings.slots,
+        )
+        return prompts, rollout
+
+    def _samples(
+        self, prompts: Sequence[Prompt], experience: Experience, scores: Tensor
+    ) -> list[Sample]:
+        ids = experience.actions.ids.cpu()
+        before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1]
+        starts = (ids != before) & (ids >= 0)
+        return [
+            make_sample(
+                prompts[i].prompt,
+                experience.responses[i],
+                self.tokenizer,
+                action_starts=starts[i].nonzero()[:, 0].tolist(),
+                score=scores[i].item(),
+            )
+            for i in range(min(self.config.logging.samples, len(prompts)))
+        ]
+
+    def _win_rate(self, judged: Judged) -> dict[str, float]:
+        """Share of prompts on which the score is above that of the first evaluation."""
+        if self.first_scores is None:
+            self.first_scores = judged.scores
+            return {}
+        pairs = [
+            (now, then)
+            for now, then in zip(judged.scores, self.first_scores, strict=True)
+            if not (math.isnan(now) or math.isnan(then))
+        ]
+        wins = sum((now > then) + 0.5 * (now == then) for now, then in pairs)
+        return {"eval/win_rate": wins / len(pairs)} if pairs else {}
+
+    def _count_tokens(self, sums: MetricSums, rollout: Rollout) -> None:
+        if self.mesh.is_reporter:
+            new = sum(map(len, rollout.responses))
+            sums.add_total("tokens/rollout", float(new))
+            sums.add_total("tokens/update", float(new + sum(map(len, rollout.prompts))))
+
+    def _add_rates(self, metrics: dict[str, float], rollout: Rollout) -> None:
+        """Turn token counts and seconds into rates, and into MFU where the peak is known."""
+        timers, model = self.output.timers, self.config.model
+        new, all_tokens = metrics.pop("tokens/rollout"), metrics.pop("tokens/update")
+        seconds = timers.seconds("rollout") + timers.seconds("experience") + timers.seconds("update")
+        metrics["rollout/tokens_per_second"] = new / timers.seconds("rollout")
+        metrics["perf/tokens_per_second"] = all_tokens / seconds
+        peak = peak_flops(self.mesh.platform.device_name)
+        lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+        for role, size in (("policy", model.vocab_size or 0), ("critic", 1)):
+            forward = forward_flops(
+                model, lengths, output_size=size, output_tokens=sum(map(len, rollout.responses))
+            )
+            share = mfu(
+                training_flops(forward) * self.config.ppo.epochs,
+                seconds=self.role_timers.seconds(role),
+                num_devices=self.mesh.world_size // self.mesh.dp_size,
+                peak=peak,
+            )
+            if share is not None:
+                metrics[f"perf/mfu_{role}"] = share
+        self.role_timers.drain()
+
+
+def _derived(metrics: dict[str, Any]) -> dict[str, float]:
+    """Turn moments into standard deviation and explained variance."""
+
+    def variance(mean: str, square: str) -> float:
+        return max(metrics.pop(square, 0.0) - metrics[mean] ** 2, 0.0) if mean in metrics else 0.0
+
+    score_variance = variance("rollout/score_mean", "rollout/score_square")
+    if "rollout/score_mean" in metrics:
+        metrics["rollout/score_std"] = score_variance**0.5
+    total = variance("critic/return_mean", "critic/return_square")
+    left = variance("critic/error_mean", "critic/error_square")
+    metrics.pop("critic/error_mean", None)
+    if total > 0:
+        metrics["critic/explained_variance"] = 1 - left / total
+    return metrics

@@ -1,0 +1,145 @@
+"""The loop that sft and reward share: stream -> microbatches -> optimizer step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.algorithm.losses import LossOutput
+from marlhf_mega.checkpoint.store import save
+from marlhf_mega.config.schema import OptimizerConfig
+from marlhf_mega.data.stream import SampleStream
+from marlhf_mega.metrics.progress import Job
+from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.train.export import export_hf
+from marlhf_mega.train.inputs import Inputs
+from marlhf_mega.train.output import RunOutput
+from marlhf_mega.train.resume import resume
+
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """What one forward takes: the sequences, and what else the loss needs."""
+
+    batch: Any
+    extra: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedJob(Generic[Example]):
+    """What distinguishes one supervised job from another."""
+
+    job: Job
+    role: str
+    """Name of the trained model in checkpoints: policy or reward."""
+    optimizer: OptimizerConfig
+    optimizer_prefix: str
+    """Metrics of the optimizer: policy/lr or reward/lr."""
+    batch_size: int
+    """Examples per optimizer step, over all ranks."""
+    cut: Callable[[Sequence[Example]], list[Microbatch]]
+    """A rank's examples -> microbatches."""
+    run: Callable[[Any, Any], Tensor]
+    """Calls one chunk on a batch."""
+    loss: Callable[[Tensor, Microbatch], LossOutput]
+    metric_names: Sequence[str]
+    """Keys of the loss's metrics."""
+    num_tokens: Callable[[Example], int]
+    evaluate: Callable[[TrainState, Sequence[Example]], Mapping[str, float]]
+    """Held-out results of this rank's model on all validation examples."""
+
+
+def train_supervised(
+    spec: SupervisedJob[Example],
+    inputs: Inputs[Example],
+    chunks: Sequence[StageModel],
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Train, evaluate, save, export. All ranks call it.
+
+    Args:
+        spec: the job.
+        inputs: configuration and examples.
+        chunks: this rank's chunks, filled.
+        mesh: where this rank stands.
+
+    Returns:
+        The last held-out results.
+    """
+    config = inputs.config
+    steps = config.run.steps or max(1, len(inputs.train) // spec.batch_size)
+    state = TrainState(chunks, spec.optimizer, total_steps=steps)
+    stream = SampleStream(
+        num_samples=len(inputs.train),
+        batch_size=spec.batch_size,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        data_hash=inputs.data_hash,
+    )
+    roles = {spec.role: state}
+    restored = resume(config, roles, mesh)
+    first = 0
+    if restored is not None:
+        first = int(restored["step"])
+        stream.load_state_dict(restored["stream"])
+    results: Mapping[str, float] = {}
+    with RunOutput(spec.job, inputs, mesh, num_steps=steps, first_step=first) as output:
+        for step in range(first, steps):
+            with output.timers("step"):
+                metrics = _step(spec, inputs, state, stream, mesh, output)
+            seconds = output.timers.seconds("step")
+            metrics["perf/tokens_per_second"] = metrics.pop("tokens") / seconds
+            done = step + 1
+            if inputs.validation and _due(done, config.evaluate.interval, steps):
+                results = spec.evaluate(state, inputs.validation)
+                metrics.update(results)
+            output.finish_step(done, metrics)
+            if _due(done, config.checkpoint.interval, steps):
+                progress = {"step": done, "stream": stream.state_dict()}
+                save(config.run.dir, done, roles, progress, mesh, keep=config.checkpoint.keep)
+        if config.checkpoint.export_hf:
+            export_hf(chunks, config, mesh, target=config.run.dir / "hf")
+        output.write_report()
+    return dict(results)
+
+
+def _due(done: int, interval: int, steps: int) -> bool:
+    return done == steps or (interval > 0 and done % interval == 0)
+
+
+def _step(
+    spec: SupervisedJob[Example],
+    inputs: Inputs[Example],
+    state: TrainState,
+    stream: SampleStream,
+    mesh: Mesh,
+    output: RunOutput,
+) -> dict[str, float]:
+    """Take one optimizer step; returns the reduced metrics."""
+    job, prefix = spec.job, spec.optimizer_prefix
+    batch = [inputs.train[i] for i in stream.next_batch().tolist()]
+    share = len(batch) // mesh.dp_size
+    own = batch[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+    state.zero_grad()
+    losses = run_forward_backward(
+        state.chunks, spec.cut(own), lambda chunk, m: spec.run(chunk, m.batch), spec.loss
+    )
+    result = state.step()
+    names = [f"{job}/loss", *(f"{job}/{n}" for n in spec.metric_names)]
+    sums = MetricSums(mean=[*names, f"{prefix}/lr", f"{prefix}/grad_norm"], total=["tokens"])
+    if mesh.is_reporter:
+        for loss in losses:
+            sums.add_means({f"{job}/loss": loss.loss_sum}, count=loss.count)
+            for name, (total, count) in loss.metrics.items():
+                sums.add_means({f"{job}/{name}": total}, count=count)
+        sums.add_means({f"{prefix}/lr": result.lr, f"{prefix}/grad_norm": result.grad_norm}, count=1)
+        sums.add_total("tokens", torch.tensor(sum(map(spec.num_tokens, own))))
+    return output.reduce(sums)
