@@ -61,6 +61,11 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.expert_size={parallel.expert_size}: must divide the ranks of one pipeline "
             f"stage, {world_size // pipeline}. Lower it or start more ranks."
         )
+    if parallel.context_size > 1:
+        yield (
+            f"parallel.context_size={parallel.context_size}: sequences cannot be shared between "
+            "ranks yet. Set it to 1; long sequences fit by tensor_size and sequence_parallel."
+        )
     if model.num_attention_heads % tensor:
         yield (
             f"parallel.tensor_size={tensor}: must divide model.num_attention_heads="

@@ -32,7 +32,7 @@ class ParallelConfig(Section):
     virtual_pipeline_size: int = Field(1, gt=0)
     """Chunks of layers per stage (interleaved schedule); 1: the plain 1F1B schedule."""
     context_size: int = Field(1, gt=0)
-    """Ranks that share every sequence (needs Transformer Engine)."""
+    """Ranks that share every sequence; only 1 for now."""
     expert_size: int = Field(1, gt=0)
     """Ranks the experts of a layer are spread over."""
     sequence_parallel: bool = False
@@ -278,8 +278,8 @@ class RewardConfig(Section):
     """Shift and scale by the running moments of all scores so far, or scale only."""
     missing_eos: Literal["none", "subtract", "replace"] = "none"
     """What happens to the score of a response that was cut off."""
-    missing_eos_value: float = 1.0
-    """Subtracted from the score (`subtract`), or the score itself (`replace`)."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Subtracted from the score (`subtract`), or minus this is the score (`replace`)."""
     max_invalid_fraction: float = Field(0.5, ge=0, le=1)
     """More failed samples than this in one step stop the run."""
 

@@ -49,9 +49,9 @@ def shape(
     """
     moments = moments.update(sum_over_data(masked_moments(scores.scores, scores.valid)))
     shaped = shape_scores(scores.scores, moments, normalize=config.normalize, clip=config.clip)
-    shaped = handle_missing_eos(
-        shaped, ends_with_eos, mode=config.missing_eos, value=config.missing_eos_value
-    )
+    penalty = config.missing_eos_penalty
+    value = -penalty if config.missing_eos == "replace" else penalty
+    shaped = handle_missing_eos(shaped, ends_with_eos, mode=config.missing_eos, value=value)
     return torch.where(scores.valid, shaped, 0.0), moments
 
 

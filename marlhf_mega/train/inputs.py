@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from marlhf_mega import platform
 from marlhf_mega.config.checks import Job, check_job, check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import Origin, find_origin
@@ -56,6 +57,7 @@ def read_inputs(
     data_size = check_world(config, world_size)
     check_job(config, job, data_size)
     check_wandb(config.logging.wandb)
+    _check_fp8(config)
     tokenizer_path = _tokenizer_path(config)
     tokenizer = Tokenizer.load(tokenizer_path)
     config = _with_vocabulary(config, tokenizer)
@@ -112,6 +114,17 @@ def origin_of(path: str, tokenizer: Tokenizer, *, key: str) -> Origin:
     origin = find_origin(Path(path), key=key)
     check_same_tokenizer(origin, tokenizer, key=key)
     return origin
+
+
+def _check_fp8(config: Config) -> None:
+    if config.precision.fp8 == "off":
+        return
+    support = platform.current().supports_fp8()
+    if not support:
+        raise ConfigError(
+            f"precision.fp8={config.precision.fp8}: cannot be used here; {support.reason}. "
+            "Set it to off."
+        )
 
 
 def _tokenizer_path(config: Config) -> Path:

@@ -49,9 +49,9 @@ def test_scores_pass_unchanged_by_default():
 def test_missing_eos_is_treated_after_the_clip():
     scores = given([5.0, 5.0])
     ends = [True, False]
-    subtracted, _ = shaped(scores, ends, clip=2.0, missing_eos="subtract", missing_eos_value=3.0)
+    subtracted, _ = shaped(scores, ends, clip=2.0, missing_eos="subtract", missing_eos_penalty=3.0)
     assert subtracted.tolist() == [2.0, -1.0]
-    replaced, _ = shaped(scores, ends, clip=2.0, missing_eos="replace", missing_eos_value=-9.0)
+    replaced, _ = shaped(scores, ends, clip=2.0, missing_eos="replace", missing_eos_penalty=9.0)
     assert replaced.tolist() == [2.0, -9.0]
 
 
