@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about.capitalize() + ".")
-        command.add_argument("--config", type=Path, help="YAML file with what differs from defaults")
+        command.add_argument(
+            "--config", type=Path, help="YAML file with what differs from defaults"
+        )
         command.add_argument(
             "--print-config", action="store_true", help="show the resolved configuration and stop"
         )

@@ -158,7 +158,7 @@ def _metadata(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _model_state(chunks: Sequence[torch.nn.Module], mesh: Mesh) -> dict[str, Any]:
+def _model_state(chunks: Sequence[StageModel], mesh: Mesh) -> dict[str, Any]:
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=_metadata(mesh))
         for index, chunk in enumerate(chunks)
@@ -168,7 +168,7 @@ def _model_state(chunks: Sequence[torch.nn.Module], mesh: Mesh) -> dict[str, Any
 def _save_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = _model_state([ddp.module for ddp in role.chunks], mesh)
-    models = {k: v for k, v in state.items()}
+    models = dict(state)
     state["optimizer"] = role.optimizer.sharded_state_dict(
         _flat(models), is_loading=False, metadata=_metadata(mesh)
     )
@@ -223,7 +223,9 @@ def _begin(temporary: Path, roles: Mapping[str, TrainState]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     needed = sum(
-        p.numel() * (p.element_size() + 12) for r in roles.values() for c in r.chunks
+        p.numel() * (p.element_size() + 12)
+        for r in roles.values()
+        for c in r.chunks
         for p in c.parameters()
     )
     free = shutil.disk_usage(temporary).free
@@ -235,8 +237,7 @@ def _hash_share(folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
     """Hash and flush this rank's share of the files; the ranks take turns."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {
-        str(path.relative_to(folder)): _facts(path)
-        for path in files[mesh.rank :: mesh.world_size]
+        str(path.relative_to(folder)): _facts(path) for path in files[mesh.rank :: mesh.world_size]
     }
 
 
@@ -315,5 +316,3 @@ def _together(mesh: Mesh, work: Callable[[], None], *, first: bool = False) -> N
     failed = agree_on_error(error, mesh)
     if failed is not None:
         raise RuntimeError(failed)
-
-

@@ -55,7 +55,9 @@ def fill_random(
     """
     model = chunks[0].model
     assert model.vocab_size is not None
-    table = WeightTable(model, "causal_lm" if chunks[0].head == "language" else "sequence_classification")
+    table = WeightTable(
+        model, "causal_lm" if chunks[0].head == "language" else "sequence_classification"
+    )
     layout = layout_of(mesh, model.vocab_size)
     wanted = [p for p in local_parameters(chunks) if only is None or p.name.startswith(only)]
     for local, shard in find_shards(wanted, table, layout):
@@ -82,9 +84,7 @@ def _standard_deviation(name: str, chunk: StageModel) -> float:
     return model.init_std
 
 
-def _draw_piece(
-    target: Tensor, piece: Piece, table: WeightTable, *, std: float, seed: int
-) -> None:
+def _draw_piece(target: Tensor, piece: Piece, table: WeightTable, *, std: float, seed: int) -> None:
     if piece.name is None:
         target.zero_()
         return
@@ -108,9 +108,7 @@ def _normal(bits: Tensor) -> Tensor:
     return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
 
 
-def fill_from(
-    origin: Origin, chunks: Sequence[StageModel], mesh: Mesh, *, seed: int
-) -> list[str]:
+def fill_from(origin: Origin, chunks: Sequence[StageModel], mesh: Mesh, *, seed: int) -> list[str]:
     """Fill a model from a run directory or a Hugging Face folder, at any layout.
 
     A scalar head that the origin does not have (a critic started from a policy) is drawn afresh.
@@ -130,7 +128,9 @@ def fill_from(
         return load_weights(origin.path, chunks, mesh)
     model = chunks[0].model
     assert model.vocab_size is not None
-    table = WeightTable(model, "causal_lm" if chunks[0].head == "language" else "sequence_classification")
+    table = WeightTable(
+        model, "causal_lm" if chunks[0].head == "language" else "sequence_classification"
+    )
     report = import_weights(
         origin.path,
         local_parameters(chunks),

@@ -41,7 +41,7 @@ class ModelConfig(Section):
     hf_path: Path | None = None
     """A Hugging Face folder: its config.json decides every shape below, its weights are loaded."""
     init: str = "auto"
-    """`auto` (weights of `hf_path` if set, else random), `random`, or a run directory to go on from."""
+    """`auto` (weights of `hf_path` if set, else random), `random`, or a run directory."""
 
     architecture: Architecture = "llama"
     """Names the Hugging Face architecture that import and export speak."""

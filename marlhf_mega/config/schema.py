@@ -48,7 +48,7 @@ class PrecisionConfig(Section):
     """Number formats."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and activations; `auto`: bfloat16 on GPUs, float32 on CPUs. Master weights are float32."""
+    """Weights and activations (`auto`: bfloat16 on GPUs, float32 on CPUs); masters: float32."""
     fp8: Literal["off", "hybrid", "e4m3"] = "off"
     """Matrix products in FP8 through Transformer Engine; `hybrid`: e5m2 gradients."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
@@ -130,7 +130,7 @@ class CriticConfig(OptimizerConfig):
     """The critic's optimizer and origin."""
 
     init: str = "reward"
-    """`reward` (the first learned reward model), `policy` (the policy's body), or a run directory."""
+    """`reward` (the first learned reward model), `policy` (its body), or a run directory."""
     warmup_ppo_steps: int = Field(0, ge=0)
     """PPO steps in which only the critic learns."""
 
@@ -176,7 +176,7 @@ class MacroConfig(Section):
     random_mode: Literal["list", "cycle"] = "cycle"
     """`random_ngram`: what follows the list: one last action, or new draws."""
     perplexity: Literal["token", "prefix", "segment"] = "segment"
-    """`perplexity`: what must rise for a new action: the token's, the prefix's, the action's own."""
+    """`perplexity`: whose must rise for a new action: the token's, the prefix's, the action's."""
     parser: str = "rules"
     """`parsing`: `rules`, `python` (syntax tree), or an import path `module:factory`."""
     cutoff: int = Field(5, gt=0)
@@ -190,7 +190,7 @@ class MacroConfig(Section):
     value: Literal["equal", "unit", "position", "position_repo", "first"] = "equal"
     """How token values become the value of an action."""
     reward: Literal["sum", "mean"] = "sum"
-    """How token rewards become the reward of an action; `mean` weakens the KL penalty by its length."""
+    """How token rewards become the action's; `mean` divides the KL penalty by its length."""
     ratio: Literal["token", "macro", "macro_geo"] = "token"
     """Likelihood ratio: per token, of the whole action, or its geometric mean."""
     discount: Literal["per_macro", "per_token"] = "per_macro"

@@ -114,7 +114,11 @@ class ExperienceBuilder:
         return experience, raw
 
     def _forward(
-        self, chunks: Sequence[torch.nn.Module], rollout: Rollout, run: Any, leading: tuple[int, ...]
+        self,
+        chunks: Sequence[torch.nn.Module],
+        rollout: Rollout,
+        run: Any,
+        leading: tuple[int, ...],
     ) -> Tensor:
         return forward_rows(
             chunks,

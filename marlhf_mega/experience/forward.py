@@ -1,4 +1,4 @@
-"""Run a model over many sequences: cut to microbatches, pipeline them, put the rows back in order."""
+"""Run a model over many sequences: cut to microbatches, pipeline, put the rows back in order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,4 +97,3 @@ def forward_rows(
             width = min(columns, output.shape[-1])
             whole[..., rows, :width] = output[..., real.to(mesh.device), :width].float()
     return broadcast_from_last_stage(whole, (*leading, len(prompts), columns), mesh)
-

@@ -30,6 +30,8 @@ Head = Literal["language", "scalar"]
 class StageModel(LanguageModule):
     """The layers between two pipeline boundaries, plus embedding and head where they belong."""
 
+    rotary_speeds: Tensor
+
     def __init__(
         self, model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, *, head: Head, chunk: int
     ) -> None:
@@ -107,9 +109,7 @@ class StageModel(LanguageModule):
             hidden = hidden * torch.tensor(self.model.hidden_size**0.5, dtype=hidden.dtype)
         return hidden
 
-    def forward(
-        self, batch: SequenceBatch, *, temperature: float = 1.0, shift: int = -1
-    ) -> Tensor:
+    def forward(self, batch: SequenceBatch, *, temperature: float = 1.0, shift: int = -1) -> Tensor:
         """Run the chunk; all stages are called with the same batch.
 
         Args:
@@ -125,7 +125,7 @@ class StageModel(LanguageModule):
         """
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         angles = rotation_angles(self.rotary_speeds, positions)[:, None, None, :]
-        hidden: Tensor = self.decoder(
+        hidden = self.decoder(
             hidden_states=self.embed(batch.tokens) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=angles,

@@ -95,7 +95,8 @@ class SdpaAttention(torch.nn.Module):
 
         Args:
             query: [seq, batch, heads, head_dim].
-            key, value: [seq, batch, groups, head_dim].
+            key: [seq, batch, groups, head_dim].
+            value: like key.
             attention_mask: always none: the order of positions is the mask.
 
         Returns:
@@ -114,7 +115,8 @@ class SdpaAttention(torch.nn.Module):
 
         Args:
             q: [batch, heads, queries, head_dim].
-            k, v: [batch, groups, keys, head_dim].
+            k: [batch, groups, keys, head_dim].
+            v: like k.
             mask: bool, broadcastable to [batch, heads, queries, keys].
 
         Returns:

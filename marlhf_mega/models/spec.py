@@ -48,7 +48,7 @@ def uses_transformer_engine(model: ModelConfig, mesh: Mesh) -> bool:
 def transformer_config(
     model: ModelConfig, precision: PrecisionConfig, mesh: Mesh
 ) -> TransformerConfig:
-    """Translate our names to Megatron-Core's. Fusions that need CUDA kernels follow the platform."""
+    """Translate our names to Megatron-Core's; fusions that need extra CUDA kernels stay off."""
     dtype = compute_dtype(precision, mesh)
     pipelined = mesh.pp_size > 1
     return TransformerConfig(
@@ -127,9 +127,7 @@ class _LocalBackend(LocalSpecProvider):
         self.model = model
 
     def row_parallel_linear(self) -> type:
-        return (
-            PostNormRowParallelLinear if self.model.post_norms else super().row_parallel_linear()
-        )
+        return PostNormRowParallelLinear if self.model.post_norms else super().row_parallel_linear()
 
 
 def _local_layer_spec(model: ModelConfig) -> ModuleSpec:

@@ -1,4 +1,4 @@
-"""A model that learns: chunks wrapped for data parallelism, optimizer and learning-rate schedule."""
+"""A model that learns: data-parallel chunks, optimizer and learning-rate schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,8 +48,7 @@ class TrainState:
             fp8_param_gather=fp8,
         )
         self.chunks = [
-            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk)
-            for chunk in chunks
+            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
         ]
         bf16 = config.params_dtype == torch.bfloat16
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(

@@ -32,6 +32,11 @@ def any_over_group(flag: bool, group: Group, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def any_over_world(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    return bool(max_over_world(torch.tensor(int(flag), device=device)).item())
+
+
 def broadcast_from_last_stage(value: Tensor | None, shape: tuple[int, ...], mesh: Mesh) -> Tensor:
     """Give every pipeline stage what the last one holds.
 
@@ -47,7 +52,8 @@ def broadcast_from_last_stage(value: Tensor | None, shape: tuple[int, ...], mesh
         assert value is not None
         return value
     if mesh.is_last_stage:
-        assert value is not None and value.shape == shape, (value, shape)
+        assert value is not None
+        assert value.shape == shape, (value.shape, shape)
         buffer = value.float().contiguous()
     else:
         buffer = torch.empty(shape, device=mesh.device)
@@ -113,7 +119,7 @@ def agree_on_error(error: str | None, mesh: Mesh) -> str | None:
     Returns:
         `rank R: message` of the first rank that has one, else none; the same on all ranks.
     """
-    if not any_over_group(error is not None, dist.group.WORLD, mesh.device):
+    if not any_over_world(error is not None, mesh.device):
         return None
     messages: list[str | None] = [None] * mesh.world_size
     dist.all_gather_object(messages, error)

@@ -163,7 +163,7 @@ def _join_world(here: Platform, timeout: timedelta) -> None:
         return
     dist.init_process_group(
         here.backend,
-        store=dist.HashStore(),
+        store=dist.HashStore(),  # type: ignore[attr-defined]
         rank=0,
         world_size=1,
         timeout=timeout,

@@ -104,7 +104,7 @@ def _own_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -124,7 +124,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> Any:
         hidden, weight, targets, entropy, log_normaliser = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         rows = weight[: shard.num_real]

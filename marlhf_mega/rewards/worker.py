@@ -61,7 +61,7 @@ def _import(source: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"{name} is {type(function).__name__}, not a function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _accepted_fields(function: Callable[..., Any]) -> set[str] | None:

@@ -184,7 +184,9 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
         for name in ("sequence_parallel", "reduce_scatter_embeddings")
         if getattr(module, name, False) is True
     ]
-    configs = {id(c): c for c in (m.config for ch in chunks for m in ch.modules() if hasattr(m, "config"))}
+    configs = {
+        id(c): c for c in (m.config for ch in chunks for m in ch.modules() if hasattr(m, "config"))
+    }
     sequence_parallel = chunks[0].config.sequence_parallel
     was_training = chunks[0].training
     try:

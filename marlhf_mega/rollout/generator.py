@@ -102,10 +102,7 @@ class _Run:
         share = max(1, -(-slots // num_groups))
         self.groups = [SlotGroup(share, waiting, self.mesh.device) for _ in range(num_groups)]
         self.decoders = [
-            [
-                ChunkDecoder(chunk, num_slots=share, max_tokens=longest)
-                for chunk in generator.chunks
-            ]
+            [ChunkDecoder(chunk, num_slots=share, max_tokens=longest) for chunk in generator.chunks]
             for _ in self.groups
         ]
         self.hidden_size = generator.chunks[0].config.hidden_size

@@ -88,9 +88,7 @@ class SlotGroup:
         width = max(len(r.prompt) for r in self.in_flight)
         rows = [r.prompt + [0] * (width - len(r.prompt)) for r in self.in_flight]
         lengths = [len(r.prompt) for r in self.in_flight]
-        return Prefill(
-            tokens=self._tensor(rows), lengths=self._tensor(lengths), first_slot=first
-        )
+        return Prefill(tokens=self._tensor(rows), lengths=self._tensor(lengths), first_slot=first)
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self.device)

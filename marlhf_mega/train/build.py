@@ -95,9 +95,7 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_s
     start = policy_origin(config)
     rewards = reward_origins(config, tokenizer)
     critic = critic_origin(config, tokenizer, rewards)
-    policy = build_model(
-        config.model, config, mesh, head="language", origin=start, name="policy"
-    )
+    policy = build_model(config.model, config, mesh, head="language", origin=start, name="policy")
     reference = build_model(
         config.model, config, mesh, head="language", origin=start, name="reference"
     )

@@ -67,9 +67,7 @@ class Evaluator:
             )
         )
 
-    def judge(
-        self, chunks: Sequence[StageModel], reference: Sequence[StageModel] | None
-    ) -> Judged:
+    def judge(self, chunks: Sequence[StageModel], reference: Sequence[StageModel] | None) -> Judged:
         """Generate and judge. All ranks call it.
 
         Args:
@@ -123,7 +121,7 @@ class Evaluator:
         reference: Sequence[StageModel] | None,
         rollout: Rollout,
     ) -> Tensor | None:
-        """Return [batch]: the sum over tokens of log p / p_reference, at the rollout temperature."""
+        """Return [batch]: the sum over tokens of log p / p_reference, at the same temperature."""
         if reference is None:
             return None
         temperature = self.config.evaluate.temperature or 1.0

@@ -9,6 +9,7 @@ from marlhf_mega.checkpoint.hf.parameters import local_parameters
 from marlhf_mega.checkpoint.hf.side_files import SideFiles
 from marlhf_mega.checkpoint.hf.table import WeightTable
 from marlhf_mega.checkpoint.weights import layout_of
+from marlhf_mega.config.hf_families import Head
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import WorldPeers
@@ -17,9 +18,7 @@ from marlhf_mega.parallel.mesh import Mesh
 logger = logging.getLogger(__name__)
 
 
-def export_hf(
-    chunks: Sequence[StageModel], config: Config, mesh: Mesh, *, target: Path
-) -> None:
+def export_hf(chunks: Sequence[StageModel], config: Config, mesh: Mesh, *, target: Path) -> None:
     """Export one model. All ranks call it.
 
     Args:
@@ -30,7 +29,7 @@ def export_hf(
     """
     model = chunks[0].model
     assert model.vocab_size is not None
-    head = "causal_lm" if chunks[0].head == "language" else "sequence_classification"
+    head: Head = "causal_lm" if chunks[0].head == "language" else "sequence_classification"
     report = export_weights(
         target,
         local_parameters(chunks),

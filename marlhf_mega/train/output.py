@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from omegaconf import OmegaConf
 
@@ -38,7 +38,7 @@ class RunOutput:
     """Writers and clocks of one job. All ranks hold one; rank 0 writes."""
 
     def __init__(
-        self, job: Job, inputs: "Inputs[object]", mesh: Mesh, *, num_steps: int, first_step: int
+        self, job: Job, inputs: Inputs[Any], mesh: Mesh, *, num_steps: int, first_step: int
     ) -> None:
         self.mesh = mesh
         self.config = inputs.config

@@ -277,7 +277,9 @@ class PpoRun:
         """Turn token counts and seconds into rates, and into MFU where the peak is known."""
         timers, model = self.output.timers, self.config.model
         new, all_tokens = metrics.pop("tokens/rollout"), metrics.pop("tokens/update")
-        seconds = timers.seconds("rollout") + timers.seconds("experience") + timers.seconds("update")
+        seconds = (
+            timers.seconds("rollout") + timers.seconds("experience") + timers.seconds("update")
+        )
         metrics["rollout/tokens_per_second"] = new / timers.seconds("rollout")
         metrics["perf/tokens_per_second"] = all_tokens / seconds
         peak = peak_flops(self.mesh.platform.device_name)

@@ -1,47 +1,55 @@
-"""The whole story on this machine with built-in data: sft -> reward model -> macro ppo -> report."""
+"""The whole story on this machine with built-in data: sft, reward model, macro ppo, report."""
 
-import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from marlhf_mega.config.checks import check_world
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import (
-    CheckpointConfig,
-    Config,
-    CriticConfig,
-    DataConfig,
-    EvaluateConfig,
-    MacroConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PPOConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RewardTerm,
-    RolloutConfig,
-    RunConfig,
-    SftConfig,
-    TokenizerConfig,
-)
-from marlhf_mega.config.section import Section
+from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
 from marlhf_mega.metrics.progress import show_before_after
+from marlhf_mega.metrics.report import report
 from marlhf_mega.parallel.collectives import barrier
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.train.ppo import ppo_inputs, run_ppo
 from marlhf_mega.train.reward import reward_inputs, run_reward
 from marlhf_mega.train.sft import run_sft, sft_inputs
 
-logger = logging.getLogger(__name__)
-
-GOLD = "marlhf_mega.data.toy:gold_reward"
-VOCABULARY = 384
+VOCABULARY = 512
 ROWS = {"sft": 4096, "preferences": 4096, "prompts": 4096}
 HELD_OUT = 512
+STEPS = {"sft": 300, "reward": 300, "ppo": 40}
+SFT_LR = 2e-3
+SETTINGS: dict[str, Any] = {
+    "run": {"name": "quickstart", "dir": "runs/quickstart"},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 352,
+        "max_positions": 96,
+    },
+    "data": {"max_prompt_tokens": 40, "max_response_tokens": 56},
+    "policy": {"lr": 3e-4},
+    "critic": {"lr": 1e-3},
+    "sft": {"batch_size": 64, "microbatch_size": 32},
+    "reward_model": {"lr": 5e-4, "batch_size": 64, "microbatch_size": 32},
+    "rollout": {"batch_size": 128, "max_response_tokens": 56},
+    "macro": {"rule": "fixed_ngram", "n": 5},
+    "ppo": {"epochs": 2, "minibatch_size": 64, "microbatch_size": 32, "kl_coef": 0.1},
+    "evaluate": {
+        "num_prompts": 512,
+        "batch_size": 256,
+        "gold": "marlhf_mega.data.toy:gold_reward",
+    },
+    "checkpoint": {"keep": 1},
+}
+"""Sizes that a laptop trains in minutes."""
 
 
 def quickstart_config(user: Config, world_size: int) -> Config:
@@ -56,11 +64,10 @@ def quickstart_config(user: Config, world_size: int) -> Config:
                 f"{section}: quickstart makes its own data and trains its own reward model. "
                 "Remove the section, or run sft, reward and ppo with a config of your own."
             )
-    merged = {
-        name: _over(getattr(_settings(world_size), name), getattr(user, name))
-        for name in Config.model_fields
-    }
-    config = Config.model_construct(**merged)
+    settings = _over(
+        SETTINGS | {"parallel": _layout(world_size)}, user.model_dump(exclude_unset=True)
+    )
+    config = Config.model_validate(settings)
     check_world(config, world_size)
     return config
 
@@ -77,8 +84,6 @@ def run_quickstart(config: Config, mesh: Mesh) -> None:
     ppo = _stage(config, "ppo")
     before, after = run_ppo(ppo_inputs(ppo, world), mesh)
     if mesh.rank == 0:
-        from marlhf_mega.metrics.report import report
-
         out = folder / "report.html"
         report([folder / "sft", folder / "reward", folder / "ppo"], out)
         show_before_after(
@@ -113,36 +118,12 @@ def make_data(folder: Path, *, seed: int) -> None:
     train_tokenizer(toy.tokenizer_text(seed), folder / "tokenizer", vocab_size=VOCABULARY)
 
 
-def _settings(world_size: int) -> Config:
-    """Sizes that a laptop trains in minutes; TP2 x PP2 where there are ranks for it."""
-    tensor = 2 if world_size % 2 == 0 else 1
-    pipeline = 2 if world_size % 4 == 0 else 1
-    return Config(
-        run=RunConfig(name="quickstart", dir=Path("runs/quickstart")),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=128,
-            num_attention_heads=4,
-            num_query_groups=2,
-            ffn_hidden_size=352,
-            max_positions=128,
-        ),
-        parallel=ParallelConfig(tensor_size=tensor, pipeline_size=pipeline),
-        data=DataConfig(max_prompt_tokens=64, max_response_tokens=64),
-        policy=OptimizerConfig(lr=3e-4),
-        critic=CriticConfig(lr=1e-3),
-        sft=SftConfig(batch_size=64, microbatch_size=32),
-        reward_model=RewardModelConfig(lr=1e-3, batch_size=64, microbatch_size=32),
-        rollout=RolloutConfig(batch_size=128, max_response_tokens=64),
-        macro=MacroConfig(rule="fixed_ngram", n=5),
-        ppo=PPOConfig(epochs=2, minibatch_size=64, microbatch_size=32, kl_coef=0.02),
-        evaluate=EvaluateConfig(num_prompts=512, batch_size=256, gold=GOLD),
-        checkpoint=CheckpointConfig(keep=1),
-    )
-
-
-STEPS = {"sft": 300, "reward": 200, "ppo": 60}
-SFT_LR = 2e-3
+def _layout(world_size: int) -> dict[str, int]:
+    """Choose TP2 x PP2 where there are ranks for it."""
+    return {
+        "tensor_size": 2 if world_size % 2 == 0 else 1,
+        "pipeline_size": 2 if world_size % 4 == 0 else 1,
+    }
 
 
 def _stage(config: Config, job: str) -> Config:
@@ -150,37 +131,30 @@ def _stage(config: Config, job: str) -> Config:
     folder = config.run.dir
     data = folder / "data"
     file = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}[job]
-    init = "random" if job == "sft" else str(folder / "sft")
-    steps = {"run": config.run.model_copy(
-        update={
+    changes: dict[str, Any] = {
+        "run": {
             "name": f"quickstart {job}",
             "dir": folder / job,
             "steps": config.run.steps or STEPS[job],
-        }
-    )}
-    policy = config.policy
+        },
+        "model": {"init": "random" if job == "sft" else str(folder / "sft")},
+        "tokenizer": {"path": data / "tokenizer"},
+        "data": {
+            "train_path": data / f"{file}.jsonl",
+            "validation_path": data / f"{file}_held_out.jsonl",
+        },
+    }
     if job == "sft":
-        policy = policy.model_copy(update={"lr": SFT_LR, "lr_schedule": "cosine"})
-    reward = RewardConfig()
+        changes["policy"] = {"lr": SFT_LR, "lr_schedule": "cosine"}
     if job == "ppo":
-        reward = RewardConfig(source=(RewardTerm(source=str(folder / "reward")),))
-    return config.model_copy(
-        update={
-            **steps,
-            "model": config.model.model_copy(update={"init": init}),
-            "policy": policy,
-            "tokenizer": TokenizerConfig(path=data / "tokenizer"),
-            "data": config.data.model_copy(
-                update={
-                    "train_path": data / f"{file}.jsonl",
-                    "validation_path": data / f"{file}_held_out.jsonl",
-                }
-            ),
-            "reward": reward,
-        }
-    )
+        changes["reward"] = {"source": str(folder / "reward")}
+    return Config.model_validate(_over(config.model_dump(), changes))
 
 
-def _over(base: Section, user: Section) -> Section:
-    """Return `base` with the keys that the user has set."""
-    return base.model_copy(update={name: getattr(user, name) for name in user.model_fields_set})
+def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested keys; `changes` wins."""
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _over(merged[name], value) if both else value
+    return merged

@@ -48,9 +48,7 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
     )
 
     def cut(pairs: Sequence[PreferencePair]) -> list[Microbatch]:
-        lengths = [
-            len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs
-        ]
+        lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
         parts = split_by_size(
             lengths,
             microbatch_size=settings.microbatch_size,

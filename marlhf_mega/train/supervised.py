@@ -140,6 +140,8 @@ def _step(
             sums.add_means({f"{job}/loss": loss.loss_sum}, count=loss.count)
             for name, (total, count) in loss.metrics.items():
                 sums.add_means({f"{job}/{name}": total}, count=count)
-        sums.add_means({f"{prefix}/lr": result.lr, f"{prefix}/grad_norm": result.grad_norm}, count=1)
+        sums.add_means(
+            {f"{prefix}/lr": result.lr, f"{prefix}/grad_norm": result.grad_norm}, count=1
+        )
         sums.add_total("tokens", torch.tensor(sum(map(spec.num_tokens, own))))
     return output.reduce(sums)

@@ -25,9 +25,7 @@ def pieces(name, layout, config=SMALL, head="causal_lm", layer=0):
 
 def test_query_key_value_rows_are_ordered_by_group():
     q, k, v = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkv")
-    found = pieces(
-        "decoder.layers.0.self_attention.linear_qkv.weight", Layout(padded_vocab_size=8)
-    )
+    found = pieces("decoder.layers.0.self_attention.linear_qkv.weight", Layout(padded_vocab_size=8))
     assert found == (
         Piece(q, 0, 0, 2),
         Piece(k, 0, 0, 1),
