@@ -83,14 +83,11 @@ def _facts(config: Mapping[str, Any]) -> str:
 
 
 def _essentials(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    model, parallel = config.get("model", {}), config.get("parallel", {})
+    model = config.get("model", {})
     if model:
         yield "model", f"{model.get('num_layers')} layers x {model.get('hidden_size')}"
     if config.get("layout"):
         yield "layout", str(config["layout"])
-    elif parallel:
-        sizes = (f"{name.removesuffix('_size')} {size}" for name, size in parallel.items())
-        yield "layout", ", ".join(sizes)
     for section, key, label in (
         ("precision", "dtype", "dtype"),
         ("macro", "rule", "macro actions"),

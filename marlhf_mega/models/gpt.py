@@ -151,8 +151,7 @@ class StageModel(LanguageModule):
         """Return the language head's rows on this rank, [vocab/tp, hidden]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        weight: Tensor = self.output_layer.weight
-        return weight
+        return self.output_layer.get_parameter("weight")
 
     def _gather_sequence(self, hidden: Tensor, *, sum_gradients: bool) -> Tensor:
         """Undo sequence parallelism; say whether ranks' gradients are parts of one sum."""

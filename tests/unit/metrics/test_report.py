@@ -81,7 +81,7 @@ def ppo_run(run_dir: Path) -> Path:
     (run_dir / "config.yaml").write_text(
         "run: {name: quick ppo, seed: 7}\n"
         "model: {num_layers: 4, hidden_size: 64}\n"
-        "parallel: {tensor_size: 2, pipeline_size: 2, sequence_parallel: true}\n"
+        "layout: '4 ranks: TP2 x PP2 x DP1 + SP'\n"
         "versions: {torch: 2.13.0}\n"
     )
     return run_dir
@@ -91,7 +91,7 @@ def test_a_report_holds_results_curves_timings_and_samples(tmp_path):
     report([ppo_run(tmp_path / "ppo")], tmp_path / "out" / "report.html")
     page = Page(tmp_path / "out" / "report.html")
     assert "quick ppo" in page.text
-    assert "TP2 x PP2 + SP" in page.text
+    assert "TP2 x PP2 x DP1 + SP" in page.text
     assert "gold reward" in page.text
     assert "10.0 standard errors" in page.text  # 0.5 / sqrt(0.03^2 + 0.04^2)
     assert "step 2: 1.5" in page.text
