@@ -71,7 +71,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.tensor_size={tensor}: must divide model.num_attention_heads="
             f"{model.num_attention_heads}. Use {_divisors(model.num_attention_heads)}."
         )
-    if model.query_groups % tensor and tensor % model.query_groups:
+    elif model.query_groups % tensor and tensor % model.query_groups:
         yield (
             f"parallel.tensor_size={tensor}: must divide model.num_query_groups="
             f"{model.query_groups} or be a multiple of it. Use {_divisors(model.query_groups)}."

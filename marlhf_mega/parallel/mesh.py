@@ -6,17 +6,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from marlhf_mega import platform
-
-platform.prepare()  # before the first import of megatron: on a CPU its CUDA calls are redirected
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-
-from marlhf_mega.config.schema import ParallelConfig  # noqa: E402
-from marlhf_mega.platform import Platform  # noqa: E402
+from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.platform import Platform
 
 Group = dist.ProcessGroup
 
@@ -93,7 +89,7 @@ class Mesh:
 
 
 def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) -> Mesh:
-    """Join the world and build every process group. All ranks call it, once per process.
+    """Join the world, unless joined already, and build every process group. All ranks call it.
 
     Without torchrun's environment the world is this one process.
 
@@ -103,9 +99,6 @@ def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) ->
 
     Returns:
         The mesh as this rank sees it.
-
-    Raises:
-        RuntimeError: the process has joined a world already.
     """
     here = platform.current()
     _join_world(here, timedelta(seconds=timeout_seconds))
@@ -143,10 +136,15 @@ def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) ->
     )
 
 
-def destroy_mesh() -> None:
-    """Leave the world, so that the process ends without hanging peers or warnings."""
+def destroy_mesh(*, leave_world: bool = True) -> None:
+    """Give up all groups, so that the process ends without hanging peers or warnings.
+
+    Args:
+        leave_world: a process cannot join a world again; keep it to create another mesh.
+    """
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if leave_world:
+        dist.destroy_process_group()
 
 
 def world_size_from_environment() -> int:
@@ -156,7 +154,7 @@ def world_size_from_environment() -> int:
 
 def _join_world(here: Platform, timeout: timedelta) -> None:
     if dist.is_initialized():
-        raise RuntimeError("parallel: this process has joined a world already. Call destroy_mesh.")
+        return
     device_id = here.device if here.name == "cuda" else None
     if "RANK" in os.environ:
         dist.init_process_group(here.backend, timeout=timeout, device_id=device_id)

@@ -1,0 +1,198 @@
+"""One PPO step, a reward-model step and greedy rollouts at several layouts of one world size."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config.schema import Config
+from marlhf_mega.data.datasets import PreferencePair
+from marlhf_mega.experience import builder
+from marlhf_mega.experience.builder import ExperienceBuilder
+from marlhf_mega.experience.forward import forward_rows
+from marlhf_mega.experience.scoring import Scorer
+from marlhf_mega.experience.segmentation import Segmenter
+from marlhf_mega.metrics.reduce import MetricSums, reduce_metrics
+from marlhf_mega.metrics.timing import PhaseTimers
+from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.models.roles import LogprobStep, Roles, score_step, value_step
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.collectives import (
+    gather_objects_over_data,
+    max_over_world,
+    sum_over_world,
+)
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.train import reward as reward_job
+from marlhf_mega.update import ppo as update
+
+BATCH, EOS = 8, 7
+
+
+def config_for(case):
+    return Config.model_validate(
+        {
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "ffn_hidden_size": 64,
+                "vocab_size": 50,
+                "qk_norm": True,
+                "qkv_bias": True,
+                "init_std": 0.2,
+                "tied_embeddings": case["tied"],
+            },
+            "parallel": case["parallel"],
+            "policy": {"lr": 2e-4},
+            "critic": {"lr": 2e-4},
+            "rollout": {"batch_size": BATCH, "max_response_tokens": 10},
+            "macro": {"n": 3, "ratio": "macro"},
+            "ppo": {
+                "minibatch_size": BATCH,
+                "microbatch_size": case["microbatch_size"],
+                "entropy_coef": 0.01,
+                "kl_loss_coef": 0.1,
+            },
+            "reward": {"source": "model"},
+        }
+    )
+
+
+def texts(seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(8, 50, (n,), generator=generator).tolist() for n in lengths]
+
+
+def by_sample(own, values, mesh):
+    """Collect per-sample lists of all replicas in the order of the global indices."""
+    parts = gather_objects_over_data(list(zip(own, values, strict=True)), mesh)
+    return [value for _, value in sorted(pair for part in parts for pair in part)]
+
+
+def trimmed(grid, responses):
+    return [row[: len(r)] for row, r in zip(grid.tolist(), responses, strict=True)]
+
+
+def model(config, mesh, head, seed):
+    chunks = build_chunks(config.model, config.precision, mesh, head=head)
+    fill_random(chunks, mesh, seed=seed)
+    return chunks
+
+
+def ppo_case(config, mesh):
+    policy = model(config, mesh, "language", 1)
+    roles = Roles(
+        policy=TrainState(policy, config.policy, total_steps=4),
+        critic=TrainState(model(config, mesh, "scalar", 2), config.critic, total_steps=4),
+        reference=model(config, mesh, "language", 3),
+        rewards=[model(config, mesh, "scalar", 4)],
+    )
+    own = update.local_indices(BATCH, BATCH, mesh)
+    prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6])
+    generator = Generator(policy, mesh, eos_id=EOS)
+    options = {"max_response_tokens": 10, "seed": 11, "step": 3, "slots": 3}
+    greedy, rollout = (
+        generator.generate([prompts[i] for i in own], own, rule=rule, **options)
+        for rule in (SamplingRule(temperature=0.0), SamplingRule(temperature=1.0))
+    )
+    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, microbatch_size=4)
+    segmenter = Segmenter(config.macro, None, mesh, seed=0)
+    sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
+    maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
+    experience, scores = maker.build(rollout, [{}] * len(own), step=3, kl_coef=0.05, sums=sums)
+    update.ppo_update(
+        roles, experience, config, mesh, step=3, sums=sums, timers=PhaseTimers()
+    )
+    rows = (rollout.prompts, rollout.responses)
+    cut = {"mesh": mesh, "microbatch_size": 4}
+    after = forward_rows(roles.policy.chunks, *rows, run=LogprobStep(1.0), leading=(2,), **cut)
+    values = forward_rows(roles.critic.chunks, *rows, run=value_step, **cut)
+    per_sample = {
+        "old_logprobs": experience.old_logprobs,
+        "ref_logprobs": experience.ref_logprobs,
+        "old_values": experience.old_values,
+        "advantages": experience.advantages,
+        "returns": experience.returns,
+        "logprobs_after": after[0],
+        "entropy_after": after[1],
+        "values_after": values,
+    }
+    metrics = reduce_metrics(sums, sum_over_world, max_over_world)
+    gap = metrics.pop("rollout/logprob_gap_max")
+    metrics.pop("rollout/logprob_gap")
+    assert gap < 1e-4, gap
+    return {
+        "greedy": by_sample(own, greedy.responses, mesh),
+        "sampled": by_sample(own, rollout.responses, mesh),
+        "scores": by_sample(own, scores.tolist(), mesh),
+        "metrics": metrics,
+        **{
+            name: by_sample(own, trimmed(grid, rollout.responses), mesh)
+            for name, grid in per_sample.items()
+        },
+    }
+
+
+def reward_case(config, mesh):
+    """Two optimizer steps of a reward model; the scores afterwards."""
+    state = TrainState(model(config, mesh, "scalar", 6), config.reward_model, total_steps=4)
+    prompts, chosen = texts(7, [4] * BATCH), texts(8, [3, 5, 4, 6, 3, 5, 4, 2])
+    rejected = texts(9, [5, 3, 6, 4, 2, 5, 3, 4])
+    pairs = [
+        PreferencePair(prompt_ids=p, chosen_ids=c, rejected_ids=r, margin=0.1)
+        for p, c, r in zip(prompts, chosen, rejected, strict=True)
+    ]
+    share = BATCH // mesh.dp_size
+    own = list(range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
+    size = config.ppo.microbatch_size
+    norms = []
+    for _ in range(2):
+        state.zero_grad()
+        microbatches = [
+            reward_job._pair_microbatch([pairs[i] for i in own[k : k + size]], mesh)
+            for k in range(0, share, size)
+        ]
+        run_forward_backward(
+            state.chunks,
+            microbatches,
+            lambda chunk, m: score_step(chunk, m.batch),
+            lambda output, m: reward_job._loss(output, m, config),
+        )
+        norms.append(state.step().grad_norm)
+    scores = forward_rows(
+        state.chunks,
+        [prompts[i] for i in own],
+        [chosen[i] for i in own],
+        mesh=mesh,
+        microbatch_size=4,
+        run=score_step,
+    )
+    return {
+        "grad_norms": norms,
+        "scores": by_sample(own, trimmed(scores, [chosen[i] for i in own]), mesh),
+    }
+
+
+def main():
+    out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    results = []
+    for case in cases:
+        config = config_for(case)
+        mesh = create_mesh(config.parallel)
+        results.append({"ppo": ppo_case(config, mesh), "reward": reward_case(config, mesh)})
+        if mesh.rank == 0:
+            out.write_text(json.dumps(results))
+        destroy_mesh(leave_world=False)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

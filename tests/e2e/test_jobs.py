@@ -1,0 +1,228 @@
+"""The commands as a user runs them, on real gloo ranks, with tiny models."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURE_METRICS = """
+rollout/score_mean rollout/score_std rollout/response_tokens rollout/truncated_fraction
+rollout/tokens_per_second policy/loss policy/kl policy/entropy policy/clip_fraction
+policy/grad_norm policy/lr critic/loss critic/explained_variance critic/clip_fraction
+critic/grad_norm macro/actions_per_response macro/tokens_per_action time/step_seconds
+time/rollout_seconds time/experience_seconds time/update_seconds perf/tokens_per_second
+perf/peak_memory_gib eval/score_mean eval/gold_mean eval/win_rate
+""".split()
+TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "sft.batch_size=8",
+    "reward_model.batch_size=8",
+    "rollout.batch_size=8",
+    "ppo.minibatch_size=4",
+    "ppo.microbatch_size=2",
+    "evaluate.num_prompts=8",
+]
+
+
+def marlhf(*arguments, ranks=1, check=True):
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*command, "-m", "marlhf_mega", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def numbers(run_dir):
+    """Every metric that is not a time, by step."""
+    return [
+        {k: v for k, v in line.items() if not re.match("time/|perf/|.*_per_second", k)}
+        for line in lines(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """Run the quickstart for four steps a job on TP2 x PP2, with checkpoints on the way."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    options = [f"run.dir={folder}", "run.steps=4", "checkpoint.interval=2", "checkpoint.keep=2"]
+    return folder, marlhf("quickstart", *options, *TINY, ranks=4)
+
+
+def test_the_quickstart_ends_with_a_table_and_a_report(quickstart):
+    folder, done = quickstart
+    for row in ("gold reward", "reward model score", "KL from sft", "response tokens"):
+        assert row in done.stdout
+    assert f"report: {folder / 'report.html'}" in done.stdout
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!#)|url\(|<script""", page)
+
+
+def test_a_ppo_run_writes_the_metrics_of_the_contract(quickstart):
+    found = lines(quickstart[0] / "ppo" / "metrics.jsonl")
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
+    assert set(ARCHITECTURE_METRICS) <= set(found[-1])
+    assert all(math.isfinite(v) for line in found for v in line.values())
+
+
+def test_the_first_ratio_is_one(quickstart):
+    """Sampler and trainer agree on every token's probability, at every step."""
+    found = lines(quickstart[0] / "ppo" / "metrics.jsonl")
+    assert all(line["rollout/logprob_gap_max"] < 1e-4 for line in found[1:])
+
+
+def test_samples_show_macro_actions(quickstart):
+    samples = lines(quickstart[0] / "ppo" / "samples.jsonl")
+    assert samples
+    for sample in samples:
+        starts = sample["action_starts"]
+        assert starts[0] == 0
+        assert starts == list(range(0, len(sample["tokens"]), 5))
+        assert "".join(sample["tokens"]) == sample["response"]
+
+
+def test_the_run_directory_is_whole(quickstart):
+    ppo = quickstart[0] / "ppo"
+    config = (ppo / "config.yaml").read_text()
+    assert "4 ranks: TP2 x PP2 x DP1 (gloo, cpu)" in config
+    assert "megatron-core" in config
+    assert (ppo / "checkpoints" / "latest").read_text() == "step_000004\n"
+    assert sorted(p.name for p in (ppo / "checkpoints").glob("step_*")) == [
+        "step_000002",
+        "step_000004",
+    ]
+    assert list((ppo / "tensorboard").iterdir())
+    assert "LlamaForSequenceClassification" in (ppo / "hf_critic" / "config.json").read_text()
+
+
+def test_the_exported_policy_gives_the_trained_logits_in_transformers(quickstart, tmp_path):
+    """The last evaluation's first greedy tokens, by transformers in a clean process."""
+    folder = quickstart[0]
+    out = tmp_path / "eval"
+    marlhf(
+        "evaluate",
+        f"model.init={folder / 'ppo'}",
+        f"data.validation_path={folder / 'data' / 'prompts_held_out.jsonl'}",
+        "evaluate.num_prompts=4",
+        "evaluate.temperature=0",
+        "rollout.max_response_tokens=12",
+        "data.max_prompt_tokens=48",
+        f"run.dir={out}",
+    )
+    ours = {s["prompt"]: s["response"] for s in lines(out / "samples.jsonl")}
+    program = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+answers = {}
+for prompt in json.load(sys.stdin):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    new = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1]:]
+    answers[prompt] = tokenizer.decode(new, skip_special_tokens=True)
+print(json.dumps(answers))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder / "ppo" / "hf")],
+        input=json.dumps(list(ours)),
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == ours
+
+
+def stage_options(folder, job):
+    """Options that make `marlhf JOB` the job that the quickstart ran."""
+    file = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}[job]
+    options = [
+        "--config",
+        str(folder / job / "job.yaml"),
+        f"data.train_path={folder / 'data' / file}.jsonl",
+    ]
+    text = (folder / job / "config.yaml").read_text()
+    facts = ("tokenizer_fingerprint:", "layout:", "versions:", "  python:", "  marlhf-mega:")
+    facts += ("  torch:", "  megatron-core:", "git_revision:")
+    kept = [line for line in text.splitlines() if not line.startswith(facts)]
+    (folder / job / "job.yaml").write_text("\n".join(kept))
+    return options
+
+
+@pytest.mark.parametrize("job", ["sft", "reward", "ppo"])
+def test_a_resumed_run_equals_the_uninterrupted_one(quickstart, tmp_path, job):
+    """From the checkpoint after two of four steps, on the same layout, bit for bit."""
+    folder = quickstart[0]
+    options = stage_options(folder, job)
+    resumed = tmp_path / job
+    shutil.copytree(folder / job, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_000004")
+    (resumed / "checkpoints" / "latest").write_text("step_000002\n")
+    marlhf(job, *options, f"run.dir={resumed}", ranks=4)
+    assert numbers(resumed) == numbers(folder / job)
+
+
+def test_a_run_resumes_on_another_layout(quickstart, tmp_path):
+    folder = quickstart[0]
+    options = stage_options(folder, "ppo")
+    resumed = tmp_path / "ppo"
+    shutil.copytree(folder / "ppo", resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_000004")
+    marlhf(
+        "ppo",
+        *options,
+        f"run.dir={resumed}",
+        "parallel.tensor_size=1",
+        "parallel.pipeline_size=2",
+        "parallel.virtual_pipeline_size=2",
+        ranks=2,
+    )
+    for found, expected in zip(numbers(resumed), numbers(folder / "ppo"), strict=True):
+        assert found == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(quickstart, tmp_path):
+    folder = quickstart[0]
+    options = stage_options(folder, "sft")
+    resumed = tmp_path / "sft"
+    shutil.copytree(folder / "sft", resumed)
+    victim = max((resumed / "checkpoints" / "step_000004" / "policy").glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    (resumed / "checkpoints" / "latest").write_text("garbage")
+    done = marlhf("sft", *options, f"run.dir={resumed}", ranks=4)
+    warning = f"policy/{victim.name} has changed since it was written; trying an older one"
+    assert done.stderr.count(warning) == 1
+    assert numbers(resumed) == numbers(folder / "sft")
+
+
+def test_a_resume_that_must_be_is_refused_without_a_checkpoint(quickstart, tmp_path):
+    options = stage_options(quickstart[0], "sft")
+    layout = ["parallel.tensor_size=1", "parallel.pipeline_size=1"]
+    must = [f"run.dir={tmp_path}", "checkpoint.resume=must"]
+    done = marlhf("sft", *options, *layout, *must, check=False)
+    assert done.returncode == 1
+    assert f"checkpoint.resume=must: {tmp_path} has no checkpoint that can be loaded" in done.stderr

@@ -1,0 +1,123 @@
+"""PPO with a rule reward under every macro rule, in one process: the real loop, a tiny model."""
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+from marlhf_mega.config.schema import Config
+from marlhf_mega.data import toy
+from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from marlhf_mega.train.ppo import ppo_inputs, run_ppo
+
+RULES = {
+    "token": {},
+    "fixed_ngram": {"n": 3, "ratio": "macro", "value": "position"},
+    "random_ngram": {"value": "unit", "value_target": "macro"},
+    "perplexity": {"perplexity": "segment", "ratio": "macro_geo", "reward": "mean"},
+    "parsing": {"eos": "own", "min_length": 2},
+    "sentence": {"discount": "per_token", "lambda_unit": "per_token", "max_length": 8},
+    "whole_response": {"value": "first"},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rules")
+    train_tokenizer(toy.tokenizer_text(0, 300), folder / "tok", vocab_size=400)
+    write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 32))
+    (folder / "shaky.py").write_text(
+        "def reward(prompt, response):\n"
+        "    number = len(response) % 4\n"
+        "    if number == 0:\n"
+        "        raise RuntimeError('no')\n"
+        "    return float('nan') if number == 1 else 1.0\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    joined = create_mesh(Config().parallel)
+    yield joined
+    destroy_mesh(leave_world=False)
+    dist.destroy_process_group()
+
+
+def metrics_of(files, mesh, run_dir, **changes):
+    base = {
+        "run": {"dir": run_dir, "steps": 2},
+        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "init_std": 0.2},
+        "tokenizer": {"path": files / "tok"},
+        "data": {"train_path": files / "prompts.jsonl", "max_prompt_tokens": 64},
+        "policy": {"lr": 1e-3},
+        "rollout": {"batch_size": 8, "max_response_tokens": 12},
+        "ppo": {"minibatch_size": 4, "microbatch_size": 2},
+        "reward": {"source": "marlhf_mega.data.toy:gold_reward"},
+        "checkpoint": {"export_hf": False},
+        "logging": {"tensorboard": False},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    run_ppo(ppo_inputs(Config.model_validate(base), 1), mesh)
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/tokens_"))}
+        for line in found
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains(files, mesh, tmp_path, rule):
+    found = metrics_of(files, mesh, tmp_path, macro={"rule": rule, **RULES[rule]})[-1]
+    assert found["policy/grad_norm"] > 0
+    assert found["critic/grad_norm"] > 0
+    per_action = found["macro/tokens_per_action"]
+    if rule == "token":
+        assert per_action == 1
+    if rule == "whole_response":
+        assert found["macro/actions_per_response"] == 1
+    if rule == "fixed_ngram":
+        assert 2 < per_action <= 3
+
+
+def test_token_ppo_is_macro_ppo_with_actions_of_one_token(files, mesh, tmp_path):
+    token = metrics_of(files, mesh, tmp_path / "a", macro={"rule": "token"})
+    macro = metrics_of(files, mesh, tmp_path / "b", macro={"rule": "fixed_ngram", "n": 1})
+    assert token == macro
+
+
+def test_an_action_of_any_length_is_the_whole_response(files, mesh, tmp_path):
+    whole = metrics_of(files, mesh, tmp_path / "a", macro={"rule": "whole_response"})
+    long = metrics_of(files, mesh, tmp_path / "b", macro={"rule": "fixed_ngram", "n": 1000})
+    assert whole == long
+
+
+def test_the_compat_mode_makes_the_last_token_its_own_action(files, mesh, tmp_path):
+    plain = metrics_of(files, mesh, tmp_path / "a", macro={"n": 5})[0]
+    compat = metrics_of(files, mesh, tmp_path / "b", macro={"n": 5, "compat": "ma_rlhf"})[0]
+    assert compat["macro/actions_per_response"] > plain["macro/actions_per_response"]
+
+
+def test_the_microbatch_size_changes_nothing(files, mesh, tmp_path):
+    small = metrics_of(files, mesh, tmp_path / "a", ppo={"microbatch_size": 1})
+    large = metrics_of(files, mesh, tmp_path / "b", ppo={"microbatch_size": 4})
+    for one, other in zip(small, large, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_a_sample_without_a_score_is_masked_and_counted(files, mesh, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(files))
+    reward = {"source": "shaky:reward", "max_invalid_fraction": 1.0}
+    found = metrics_of(files, mesh, tmp_path, reward=reward)[-1]
+    assert 0 < found["rollout/invalid_fraction"] < 1
+    assert found["rollout/score_mean"] == 1.0
+
+
+def test_too_many_samples_without_a_score_stop_the_run(files, mesh, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(files))
+    reward = {"source": "shaky:reward", "max_invalid_fraction": 0.0}
+    with pytest.raises(RuntimeError, match=r"^reward\.max_invalid_fraction=0: "):
+        metrics_of(files, mesh, tmp_path, reward=reward)

@@ -1,0 +1,246 @@
+"""Wrong usage: one line, exit code 2, nothing started and nothing written."""
+
+import json
+
+import pytest
+
+from marlhf_mega.cli import run
+from marlhf_mega.data import toy
+from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.train_tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    train_tokenizer(toy.tokenizer_text(0, 300), folder / "tok", vocab_size=400)
+    train_tokenizer(toy.tokenizer_text(1, 300), folder / "other_tok", vocab_size=390)
+    write_jsonl(folder / "sft.jsonl", toy.generate_sft(0, 16))
+    write_jsonl(folder / "pairs.jsonl", toy.generate_preferences(0, 16))
+    write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 16))
+    return folder
+
+
+@pytest.fixture
+def call(files, tmp_path, capsys, monkeypatch):
+    """Run a command that must be refused; return its line on stderr."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run_dir = tmp_path / "run"
+
+    def refuse(command, *overrides, world_size=1):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        data = {"sft": "sft", "reward": "pairs", "ppo": "prompts", "evaluate": "prompts"}[command]
+        defaults = [
+            f"run.dir={run_dir}",
+            f"tokenizer.path={files / 'tok'}",
+            f"data.train_path={files / data}.jsonl",
+            f"data.validation_path={files / data}.jsonl",
+        ]
+        if command == "ppo":
+            defaults.append("reward.source=marlhf_mega.data.toy:gold_reward")
+        assert run([command, *defaults, *overrides]) == 2
+        assert not run_dir.exists()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1, captured.err
+        return captured.err.strip()
+
+    return refuse
+
+
+def test_an_unknown_key_names_the_nearest(call):
+    assert call("ppo", "ppo.epoch=2") == "ppo.epoch: unknown key. Did you mean ppo.epochs?"
+
+
+def test_a_wrong_value_is_shown(call):
+    assert call("ppo", "ppo.epochs=many").startswith("ppo.epochs=many: input should be")
+
+
+def test_an_override_needs_an_equals_sign(call):
+    line = "ppo.epochs: an override is key=value. Write for example run.seed=1."
+    assert call("ppo", "ppo.epochs") == line
+
+
+def test_the_tensor_size_must_divide_the_heads(call):
+    line = call("sft", "parallel.tensor_size=3", "model.ffn_hidden_size=384", world_size=3)
+    assert "must divide model.num_attention_heads=4. Use 1, 2 or 4." in line.replace("\n", " ")
+
+
+def test_the_pipeline_size_must_divide_the_layers(call):
+    line = call("sft", "parallel.pipeline_size=4", world_size=4)
+    assert "must divide model.num_layers=2" in line
+
+
+def test_the_layout_must_divide_the_world(call):
+    line = call("sft", "parallel.tensor_size=2", world_size=3)
+    assert line == (
+        "parallel: tensor_size * pipeline_size * context_size = 2 must divide the number of ranks; "
+        "it is 3. Start a multiple of 2 ranks."
+    )
+
+
+def test_virtual_stages_need_a_pipeline(call):
+    assert "needs parallel.pipeline_size > 1" in call("sft", "parallel.virtual_pipeline_size=2")
+
+
+def test_context_parallelism_is_refused(call):
+    line = call("sft", "parallel.context_size=2", world_size=2)
+    assert line.startswith("parallel.context_size=2: sequences cannot be shared")
+
+
+def test_experts_need_a_model_that_has_them(call):
+    line = call("sft", "parallel.expert_size=2", world_size=2)
+    assert line == "parallel.expert_size=2: the model has no experts. Set it to 1."
+
+
+def test_fp8_says_what_is_missing(call):
+    line = call("sft", "precision.fp8=hybrid")
+    assert line.startswith("precision.fp8=hybrid: cannot be used here; there is no CUDA device")
+
+
+def test_a_batch_must_be_a_multiple_of_the_data_parallel_size(call):
+    line = call("sft", "sft.batch_size=9", world_size=2)
+    assert line == (
+        "sft.batch_size=9: must be a multiple of the data-parallel size 2. Use 8 or 10."
+    )
+
+
+def test_minibatches_must_divide_the_rollout(call):
+    line = call("ppo", "rollout.batch_size=12", "ppo.minibatch_size=8")
+    assert line.startswith("ppo.minibatch_size=8: must divide rollout.batch_size=12. Use 1, 2")
+
+
+def test_an_interleaved_pipeline_needs_enough_sequences(call):
+    line = call(
+        "sft",
+        "parallel.pipeline_size=2",
+        "parallel.virtual_pipeline_size=2",
+        "model.num_layers=4",
+        "sft.batch_size=1",
+        world_size=2,
+    )
+    assert "an interleaved pipeline of 2 stages needs at least 2" in line
+
+
+def test_prompt_and_response_must_fit_the_positions(call):
+    line = call("ppo", "rollout.max_response_tokens=2000")
+    assert "rollout.max_response_tokens" in line
+    assert "model.max_positions=2048; the sum is 2512" in line
+
+
+def test_ppo_needs_random_samples(call):
+    assert "ppo needs random samples" in call("ppo", "rollout.temperature=0")
+
+
+def test_ppo_needs_a_reward(call):
+    assert call("ppo", "reward.source=[]").startswith("reward.source: ppo needs a reward.")
+
+
+def test_a_missing_data_file(call):
+    line = "data.train_path=/nowhere.jsonl: no such file. Give a .jsonl or .parquet file."
+    assert call("sft", "data.train_path=/nowhere.jsonl") == line
+
+
+def test_an_empty_data_file(call, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    line = call("sft", f"data.train_path={tmp_path / 'empty.jsonl'}")
+    assert line.endswith("must hold at least one row; the file is empty. Add rows.")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{oops\n", ":2: "), ('{"prompt": "a"}\n', ":2: response: ")]
+)
+def test_a_bad_row_is_named_by_file_and_line(call, tmp_path, text, reason):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n' + text)
+    assert f"{path}{reason}" in call("sft", f"data.train_path={path}")
+
+
+def test_a_prompt_longer_than_the_limit(call):
+    line = call("sft", "data.max_prompt_tokens=4")
+    assert line.startswith("data.max_prompt_tokens=4: must hold every prompt; row 1 of ")
+
+
+def test_a_reward_function_that_cannot_be_imported(call):
+    line = call("ppo", "reward.source=marlhf_mega.data.toy:silver")
+    assert line.startswith("reward.source=marlhf_mega.data.toy:silver: must name a function")
+
+
+def test_a_gold_rule_that_cannot_be_imported(call):
+    assert call("ppo", "evaluate.gold=no.module:at_all").startswith("evaluate.gold=no.module")
+
+
+def test_a_parser_that_cannot_be_imported(call):
+    line = call("ppo", "macro.rule=parsing", "macro.parser=nothing:here")
+    assert line.startswith("macro.parser=nothing:here: must be `rules`, `python`")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer(call):
+    line = call("sft", "model.vocab_size=100")
+    assert line.startswith("model.vocab_size=100: must hold the tokenizer's 400 tokens.")
+
+
+def test_no_tokenizer(call):
+    assert call("sft", "tokenizer.path=null").startswith("tokenizer.path: must be set unless")
+
+
+def test_a_tokenizer_that_is_not_there(call):
+    assert call("sft", "tokenizer.path=/nowhere").startswith("tokenizer.path=/nowhere: must exist")
+
+
+@pytest.mark.parametrize("key", ["model.init", "reward.source", "critic.init"])
+def test_a_model_that_is_not_there(call, key):
+    line = call("ppo", f"{key}=/nowhere")
+    assert line.startswith(f"{key}=/nowhere: must be a run directory or a Hugging Face folder")
+
+
+def _run_folder(path, tokenizer_fingerprint):
+    (path / "checkpoints" / "step_000001").mkdir(parents=True)
+    model = {"num_layers": 2, "vocab_size": 400}
+    config = {"model": model, "tokenizer_fingerprint": tokenizer_fingerprint}
+    (path / "config.yaml").write_text(json.dumps(config))
+    return path
+
+
+def test_a_run_without_a_checkpoint(call, tmp_path):
+    folder = _run_folder(tmp_path / "rm", "x")
+    (folder / "checkpoints" / "step_000001").rmdir()
+    assert "the run has no checkpoint" in call("ppo", f"reward.source={folder}")
+
+
+def test_a_reward_model_with_another_tokenizer(call, tmp_path):
+    folder = _run_folder(tmp_path / "rm", "another")
+    line = call("ppo", f"reward.source={folder}")
+    assert "must have been trained with the tokenizer of this run" in line
+
+
+def test_a_config_file_that_is_not_there(call):
+    assert call("sft", "--config", "/no.yaml").startswith("--config=/no.yaml: no such file.")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a: [", "not valid YAML"), ("- 1\n", "must be a mapping of sections")]
+)
+def test_a_config_file_that_is_no_mapping(call, tmp_path, text, reason):
+    (tmp_path / "c.yaml").write_text(text)
+    assert reason in call("sft", "--config", str(tmp_path / "c.yaml"))
+
+
+def test_the_resolved_configuration_can_be_shown(capsys):
+    assert run(["ppo", "--print-config", "macro.rule=sentence"]) == 0
+    out = capsys.readouterr().out
+    assert "rule: sentence" in out
+    assert "gae_lambda: 0.95" in out
+
+
+@pytest.mark.parametrize("command", ["quickstart", "sft", "reward", "ppo", "evaluate"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run([command, "--help"])
+    assert stop.value.code == 0
+    assert "key=value" in capsys.readouterr().out
+
+
+def test_quickstart_refuses_what_it_decides_itself(capsys):
+    assert run(["quickstart", "data.train_path=x"]) == 2
+    assert capsys.readouterr().err.startswith("data: quickstart makes its own data")
