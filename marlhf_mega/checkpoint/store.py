@@ -2,30 +2,44 @@
 
 `step_000012/` holds one folder per trained model, `state.json` with everything else a run consists
 of, and `manifest.json` with the size and sha256 of every file. It is written as `step_000012.tmp`
-and renamed when complete; then `latest` is replaced. A folder under its final name is complete.
+and renamed when complete; then `latest`, which holds the folder's name, is replaced. Whenever the
+run is killed, the folder that `latest` names, or the one that it named before, is complete.
 """
 
-import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from marlhf_mega.checkpoint import durable, manifest, optimizer_state, sharded
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.collectives import WorldPeers, agree_on_error, share_from_first
+from marlhf_mega.parallel.collectives import (
+    WorldPeers,
+    agree_on_error,
+    max_over_world,
+    share_from_first,
+    sum_over_world,
+)
 from marlhf_mega.parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
+LATEST = "latest"
+_FORMAT = 1
+_MARGIN_BYTES = 1 << 20
+"""Tables, JSON and the file system's own blocks."""
 
 
 def save(
@@ -36,283 +50,360 @@ def save(
     mesh: Mesh,
     *,
     keep: int,
+    keep_every: int = 0,
+    config_hash: str = "",
 ) -> Path:
     """Write one checkpoint and make it the latest. All ranks call it.
 
     Args:
-        run_dir: the run directory.
+        run_dir: the run directory, the same folder for all ranks.
         step: steps that are done.
         roles: the trained models by name.
-        state: JSON values: data position, controllers, counters.
+        state: JSON values: data position, controllers, counters; the first rank's are written.
         mesh: where this rank stands.
         keep: newest checkpoints that stay.
+        keep_every: checkpoints of steps that are a multiple stay too; 0: none.
+        config_hash: of the configuration, noted in the manifest.
 
     Returns:
         The folder.
 
     Raises:
-        RuntimeError: writing failed on some rank; earlier checkpoints are untouched.
+        RuntimeError: there is no room, or writing failed on some rank; earlier checkpoints are
+            untouched.
     """
     root = run_dir / "checkpoints"
     target = root / f"step_{step:06d}"
     temporary = target.with_name(target.name + ".tmp")
-    _together(mesh, lambda: _begin(temporary, roles), first=True)
+    text = json.dumps(
+        {
+            "format": _FORMAT,
+            "step": step,
+            "roles": {name: _progress(role, mesh) for name, role in roles.items()},
+            "state": state,
+        },
+        indent=1,
+    )
+    check_space(run_dir, roles, mesh)
+    together = _Undertaking(target, temporary, mesh)
+    together.on_first(lambda: _begin(root, temporary, [*roles]))
     for name, role in roles.items():
-        _together(mesh, lambda n=name, r=role: _save_role(temporary / n, r, mesh))  # type: ignore[misc]
-    schedules = {name: role.schedule.state_dict() for name, role in roles.items()}
-    whole = {**state, "schedules": schedules}
-    files = WorldPeers(mesh).gather(_hash_share(temporary, mesh))
-    manifest = {name: facts for part in files for name, facts in part.items()}
-    _together(mesh, lambda: _commit(temporary, target, whole, manifest, mesh), first=True)
-    _together(mesh, lambda: _rotate(root, target, keep), first=True)
+        together.on_all(partial(sharded.save_role, temporary / name, role, mesh))
+    together.on_first(lambda: durable.write(temporary / STATE, text))
+    files = together.on_all(lambda: _hash_share(temporary, mesh))
+    facts = {name: fact for part in WorldPeers(mesh).gather(files) for name, fact in part.items()}
+    about = {"format": _FORMAT, "step": step, "layout": mesh.describe(), "config": config_hash}
+    together.on_first(lambda: _commit(temporary, target, manifest.make(facts, **about)))
+    if mesh.rank == 0:
+        _rotate(root, step, keep=keep, keep_every=keep_every)
     return target
+
+
+def check_space(run_dir: Path, roles: Mapping[str, TrainState], mesh: Mesh) -> None:
+    """Refuse if a checkpoint of these models does not fit on the disk. All ranks call it.
+
+    Raises:
+        RuntimeError: with both numbers.
+    """
+    mine = sum(sharded.bytes_to_write(role, mesh) for role in roles.values())
+    needed = int(sum_over_world(torch.tensor(mine, device=mesh.device))) + _MARGIN_BYTES
+    existing = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if share_from_first(free < needed, mesh):
+        raise RuntimeError(
+            f"run.dir={run_dir}: must have room for a checkpoint of {_megabytes(needed)}; "
+            f"{_megabytes(share_from_first(free, mesh))} are free. Free space or use another disk; "
+            "earlier checkpoints are intact."
+        )
 
 
 def find(run_dir: Path, mesh: Mesh) -> Path | None:
     """Return the newest checkpoint whose files are all as they were written. All ranks call it.
 
-    A damaged one is named in a warning and an older one is taken.
+    That is the one that `latest` names, else an older one, else a newer one. What is damaged is
+    named in one warning.
+
+    Raises:
+        RuntimeError: there are checkpoints, but all of them are damaged.
     """
     root = run_dir / "checkpoints"
-    folders = sorted((p for p in root.glob("step_*") if p.suffix != ".tmp"), reverse=True)
-    names = share_from_first([p.name for p in folders], mesh)
+    names, remarks = share_from_first(_candidates(root), mesh)
     for name in names:
-        problem = agree_on_error(_damage(root / name, mesh), mesh)
+        problem = _agree(manifest.find_damage(root / name, _share(mesh)), mesh)
         if problem is None:
+            if remarks and mesh.rank == 0:
+                logger.warning("%s: %s; using %s", root, "; ".join(remarks), name)
             return root / name
-        if mesh.rank == 0:
-            logger.warning("%s is damaged: %s; trying an older one", root / name, problem)
-    return None
+        remarks.append(f"{name} is damaged, {problem}")
+    if not names:
+        return None
+    raise RuntimeError(
+        f"{root}: must hold a checkpoint that is as it was written; {'; '.join(remarks)}. Restore "
+        "a file from a copy, or use another run.dir to start afresh."
+    )
 
 
-def load(folder: Path, roles: Mapping[str, TrainState], mesh: Mesh) -> dict[str, Any]:
+def load(
+    folder: Path, roles: Mapping[str, TrainState], mesh: Mesh, *, required: Sequence[str] = ()
+) -> dict[str, Any]:
     """Restore the trained models, at this or another layout. All ranks call it.
 
+    At the layout of the save, training goes on bit for bit. Hyper-parameters are those of the
+    present configuration; the learning rate is that of its schedule at the saved step.
+
     Args:
-        folder: from `find`.
+        folder: from `find`, which has verified it.
         roles: the models to restore, built as for a fresh start.
         mesh: where this rank stands.
+        required: keys that the state must have.
 
     Returns:
         The state that was given to `save`.
 
     Raises:
-        RuntimeError: the checkpoint lacks a model.
+        RuntimeError: a model, a tensor or a key is missing, or was never part of this model.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    whole = _read_state(folder)
+    for kind, names, held in (
+        ("model", roles, whole["roles"]),
+        ("state", required, whole["state"]),
+    ):
+        for name in names:
+            if name not in held:
+                raise RuntimeError(
+                    f"{folder}: must hold the {kind} {name}; it has {', '.join(held) or 'none'}. "
+                    "Use a checkpoint of the same kind of run."
+                )
     for name, role in roles.items():
-        if not (folder / name).is_dir():
-            raise RuntimeError(
-                f"{folder}: must hold the model {name}; it has no such folder. Use a checkpoint "
-                "of the same job."
-            )
-        _load_role(folder / name, role, mesh)
-        role.schedule.load_state_dict(state["schedules"][name])
-        _restore_step_counts(role, role.schedule.num_steps)
-    del state["schedules"]
+        _check_role(folder / name, role, mesh)
+    for name, role in roles.items():
+        _readable(folder / name, partial(sharded.load_role, folder / name, role, mesh))
+        progress = whole["roles"][name]
+        optimizer_state.set_num_steps(role, progress["optimizer_steps"])
+        role.schedule.num_steps = 0
+        role.schedule.step(increment=progress["schedule_steps"])
+    state: dict[str, Any] = whole["state"]
     return state
 
 
-def load_weights(run_dir: Path, chunks: Sequence[StageModel], mesh: Mesh) -> list[str]:
-    """Fill a model with the weights that a run has trained, at any layout. All ranks call it.
+def load_weights(
+    source: Path, chunks: Sequence[StageModel], mesh: Mesh, *, role: str | None = None
+) -> list[str]:
+    """Fill a model with trained weights, at any layout. All ranks call it.
 
     Args:
-        run_dir: of an sft, reward or ppo run.
-        chunks: this rank's chunks; a scalar head keeps its values if the run has none.
+        source: the directory of an sft, reward or ppo run, or one checkpoint.
+        chunks: this rank's chunks, not wrapped for training; a scalar head keeps its values if
+            the checkpoint has none.
         mesh: where this rank stands.
+        role: whose weights; none: the first there is of those that suit the head.
 
     Returns:
-        Names of the tensors that the checkpoint does not have.
+        Names of the tensors that the checkpoint does not have, the same on every rank.
 
     Raises:
-        RuntimeError: there is no checkpoint, or it lacks something else.
+        RuntimeError: there is no checkpoint, or it is damaged or lacks anything else.
     """
-    folder = find(run_dir, mesh)
+    folder = _resolve(source, mesh)
+    suitable = ("policy",) if chunks[0].head == "language" else ("reward", "critic", "policy")
+    wanted = suitable if role is None else (role,)
+    held = _read_state(folder)["roles"]
+    name = next((name for name in wanted if name in held), None)
+    if name is None:
+        raise RuntimeError(
+            f"{folder}: must hold the model {' or '.join(wanted)}; it has {', '.join(held)}. "
+            "Name another run."
+        )
+    parts = _gather(
+        _readable(folder / name, lambda: sharded.compare_weights(folder / name, chunks, mesh)), mesh
+    )
+    absent = {tensor: problem for part in parts for tensor, problem in part.items()}
+    fresh = {sharded.HEAD} if chunks[0].head == "scalar" else set()
+    for tensor, problem in absent.items():
+        if tensor not in fresh:
+            raise RuntimeError(
+                f"{folder / name}: must hold the weights of this model; it {problem}. Use the "
+                "model settings of that run."
+            )
+    _readable(
+        folder / name,
+        lambda: sharded.load_weights(folder / name, chunks, mesh, absent=set(absent)),
+    )
+    return sorted(absent)
+
+
+class _Undertaking:
+    """Steps of a save that all ranks take or give up together."""
+
+    def __init__(self, target: Path, temporary: Path, mesh: Mesh) -> None:
+        self._target, self._temporary, self._mesh = target, temporary, mesh
+
+    def on_first(self, work: Callable[[], None]) -> None:
+        """Do something on the first rank while the others wait."""
+        self.on_all(work if self._mesh.rank == 0 else lambda: None)
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Do something on every rank."""
+        error, result = None, None
+        try:
+            result = work()
+        except (OSError, CheckpointException) as problem:
+            error = _reason(problem)
+        failed = agree_on_error(error, self._mesh)
+        if failed is None:
+            return cast(T, result)
+        if self._mesh.rank == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        raise RuntimeError(
+            f"{self._target}: could not be written; {failed}. Mend the disk or free space; earlier "
+            "checkpoints are intact."
+        )
+
+
+def _progress(role: TrainState, mesh: Mesh) -> dict[str, int]:
+    # A rank of a small model may hold no optimizer state, and so no counter.
+    steps = torch.tensor(optimizer_state.num_steps(role), device=mesh.device)
+    return {
+        "optimizer_steps": int(max_over_world(steps)),
+        "schedule_steps": role.schedule.num_steps,
+    }
+
+
+def _begin(root: Path, temporary: Path, names: Sequence[str]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob("*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    for name in names:
+        (temporary / name).mkdir(parents=True)
+
+
+def _hash_share(folder: Path, mesh: Mesh) -> dict[str, manifest.Facts]:
+    names = manifest.list_files(folder)
+    return {name: manifest.facts(folder / name) for name in names[_share(mesh)]}
+
+
+def _commit(temporary: Path, target: Path, text: str) -> None:
+    durable.write(temporary / manifest.FILE, text)
+    for folder in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
+        durable.sync_folder(folder)
+    if target.exists():
+        # The step is done again after an older checkpoint was used. `find` knows both names.
+        durable.rename(target, target.with_name(target.name + ".old"))
+    durable.rename(temporary, target)
+    durable.replace(target.with_name(LATEST), target.name + "\n")
+
+
+def _rotate(root: Path, step: int, *, keep: int, keep_every: int) -> None:
+    """Remove what is neither among the newest nor a multiple; later steps will be overwritten."""
+    steps = sorted(s for s in map(_step_of, root.iterdir()) if s is not None and s <= step)
+    gone = [s for s in steps[:-keep] if not (keep_every and s % keep_every == 0)]
+    folders = [*(root / f"step_{s:06d}" for s in gone), *root.glob("step_*.old")]
+    for folder in folders:
+        # Renamed first: a folder that is partly removed must not look damaged.
+        rest = folder.with_name(folder.name + ".tmp")
+        try:
+            folder.rename(rest)
+            shutil.rmtree(rest)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", folder, error)
+
+
+def _candidates(root: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the checkpoints, best first, and what is wrong with `latest`."""
+    if not root.is_dir():
+        return [], []
+    found = sorted((p.name for p in root.iterdir() if _step_of(p) is not None), reverse=True)
+    found += sorted((p.name for p in root.glob("step_*.old")), reverse=True)
+    try:
+        latest = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return found, []
+    if latest not in found:
+        return found, [f"{LATEST} names no checkpoint ({latest[:40]!r})"]
+    # Steps after the latest are of a future that was given up: the last resort.
+    after = [name for name in found if name > latest and not name.endswith(".old")]
+    return [name for name in found if name not in after] + after, []
+
+
+def _step_of(folder: Path) -> int | None:
+    match = re.fullmatch(r"step_(\d{6,})", folder.name)
+    return int(match[1]) if match else None
+
+
+def _resolve(source: Path, mesh: Mesh) -> Path:
+    """Return the verified checkpoint that a run directory or a checkpoint folder stands for."""
+    if share_from_first((source / manifest.FILE).is_file(), mesh):
+        problem = _agree(manifest.find_damage(source, _share(mesh)), mesh)
+        if problem is not None:
+            raise RuntimeError(
+                f"{source}: must be as it was written; {problem}. Use another checkpoint."
+            )
+        return source
+    folder = find(source, mesh)
     if folder is None:
         raise RuntimeError(
-            f"{run_dir}: must hold a checkpoint that can be loaded; there is none. Train it first."
+            f"{source}: must hold a checkpoint that can be loaded; there is none. Train it first."
         )
-    wanted = ("policy",) if chunks[0].head == "language" else ("reward", "critic", "policy")
-    role = next((name for name in wanted if (folder / name).is_dir()), None)
-    if role is None:
+    return folder
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    whole: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if whole["format"] != _FORMAT:
         raise RuntimeError(
-            f"{folder}: must hold one of {', '.join(wanted)}; it has none. Name another run."
+            f"{folder}: must have format {_FORMAT}; it has {whole['format']}. Use the version of "
+            "this program that wrote it."
         )
-    headless = chunks[0].head == "scalar" and role == "policy"
-    sharded = _model_state(chunks, mesh)
-    fresh = sorted(k for part in sharded.values() for k in part if "output_layer" in k)
-    if headless:
-        for part in sharded.values():
-            for key in [k for k in part if "output_layer" in k]:
-                del part[key]
-    loaded = dist_checkpointing.load(sharded, str(folder / role))
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=not headless)
-    return fresh if headless else []
+    return whole
 
 
-def _metadata(mesh: Mesh) -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": mesh.groups.dp_cp,
-    }
+def _check_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
+    """Refuse a folder that does not hold just the tensors of a model."""
+    problem, needed, held = _readable(folder, lambda: sharded.compare_role(folder, role, mesh))
+    problem = _agree(problem, mesh)
+    unused = held.difference(*_gather(needed, mesh))
+    if problem is None and unused:
+        problem = f"also holds {min(unused)}"
+    if problem is not None:
+        raise RuntimeError(
+            f"{folder}: must hold the tensors of this model; it {problem}. Use the model settings "
+            "of that run."
+        )
 
 
-def _model_state(chunks: Sequence[StageModel], mesh: Mesh) -> dict[str, Any]:
-    return {
-        f"model{index}": chunk.sharded_state_dict(metadata=_metadata(mesh))
-        for index, chunk in enumerate(chunks)
-    }
-
-
-def _save_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _model_state([ddp.module for ddp in role.chunks], mesh)
-    models = dict(state)
-    state["optimizer"] = role.optimizer.sharded_state_dict(
-        _flat(models), is_loading=False, metadata=_metadata(mesh)
-    )
-    dist_checkpointing.save(state, str(folder))
-
-
-def _flat(models: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer looks parameters up in one dictionary, or in one per virtual stage."""
-    return models["model0"] if len(models) == 1 else models
-
-
-def _load_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
-    modules = [ddp.module for ddp in role.chunks]
-    state = _model_state(modules, mesh)
-    models = dict(state)
-    _fill_empty_states(role)
-    state["optimizer"] = role.optimizer.sharded_state_dict(
-        _flat(models), is_loading=True, metadata=_metadata(mesh)
-    )
-    loaded = dist_checkpointing.load(state, str(folder))
-    for index, module in enumerate(modules):
-        module.load_state_dict(loaded[f"model{index}"])
-    role.optimizer.load_state_dict(loaded["optimizer"])
-
-
-def _torch_optimizers(role: TrainState) -> list[torch.optim.Optimizer]:
-    parts = getattr(role.optimizer, "chained_optimizers", [role.optimizer])
-    return [part.optimizer for part in parts if part.optimizer is not None]
-
-
-def _fill_empty_states(role: TrainState) -> None:
-    """Give AdamW the state it makes at its first step: Megatron loads into what is there."""
-    for optimizer in _torch_optimizers(role):
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _restore_step_counts(role: TrainState, num_steps: int) -> None:
-    """Give each parameter a step counter of its own; Megatron leaves them one they all share."""
-    for optimizer in _torch_optimizers(role):
-        for state in optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.tensor(float(num_steps), device=state["step"].device)
-
-
-def _begin(temporary: Path, roles: Mapping[str, TrainState]) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    needed = sum(
-        p.numel() * (p.element_size() + 12)
-        for r in roles.values()
-        for c in r.chunks
-        for p in c.parameters()
-    )
-    free = shutil.disk_usage(temporary).free
-    if free < needed:
-        raise OSError(f"{temporary}: needs {needed} bytes; {free} are free")
-
-
-def _hash_share(folder: Path, mesh: Mesh) -> dict[str, dict[str, Any]]:
-    """Hash and flush this rank's share of the files; the ranks take turns."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        str(path.relative_to(folder)): _facts(path) for path in files[mesh.rank :: mesh.world_size]
-    }
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return {"sha256": digest, "bytes": file.seek(0, os.SEEK_END)}
-
-
-def _commit(
-    temporary: Path,
-    target: Path,
-    state: Mapping[str, Any],
-    files: dict[str, Any],
-    mesh: Mesh,
-) -> None:
-    _write_durably(temporary / STATE, json.dumps(state, indent=1))
-    files[STATE] = _facts(temporary / STATE)
-    manifest = {"layout": mesh.describe(), "files": files}
-    _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    pointer = target.with_name("latest.tmp")
-    _write_durably(pointer, target.name + "\n")
-    pointer.rename(target.with_name("latest"))
-    _sync_folder(target.parent)
-
-
-def _rotate(root: Path, newest: Path, keep: int) -> None:
-    folders = sorted(p for p in root.glob("step_*") if p.suffix != ".tmp" and p != newest)
-    for folder in folders[: max(0, len(folders) - keep + 1)]:
-        shutil.rmtree(folder)
-
-
-def _damage(folder: Path, mesh: Mesh) -> str | None:
-    """Say what is wrong with this rank's share of the files, none if nothing is."""
+def _readable(folder: Path, read: Callable[[], T]) -> T:
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    for name in sorted(files)[mesh.rank :: mesh.world_size]:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _facts(path) != files[name]:
-            return f"{name} has changed since it was written"
-    return None
+        return read()
+    except CheckpointException as error:
+        raise RuntimeError(
+            f"{folder}: must be readable; {_reason(error)}. Use another checkpoint."
+        ) from None
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
+def _reason(error: BaseException) -> str:
+    """Say in one line why torch could not write or read: its own message has tracebacks in it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = min(error.failures.items())
+        return f"rank {rank}: {_reason(inner)}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _share(mesh: Mesh) -> slice:
+    return slice(mesh.rank, None, mesh.world_size)
 
 
-def _together(mesh: Mesh, work: Callable[[], None], *, first: bool = False) -> None:
-    """Run on all ranks, or on the first alone; if one fails, all raise."""
-    error = None
-    if mesh.rank == 0 or not first:
-        try:
-            work()
-        except OSError as problem:
-            error = f"checkpoint: could not be written; {problem}. Free or mend the disk."
-    failed = agree_on_error(error, mesh)
-    if failed is not None:
-        raise RuntimeError(failed)
+def _agree(problem: str | None, mesh: Mesh) -> str | None:
+    """Return the first rank's problem on all ranks; which rank saw it does not matter."""
+    first = agree_on_error(problem, mesh)
+    return None if first is None else first.partition(": ")[2]
+
+
+def _gather(value: T, mesh: Mesh) -> list[T]:
+    parts: list[T] = [value] * mesh.world_size
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -22,6 +22,8 @@ _REQUIRED = (
 )
 _EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Gemma's first release says "gelu" and means the tanh form.
+_GEMMA_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh")
 _USER_MAY_SET = {"hf_path", "init", "max_positions", "router_aux_loss_coef", "init_std"}
 _DERIVED_WHEN_NONE = {
     "vocab_size",
@@ -154,10 +156,12 @@ def fields_from_hf(hf: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     if "num_local_experts" in hf:  # Mixtral's name, and every architecture's in transformers 5
         values["num_experts"] = hf["num_local_experts"]
     problems = [*_unsupported(values, family)]
-    activation = _activation(hf, gemma=architecture.startswith("gemma"))
+    gemma = architecture.startswith("gemma")
+    activation = _activation(hf, gemma=gemma)
     if activation is None:
         names = {name: hf[name] for name in ("hidden_act", "hidden_activation") if name in hf}
-        problems.append(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}; it is {names}")
+        known = _GEMMA_ACTIVATIONS if gemma else _ACTIVATIONS
+        problems.append(f"hidden_act must be one of {', '.join(known)}; it is {names}")
     if problems:
         raise ValueError(
             "\n".join(f"{where}: config.json: {p}. Use another model." for p in problems)
@@ -220,9 +224,8 @@ def _unsupported(values: Mapping[str, Any], family: Family) -> Iterator[str]:
 def _activation(hf: Mapping[str, Any], *, gemma: bool) -> str | None:
     if not gemma:
         return _ACTIVATIONS.get(hf.get("hidden_act") or "silu")
-    # Gemma's first release says "gelu" and means the tanh form.
     named = {hf.get("hidden_act"), hf.get("hidden_activation")} - {None}
-    return "gelu_tanh" if named <= {"gelu", "gelu_pytorch_tanh"} else None
+    return "gelu_tanh" if named <= set(_GEMMA_ACTIVATIONS) else None
 
 
 def _rope(hf: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -241,8 +244,12 @@ def _rope(hf: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[
         )
     odd = [key for key in rope if isinstance(rope[key], dict)]
     if odd or rope.get("partial_rotary_factor") not in (None, 1.0):
-        what = f"a rotation per layer type ({', '.join(odd)})" if odd else "partial_rotary_factor"
-        raise ValueError(f"{where}: config.json: {what} cannot be represented. Use another model.")
+        problem = (
+            f"rope_parameters must not differ by layer type; it has {', '.join(odd)}"
+            if odd
+            else f"partial_rotary_factor must be 1.0; it is {rope['partial_rotary_factor']}"
+        )
+        raise ValueError(f"{where}: config.json: {problem}. Use another model.")
     absent = [key for key in needed[kind] if rope.get(key) is None]
     if absent:
         raise ValueError(

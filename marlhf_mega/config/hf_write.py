@@ -52,12 +52,12 @@ def hf_config_from_model(
     wanted = _meaning(config)
     where = f"model.architecture={config.architecture}"
     written = _meaning(ModelConfig.model_validate(fields_from_hf(hf, where=where)))
-    lost = [name for name in wanted if wanted[name] != written[name]]
+    lost = [name for name in wanted if wanted[name] != written.get(name)]
     if lost:
         raise ValueError(
             "\n".join(
                 f"model.{name}={wanted[name]}: model.architecture={config.architecture} of Hugging "
-                f"Face always has {written[name]}. Change one of them."
+                f"Face always has {written.get(name)}. Change one of them."
                 for name in lost
             )
         )

@@ -108,9 +108,7 @@ def ppo_case(config, mesh):
     sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
     maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
     experience, scores = maker.build(rollout, [{}] * len(own), step=3, kl_coef=0.05, sums=sums)
-    update.ppo_update(
-        roles, experience, config, mesh, step=3, sums=sums, timers=PhaseTimers()
-    )
+    update.ppo_update(roles, experience, config, mesh, step=3, sums=sums, timers=PhaseTimers())
     rows = (rollout.prompts, rollout.responses)
     cut = {"mesh": mesh, "microbatch_size": 4}
     after = forward_rows(roles.policy.chunks, *rows, run=LogprobStep(1.0), leading=(2,), **cut)

@@ -29,7 +29,9 @@ def results(tmp_path_factory):
     found = {}
     for world in (1, 2, 4):
         names = [
-            (layout, weights) for layout in LAYOUTS if LAYOUTS[layout][0] == world
+            (layout, weights)
+            for layout in LAYOUTS
+            if LAYOUTS[layout][0] == world
             for weights in WEIGHTS
         ]
         cases = [

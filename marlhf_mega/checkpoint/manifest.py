@@ -1,0 +1,110 @@
+"""What a finished checkpoint consists of: size and sha256 of every file, and where it came from."""
+
+import contextlib
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FILE = "manifest.json"
+
+Facts = dict[str, Any]
+"""`bytes` and `sha256` of one file."""
+
+
+def facts(path: Path) -> Facts:
+    """Return size and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the relative paths of all files below a folder, the largest first."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (-path.stat().st_size, path))
+    return [str(path.relative_to(folder)) for path in files]
+
+
+def make(files: Mapping[str, Facts], **about: Any) -> str:
+    """Return a manifest's text.
+
+    Args:
+        files: facts by relative path.
+        about: JSON values that say where the checkpoint came from.
+    """
+    body = {**about, "versions": _versions(), "files": dict(sorted(files.items()))}
+    return json.dumps({**body, "sha256": _checksum(body)}, indent=1)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest.
+
+    Raises:
+        ValueError: it is not as it was written; the text says what is wrong, with the file's name.
+    """
+    try:
+        body: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        written = body.pop("sha256")
+    except FileNotFoundError:
+        raise ValueError(f"{FILE} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{FILE} cannot be read") from None
+    if _checksum(body) != written:
+        raise ValueError(f"{FILE} has changed since it was written")
+    return body
+
+
+def find_damage(folder: Path, share: slice = slice(None)) -> str | None:
+    """Compare a checkpoint with its manifest.
+
+    Args:
+        folder: the checkpoint.
+        share: which of the files, so that ranks can divide the work; `manifest.json` always.
+
+    Returns:
+        The first file that is not as it was written and what is wrong with it, else none.
+    """
+    try:
+        files = read(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name in _by_size(files)[share]:
+        problem = _compare(folder / name, files[name])
+        if problem is not None:
+            return f"{name} {problem}"
+    return None
+
+
+def _by_size(files: Mapping[str, Facts]) -> list[str]:
+    return sorted(files, key=lambda name: (-files[name]["bytes"], name))
+
+
+def _compare(path: Path, expected: Facts) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"has {size} bytes instead of {expected['bytes']}"
+        if facts(path) != expected:
+            return "has changed since it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "megatron-core", "marlhf-mega"):
+        # The package itself may be used from its source, without being installed.
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

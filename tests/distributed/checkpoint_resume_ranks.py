@@ -1,0 +1,159 @@
+"""Save and restore on four ranks, at one layout after another."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import checkpoint_model as tiny
+import torch
+import torch.distributed as dist
+
+from marlhf_mega.checkpoint import store
+from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+
+BASE = {"tensor_size": 2, "pipeline_size": 2}
+STATE = {"stream": {"num_consumed": 16}, "kl_coef": 0.1, "moments": [3, 0.1 + 0.2, 1e-300]}
+
+
+def save(run_dir, step, role, mesh, name="policy"):
+    return store.save(run_dir, step, {name: role}, STATE, mesh, keep=3)
+
+
+def resume_exactly(run_dir, layout, options):
+    """Two steps, a save, two steps; then a fresh model, the load, the same two steps."""
+    mesh = create_mesh(ParallelConfig(**layout))
+    role = tiny.make_role(mesh, **options)
+    tiny.train(role, mesh, [0, 1])
+    at_save = tiny.digests(role)
+    save(run_dir, 2, role, mesh)
+    untouched = tiny.digests(role)
+    expected = tiny.train(role, mesh, [2, 3])
+    at_end = tiny.digests(role)
+    other = tiny.make_role(mesh, **options | {"seed": 99})
+    fresh = tiny.digests(other)
+    state = store.load(store.find(run_dir, mesh), {"policy": other}, mesh)
+    at_load = tiny.digests(other)
+    found = tiny.train(other, mesh, [2, 3])
+    resumed = tiny.digests(other)
+    dtypes = sorted(
+        {str(p.dtype) for chunk in other.chunks for p in chunk.parameters()}
+        | {str(p.dtype) for part in tiny.parts(other) for p in part.get_parameters()}
+    )
+    destroy_mesh()
+    return {
+        "state": state,
+        "dtypes": dtypes,
+        "digests": [fresh, at_save, untouched, at_load, at_end, resumed],
+        "expected": expected,
+        "found": found,
+    }
+
+
+def reshard(first, second, layout):
+    """Continue the run in `first` at a layout, and save what was loaded in `second`."""
+    mesh = create_mesh(ParallelConfig(**layout))
+    role = tiny.make_role(mesh, seed=99)
+    store.load(store.find(first, mesh), {"policy": role}, mesh)
+    save(second, 2, role, mesh)
+    steps = tiny.train(role, mesh, [2, 3])
+    destroy_mesh()
+    mesh = create_mesh(ParallelConfig(**BASE))
+    role = tiny.make_role(mesh, seed=98)
+    store.load(store.find(second, mesh), {"policy": role}, mesh)
+    back = tiny.digests(role)
+    destroy_mesh()
+    return {"steps": steps, "back": back}
+
+
+def refused(action):
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+    return "not refused"
+
+
+def weights(root, policy_run):
+    """Weights without optimizer into models of either head, at other layouts."""
+    mesh = create_mesh(ParallelConfig(**BASE))
+    policy = tiny.make_role(mesh, seed=99)
+    store.load(store.find(policy_run, mesh), {"policy": policy}, mesh)
+    reward = tiny.make_role(mesh, head="scalar", seed=5)
+    tiny.train(reward, mesh, [0])
+    found = {
+        "policy": tiny.outputs(policy.chunks, mesh),
+        "reward": tiny.outputs(reward.chunks, mesh),
+    }
+    folder = save(root / "reward", 1, reward, mesh, name="reward")
+    found["stepped"] = store.load(folder, {"reward": reward}, mesh)
+    never = tiny.make_role(mesh, seed=8)
+    save(root / "never", 0, never, mesh)
+    before = tiny.digests(never)
+    again = tiny.make_role(mesh, seed=9)
+    store.load(store.find(root / "never", mesh), {"policy": again}, mesh)
+    found["never_stepped"] = [before, tiny.digests(again)]
+    found["never_stepped_steps"] = [tiny.train(r, mesh, [0, 1]) for r in (never, again)]
+    destroy_mesh()
+
+    mesh = create_mesh(ParallelConfig(pipeline_size=2, virtual_pipeline_size=2))
+    reference = tiny.make_chunks(mesh, seed=99)
+    found["reference_fresh"] = store.load_weights(policy_run, reference, mesh)
+    found["reference"] = tiny.outputs(reference, mesh)
+    critic = tiny.make_chunks(mesh, head="scalar", seed=99)
+    found["critic_fresh"] = store.load_weights(folder, critic, mesh)
+    found["critic"] = tiny.outputs(critic, mesh)
+    half = tiny.make_chunks(mesh, dtype="bfloat16", seed=99)
+    store.load_weights(policy_run, half, mesh, role="policy")
+    found["bfloat16"] = tiny.outputs(half, mesh)
+
+    body = tiny.make_chunks(mesh, head="scalar", seed=7)
+    heads = [c.output_layer.weight for c in body if c.post_process]
+    drawn = [head.detach().clone() for head in heads]
+    found["body_fresh"] = store.load_weights(policy_run, body, mesh)
+    kept = all(torch.equal(a, b) for a, b in zip(heads, drawn, strict=True))
+    same = all(
+        torch.equal(tensor, reference[i].state_dict()[name])
+        for i, chunk in enumerate(body)
+        for name, tensor in chunk.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith("output_layer")
+    )
+    flags = [None] * mesh.world_size
+    dist.all_gather_object(flags, [kept, same])
+    found["body_flags"] = flags
+
+    language = tiny.make_chunks(mesh, seed=99)
+    small = tiny.make_role(mesh, hidden_size=16)
+    deep = tiny.make_role(mesh, num_layers=8)
+    tied = tiny.make_role(mesh, tied=True)
+    good = tiny.make_role(mesh)
+    newest = store.find(policy_run, mesh)
+    found["refused"] = {
+        "head": refused(lambda: store.load_weights(root / "reward", language, mesh, role="reward")),
+        "role": refused(lambda: store.load_weights(root / "reward", language, mesh)),
+        "run": refused(lambda: store.load_weights(root / "nothing", language, mesh)),
+        "width": refused(lambda: store.load(newest, {"policy": small}, mesh)),
+        "depth": refused(lambda: store.load(newest, {"policy": deep}, mesh)),
+        "unused": refused(lambda: store.load(newest, {"policy": tied}, mesh)),
+        "model": refused(lambda: store.load(newest, {"policy": good, "critic": good}, mesh)),
+        "state": refused(lambda: store.load(newest, {"policy": good}, mesh, required=["rng"])),
+    }
+    destroy_mesh()
+    return found
+
+
+def main():
+    out, root, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    found = {"exact": {}, "reshard": {}}
+    for index, (name, (layout, options)) in enumerate(cases["exact"].items()):
+        found["exact"][name] = resume_exactly(root / f"exact{index}", layout, options)
+    for index, (name, layout) in enumerate(cases["reshard"].items()):
+        found["reshard"][name] = reshard(root / "exact0", root / f"reshard{index}", layout)
+    found["weights"] = weights(root, root / "exact0")
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
