@@ -52,8 +52,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--tolerance", type=float, default=1e-9)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device(args.device)
     try:
         errors = check(json.loads(args.file.read_text()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -41,7 +41,7 @@ class Generator:
         sample_indices: Sequence[int],
         *,
         rule: SamplingRule,
-        max_response_tokens: int,
+        max_response_tokens: int | Sequence[int],
         seed: int,
         step: int,
         slots: int | None = None,
@@ -55,7 +55,7 @@ class Generator:
             prompts: token ids, none empty.
             sample_indices: global index of every sample within the step.
             rule: temperature and filters.
-            max_response_tokens: longest response, the end token included.
+            max_response_tokens: longest response, the end token included; or each one's limit.
             seed: of the run.
             step: of the run; (seed, step, sample index, position) decide every draw.
             slots: responses decoded together; none: all.
@@ -64,7 +64,12 @@ class Generator:
         Returns:
             The responses in the order of the prompts, the same on every rank of the replica.
         """
-        responses = [Response(i, list(p)) for i, p in enumerate(prompts)]
+        limits = max_response_tokens
+        if isinstance(limits, int):
+            limits = [limits] * len(prompts)
+        responses = [
+            Response(i, list(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))
+        ]
         order = sorted(responses, key=lambda r: (-len(r.prompt), r.sample))
         keys = fold(seed, step, torch.tensor(list(sample_indices), dtype=torch.int64))
         run = _Run(
@@ -72,7 +77,6 @@ class Generator:
             deque(order),
             keys,
             rule=rule,
-            max_response_tokens=max_response_tokens,
             slots=min(slots or len(prompts), len(prompts)),
             eos_id=self.eos_id if stop_at_eos else -1,
         )
@@ -91,13 +95,12 @@ class _Run:
         keys: Tensor,
         *,
         rule: SamplingRule,
-        max_response_tokens: int,
         slots: int,
         eos_id: int,
     ) -> None:
         self.mesh, self.rule, self.keys = generator.mesh, rule, keys
-        self.eos_id, self.max_response_tokens = eos_id, max_response_tokens
-        longest = max((len(r.prompt) for r in waiting), default=1) + max_response_tokens
+        self.eos_id = eos_id
+        longest = max((len(r.prompt) + r.max_tokens for r in waiting), default=1)
         num_groups = max(1, min(self.mesh.pp_size, slots))
         share = max(1, -(-slots // num_groups))
         self.groups = [SlotGroup(share, waiting, self.mesh.device) for _ in range(num_groups)]
@@ -166,7 +169,6 @@ class _Run:
             [int(token) for token in tokens],
             logprobs,
             eos_id=self.eos_id,
-            max_tokens=self.max_response_tokens,
         )
         for source, target in moves:
             for decoder in self.decoders[index]:

@@ -19,6 +19,8 @@ class Response:
     sample: int
     """Index among the prompts that the generator was given."""
     prompt: list[int]
+    max_tokens: int
+    """Longest it may grow."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
@@ -56,7 +58,7 @@ class SlotGroup:
         )
 
     def record(
-        self, tokens: list[int], logprobs: list[float], *, eos_id: int, max_tokens: int
+        self, tokens: list[int], logprobs: list[float], *, eos_id: int
     ) -> list[tuple[int, int]]:
         """Add the sampled tokens, retire what has ended, close the gaps.
 
@@ -71,7 +73,7 @@ class SlotGroup:
         moves = []
         for slot in range(len(self.active) - 1, -1, -1):
             response = self.active[slot]
-            if response.finished or len(response.tokens) == max_tokens:
+            if response.finished or len(response.tokens) == response.max_tokens:
                 last = len(self.active) - 1
                 if slot != last:
                     self.active[slot] = self.active[last]

@@ -51,6 +51,7 @@ def config_for(case):
                 "tied_embeddings": case["tied"],
             },
             "parallel": case["parallel"],
+            "precision": {"dtype": "float32"},
             "policy": {"lr": 2e-4},
             "critic": {"lr": 2e-4},
             "rollout": {"batch_size": BATCH, "max_response_tokens": 10},

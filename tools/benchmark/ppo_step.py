@@ -1,0 +1,187 @@
+"""Time of a PPO iteration: rollout, experience and update, as `marlhf ppo` runs them.
+
+    python tools/benchmark/ppo_step.py --ranks 4 [--tensor-size 2 --pipeline-size 2] ...
+
+Policy, critic, reference and reward model are random and of one shape; macro actions are 5-grams.
+No response ends early: each gets exactly the asked length. Prints readable lines and one JSON
+object.
+"""
+
+import argparse
+import statistics
+
+import common
+from macro_ops import measure as measure_macro_ops
+from macro_ops import rules
+
+from marlhf_mega.config.schema import Config
+from marlhf_mega.experience import builder
+from marlhf_mega.experience.builder import ExperienceBuilder
+from marlhf_mega.experience.scoring import Scorer
+from marlhf_mega.experience.segmentation import Segmenter
+from marlhf_mega.metrics.flops import forward_flops, training_flops
+from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.metrics.timing import PhaseTimers
+from marlhf_mega.models.roles import Roles
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.update import ppo as update
+
+PHASES = ("generation", "scoring", "update")
+
+
+class Iteration:
+    """The parties of one PPO iteration, wired as the ppo job does, without text or files."""
+
+    def __init__(self, args: argparse.Namespace, config: Config, mesh: Mesh) -> None:
+        self.args, self.config, self.mesh = args, config, mesh
+        self.roles = build_roles(config, mesh, seed=args.seed)
+        policy = [ddp.module for ddp in self.roles.policy.chunks]
+        self.generator = Generator(policy, mesh, eos_id=common.EOS)
+        # Neither a learned reward nor n-grams need text.
+        scorer = Scorer(
+            config.reward.source,
+            self.roles.rewards,
+            None,
+            mesh,
+            microbatch_size=config.ppo.microbatch_size,
+        )
+        segmenter = Segmenter(config.macro, None, mesh, seed=args.seed)
+        self.builder = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)
+        self.own = update.local_indices(args.batch, config.ppo.minibatch_size, mesh)
+        prompts = [args.prompt_len] * args.batch
+        self.prompts = common.random_tokens(args.seed, prompts, config.model.vocab_size or 0)
+        self.lengths = common.response_lengths(
+            args.lengths, count=args.batch, fixed=args.response_len, seed=args.seed
+        )
+        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def run(self, step: int) -> None:
+        """Run the three phases and note each one's seconds on the slowest rank."""
+        timers = PhaseTimers(self.mesh.platform.synchronize)
+        sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
+        with timers("generation"):
+            rollout = self.generator.generate(
+                [self.prompts[i] for i in self.own],
+                self.own,
+                rule=SamplingRule(temperature=self.config.rollout.temperature),
+                max_response_tokens=[self.lengths[i] for i in self.own],
+                seed=self.args.seed,
+                step=step,
+                slots=self.args.slots,
+                stop_at_eos=False,
+            )
+        with timers("scoring"):
+            experience, _ = self.builder.build(
+                rollout, [{}] * len(self.own), step=step, kl_coef=0.05, sums=sums
+            )
+        with timers("update"):
+            update.ppo_update(
+                self.roles,
+                experience,
+                self.config,
+                self.mesh,
+                step=step,
+                sums=sums,
+                timers=PhaseTimers(),
+            )
+        for phase in PHASES:
+            self.seconds[phase].append(common.slowest(self.mesh, timers.seconds(phase)))
+
+
+def build_roles(config: Config, mesh: Mesh, *, seed: int) -> Roles:
+    """Return four random models; policy and critic with optimizers."""
+    reference = common.build(config, mesh, "language", seed=seed + 2)
+    reward = common.build(config, mesh, "scalar", seed=seed + 3)
+    for chunk in (*reference, *reward):
+        chunk.requires_grad_(False).eval()
+    policy = common.build(config, mesh, "language", seed=seed)
+    critic = common.build(config, mesh, "scalar", seed=seed + 1)
+    return Roles(
+        policy=TrainState(policy, config.policy, total_steps=1000),
+        critic=TrainState(critic, config.critic, total_steps=1000),
+        reference=reference,
+        rewards=[reward],
+    )
+
+
+def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
+    """Run PPO iterations and the macro-action operations alone."""
+    config = with_batches(args, config, mesh)
+    iteration = Iteration(args, config, mesh)
+    mesh.platform.reset_memory_peak()
+    whole = common.timed(mesh, iteration.run, warmup=args.warmup, iters=args.iters)
+    seconds = {p: iteration.seconds[p][args.warmup :] for p in PHASES}
+    longest = max(iteration.lengths)
+    macro_ms, _ = measure_macro_ops(
+        rules(config.macro.n)["fixed_ngram"], len(iteration.own), longest, 0.3
+    )
+    tokens = sum(iteration.lengths)
+    median = statistics.median(whole)
+    return {
+        "seconds": {
+            "iter_s": common.spread(whole),
+            **{f"{p}_s": common.spread(seconds[p]) for p in PHASES},
+        },
+        "flops": phase_flops(args, config, iteration.lengths),
+        "tokens_per_s": {
+            "iter": tokens / median,
+            **{p: tokens / statistics.median(seconds[p]) for p in PHASES},
+        },
+        "macro_ops_fraction": macro_ms / 1000 / median,
+        "minibatch_size": config.ppo.minibatch_size,
+        "microbatch_size": config.ppo.microbatch_size,
+        "lines": [
+            f"{tokens / median:.0f} response tokens per second, "
+            f"{tokens / statistics.median(seconds['generation']):.0f} while generating",
+            f"macro actions {macro_ms:.2f} ms, {macro_ms / 1000 / median:.3%} of an iteration",
+        ],
+    }
+
+
+def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config:
+    """Cut the batch into minibatches, and those into microbatches that fill a pipeline."""
+    minibatch = args.batch // args.microbatches
+    if args.batch % args.microbatches or minibatch % mesh.dp_size:
+        raise ValueError(
+            f"--microbatches={args.microbatches}: must cut --batch={args.batch} into equal parts "
+            f"that {mesh.dp_size} data-parallel ranks can share. Change one of them."
+        )
+    share = minibatch // mesh.dp_size
+    size = args.microbatch_size or max(1, share // (2 * mesh.pp_size if mesh.pp_size > 1 else 1))
+    changes = {"epochs": args.ppo_epochs, "minibatch_size": minibatch, "microbatch_size": size}
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update=changes)})
+
+
+def phase_flops(args: argparse.Namespace, config: Config, lengths: list[int]) -> dict[str, float]:
+    """Count the operations of each phase over all ranks."""
+    model, whole = config.model, [args.prompt_len + n for n in lengths]
+    vocabulary, tokens = model.vocab_size or 0, sum(lengths)
+    language = forward_flops(model, whole, output_size=vocabulary, output_tokens=tokens)
+    scalar = forward_flops(model, whole, output_size=1, output_tokens=tokens)
+    # The last token of a response is sampled and never fed back.
+    generation = forward_flops(
+        model, [n - 1 for n in whole], output_size=vocabulary, output_tokens=tokens
+    )
+    scoring = 2 * language + 2 * scalar
+    training = training_flops(language + scalar) * config.ppo.epochs
+    total = generation + scoring + training
+    return {"iter": total, "generation": generation, "scoring": scoring, "update": training}
+
+
+def main() -> None:
+    """Measure and print."""
+    options = common.parser(__doc__.partition("\n")[0])
+    options.add_argument("--microbatches", type=int, default=4, help="minibatches: optimizer steps")
+    options.add_argument("--ppo-epochs", type=int, default=1)
+    options.add_argument("--microbatch-size", type=int, help="sequences per forward on one rank")
+    options.add_argument("--lengths", help="geometric:LOW:HIGH instead of --response-len for all")
+    options.add_argument("--slots", type=int, help="sequences decoded together on one rank")
+    args = options.parse_args()
+    common.run(args, lambda config, mesh: measure(args, config, mesh))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""New tokens per second of generation with a random policy.
+
+    python tools/benchmark/rollout.py --ranks 4 [--lengths geometric:16:256 --slots 32] ...
+
+No response ends early: each gets exactly the asked length. Prints readable lines and one JSON
+object.
+"""
+
+import argparse
+import statistics
+
+import common
+
+from marlhf_mega.config.schema import Config
+from marlhf_mega.metrics.flops import forward_flops
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.update.ppo import local_indices
+
+
+def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
+    """Generate the batch again and again, and its first tokens alone."""
+    chunks = common.build(config, mesh, "language", seed=args.seed)
+    generator = Generator(chunks, mesh, eos_id=common.EOS)
+    own = local_indices(args.batch, args.batch, mesh)
+    vocabulary = config.model.vocab_size or 0
+    prompts = common.random_tokens(args.seed, [args.prompt_len] * args.batch, vocabulary)
+    lengths = common.response_lengths(
+        args.lengths, count=args.batch, fixed=args.response_len, seed=args.seed
+    )
+    mesh.platform.reset_memory_peak()
+
+    def generate(step: int, limits: list[int]) -> None:
+        generator.generate(
+            [prompts[i] for i in own],
+            own,
+            rule=SamplingRule(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+            max_response_tokens=limits,
+            seed=args.seed,
+            step=step,
+            slots=None if args.slots is None else max(1, args.slots // mesh.dp_size),
+            stop_at_eos=False,
+        )
+
+    limits = [lengths[i] for i in own]
+    often = {"warmup": args.warmup, "iters": args.iters}
+    whole = common.timed(mesh, lambda step: generate(step, limits), **often)
+    first = common.timed(mesh, lambda step: generate(step, [1] * len(own)), **often)
+    forward = forward_flops(
+        config.model,
+        [args.prompt_len + n - 1 for n in lengths],
+        output_size=vocabulary,
+        output_tokens=sum(lengths),
+    )
+    rates = [sum(lengths) / s for s in whole]
+    result = {
+        "seconds": {"rollout_s": common.spread(whole), "first_token_s": common.spread(first)},
+        "flops": {"rollout": forward},
+        "new_tokens": sum(lengths),
+        "new_tokens_per_s": statistics.median(rates),
+        "new_tokens_per_s_spread": common.spread(rates),
+        "lines": [f"{statistics.median(rates):.0f} new tokens per second"],
+    }
+    if args.lengths is None and args.slots is None and args.response_len > 1:
+        decode = (statistics.median(whole) - statistics.median(first)) / (args.response_len - 1)
+        result |= decode_rates(args, config, mesh, chunks, seconds=decode)
+        result["lines"].append(
+            f"{1000 * decode:.2f} ms per decode step, {result['decode_bytes_per_s'] / 1e9:.1f} "
+            f"GB/s of weights and cache, {result['decode_bandwidth_fraction']:.1%} of a copy's"
+        )
+    return result
+
+
+def decode_rates(
+    args: argparse.Namespace, config: Config, mesh: Mesh, chunks: list, *, seconds: float
+) -> common.Result:
+    """Compare the bytes that one decode step has to read with what a large copy moves."""
+    model, item = config.model, next(chunks[0].parameters()).element_size()
+    weights = sum(
+        p.numel() for c in chunks for name, p in c.named_parameters() if "embedding" not in name
+    )
+    cache = 2 * model.num_layers * model.query_groups * model.kv_channels
+    context = args.batch * (args.prompt_len + args.response_len / 2)
+    # A pipeline reads its weights once for every group of slots.
+    groups = min(mesh.pp_size, args.batch // mesh.dp_size)
+    rate = item * (common.total(mesh, weights) * groups + cache * context) / seconds
+    bandwidth = common.copy_bandwidth(mesh)
+    return {
+        "decode_step_s": seconds,
+        "decode_bytes_per_s": rate,
+        "copy_bytes_per_s": bandwidth,
+        "decode_bandwidth_fraction": rate / bandwidth,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    options = common.parser(__doc__.partition("\n")[0])
+    options.add_argument("--lengths", help="geometric:LOW:HIGH instead of --response-len for all")
+    options.add_argument("--slots", type=int, help="sequences decoded together, over all ranks")
+    options.add_argument("--temperature", type=float, default=1.0)
+    options.add_argument("--top-k", type=int, default=0)
+    options.add_argument("--top-p", type=float, default=1.0)
+    args = options.parse_args()
+    common.run(args, lambda config, mesh: measure(args, config, mesh))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Time of forward, backward and optimizer step of a random policy.
+
+    python tools/benchmark/train_step.py --ranks 4 [--tensor-size 2] [--dtype bfloat16] ...
+
+Cross entropy on every token but the first. Prints readable lines and one JSON object.
+"""
+
+import argparse
+
+import common
+
+from marlhf_mega.algorithm.losses import sft_loss
+from marlhf_mega.config.schema import Config
+from marlhf_mega.experience.forward import cut_rows
+from marlhf_mega.metrics.flops import forward_flops, training_flops
+from marlhf_mega.models.roles import LogprobStep
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.schedule import run_forward_backward
+
+
+def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
+    """Take optimizer steps on random sequences."""
+    chunks = common.build(config, mesh, "language", seed=args.seed)
+    state = TrainState(chunks, config.policy, total_steps=args.warmup + args.iters)
+    share = args.batch // mesh.dp_size
+    vocabulary = config.model.vocab_size or 0
+    prompts = common.random_tokens(args.seed, [args.prompt_len] * share, vocabulary)
+    responses = common.random_tokens(args.seed + 1, [args.response_len] * share, vocabulary)
+    size = -(-share // args.microbatches)
+    batches = [c.batch for c in cut_rows(prompts, responses, microbatch_size=size, mesh=mesh)]
+    run = LogprobStep(1.0)
+    mesh.platform.reset_memory_peak()
+
+    def step(_: int) -> None:
+        state.zero_grad()
+        run_forward_backward(
+            state.chunks, batches, run, lambda output, b: sft_loss(output[0], b.response_mask)
+        )
+        state.step()
+
+    seconds = common.timed(mesh, step, warmup=args.warmup, iters=args.iters)
+    length = args.prompt_len + args.response_len
+    forward = forward_flops(
+        config.model,
+        [length] * args.batch,
+        output_size=vocabulary,
+        output_tokens=args.batch * args.response_len,
+    )
+    rate = args.batch * length / common.spread(seconds)["median"]
+    num_parameters = common.total(mesh, sum(p.numel() for c in chunks for p in c.parameters()))
+    return {
+        "parameters": int(num_parameters / mesh.dp_size),
+        "seconds": {"step_s": common.spread(seconds)},
+        "flops": {"step": training_flops(forward)},
+        "tokens_per_s": rate,
+        "lines": [f"{rate:.0f} tokens per second"],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    options = common.parser(__doc__.partition("\n")[0])
+    options.add_argument("--microbatches", type=int, default=1, help="of one rank's share")
+    options.set_defaults(prompt_len=1, response_len=127)
+    args = options.parse_args()
+    common.run(args, lambda config, mesh: measure(args, config, mesh))
+
+
+if __name__ == "__main__":
+    main()
