@@ -1,109 +1,268 @@
-"""What the benchmarks share: options, a random model of the asked shape, medians, output."""
+"""What the benchmarks share: options, starting ranks, random models and prompts, peaks, output."""
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config.checks import check_world
 from marlhf_mega.config.schema import Config
-from marlhf_mega.models.gpt import StageModel, build_chunks
-from marlhf_mega.parallel.mesh import Mesh, create_mesh
+from marlhf_mega.metrics.flops import peak_flops
+from marlhf_mega.models.gpt import Head, StageModel, build_chunks
+from marlhf_mega.parallel.collectives import barrier, max_over_world, sum_over_world
+from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh, world_size_from_environment
+
+EOS = 2
+LENGTHS_HELP = "geometric:LOW:HIGH: draw each response's length instead of --response-len"
+
+Result = dict[str, Any]
 
 
-def parser(about: str) -> argparse.ArgumentParser:
-    """Return the options that decide shape, layout and measurement."""
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the options of every benchmark: shape, layout, work, repetitions."""
     options = argparse.ArgumentParser(
-        description=about + " Start it under torchrun for more than one rank.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    shape = {"hidden": 512, "layers": 8, "heads": 8, "kv-heads": 4, "ffn": 1408, "vocab": 4096}
-    run = {"tensor-size": 1, "pipeline-size": 1, "threads": 1}
-    measure = {"batch": 32, "prompt-len": 64, "response-len": 64, "warmup": 1, "iters": 5}
-    for name, value in (shape | run | measure).items():
-        options.add_argument(f"--{name}", type=int, default=value)
-    options.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    options.add_argument("--out", type=Path, help="also write the JSON here")
+    shape = options.add_argument_group("model (Llama, random weights)")
+    sizes = {"hidden": 512, "layers": 8, "heads": 8, "kv-heads": 4, "ffn": 1408, "vocab": 4096}
+    for name, default in sizes.items():
+        shape.add_argument(f"--{name}", type=int, default=default)
+    shape.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    layout = options.add_argument_group("layout")
+    layout.add_argument("--ranks", type=int, default=1, help="processes to start")
+    layout.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    layout.add_argument("--tensor-size", type=int, default=1)
+    layout.add_argument("--pipeline-size", type=int, default=1)
+    work = options.add_argument_group("work")
+    work.add_argument("--batch", type=int, default=32, help="sequences, over all ranks")
+    work.add_argument("--prompt-len", type=int, default=64)
+    work.add_argument("--response-len", type=int, default=64)
+    work.add_argument("--seed", type=int, default=1234)
+    work.add_argument("--warmup", type=int, default=1, help="iterations that do not count")
+    work.add_argument("--iters", type=int, default=5)
+    work.add_argument("--out", type=Path, help="also write the JSON object here")
     return options
 
 
-def start(options: argparse.Namespace) -> tuple[Config, Mesh]:
-    """Join the world and resolve the configuration."""
-    torch.set_num_threads(options.threads)
-    config = Config.model_validate(
+def run(args: argparse.Namespace, measure: Callable[[Config, Mesh], Result]) -> int:
+    """Call `measure` on every rank, starting the ranks if need be; rank 0 prints what it found.
+
+    Args:
+        args: the options.
+        measure: returns `seconds` (a spread of every phase), `flops` by phase, readable `lines`
+            and what else goes into the JSON object. ValueError: the options do not fit.
+
+    Returns:
+        The exit code: 0 done, 2 wrong options.
+    """
+    world_size = world_size_from_environment()
+    if args.ranks != world_size:
+        _become_ranks(args)
+    torch.set_num_threads(args.threads)
+    try:
+        config = make_config(args)
+        check_world(config, world_size)
+        mesh = create_mesh(config.parallel)
+        before = gemm_peaks(mesh, args.dtype)
+        found = measure(config, mesh)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    memory = torch.tensor([float(mesh.platform.memory_peak())], device=mesh.device)
+    after = gemm_peaks(mesh, args.dtype)
+    result: Result = {
+        "benchmark": Path(sys.argv[0]).stem,
+        "layout": mesh.describe(),
+        "device": mesh.platform.device_name,
+        "torch": torch.__version__,
+        "settings": {k: v for k, v in vars(args).items() if k != "out"},
+        "gemm_peak_flops": {name: max(before[name], after[name]) for name in before},
+        "peak_memory_bytes": {
+            "largest_rank": int(max_over_world(memory)),
+            "all_ranks": int(sum_over_world(memory)),
+        },
+        **found,
+    }
+    add_rates(result, num_ranks=mesh.world_size)
+    if mesh.rank == 0:
+        show(result, args.out)
+    destroy_mesh()
+    return 0
+
+
+def _become_ranks(args: argparse.Namespace) -> None:
+    """Replace this process by torchrun on the same command; does not return."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(args.ranks), *sys.argv]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+
+
+def make_config(args: argparse.Namespace) -> Config:
+    """Return the configuration of the asked shape, layout and work."""
+    return Config.model_validate(
         {
+            "run": {"seed": args.seed},
             "model": {
-                "num_layers": options.layers,
-                "hidden_size": options.hidden,
-                "num_attention_heads": options.heads,
-                "num_query_groups": options.kv_heads,
-                "ffn_hidden_size": options.ffn,
-                "vocab_size": options.vocab,
-                "max_positions": options.prompt_len + options.response_len,
+                "num_layers": args.layers,
+                "hidden_size": args.hidden,
+                "num_attention_heads": args.heads,
+                "num_query_groups": args.kv_heads,
+                "ffn_hidden_size": args.ffn,
+                "vocab_size": args.vocab,
             },
-            "parallel": {
-                "tensor_size": options.tensor_size,
-                "pipeline_size": options.pipeline_size,
-            },
-            "precision": {"dtype": options.dtype},
+            "parallel": {"tensor_size": args.tensor_size, "pipeline_size": args.pipeline_size},
+            "precision": {"dtype": args.dtype},
+            "rollout": {"batch_size": args.batch, "max_response_tokens": args.response_len},
+            "macro": {"rule": "fixed_ngram", "n": 5},
+            "reward": {"source": "random"},
         }
     )
-    return config, create_mesh(config.parallel)
 
 
-def random_model(config: Config, mesh: Mesh) -> list[StageModel]:
-    """Build a policy with random weights."""
-    chunks = build_chunks(config.model, config.precision, mesh, head="language")
-    fill_random(chunks, mesh, seed=0)
+def build(config: Config, mesh: Mesh, head: Head, *, seed: int) -> list[StageModel]:
+    """Return this rank's chunks of a random model."""
+    chunks = build_chunks(config.model, config.precision, mesh, head=head)
+    fill_random(chunks, mesh, seed=seed)
     return chunks
 
 
-def random_tokens(options: argparse.Namespace, mesh: Mesh, length: int) -> list[list[int]]:
-    """Draw this replica's share of `batch` sequences."""
-    generator = torch.Generator().manual_seed(mesh.dp_rank)
-    shape = (options.batch // mesh.dp_size, length)
-    return torch.randint(options.vocab, shape, generator=generator).tolist()
+def random_tokens(seed: int, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    """Return one list of random ids, none of them the end token, for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(EOS + 1, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def timed(work: Callable[[], object], options: argparse.Namespace, mesh: Mesh) -> dict[str, float]:
-    """Run `work` for the asked iterations; median, min and max of the counted seconds."""
+def response_lengths(text: str | None, *, count: int, fixed: int, seed: int) -> list[int]:
+    """Return how many tokens each response gets.
+
+    Args:
+        text: none, or `geometric:LOW:HIGH`: LOW plus a geometric number, at most HIGH; before the
+            cut the mean lies a quarter of the way from LOW to HIGH.
+        count: number of responses.
+        fixed: length where `text` is none.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the text is not of that form.
+    """
+    if text is None:
+        return [fixed] * count
+    kind, *bounds = text.split(":")
+    low, high = (int(b) if b.isdecimal() else 0 for b in (bounds + ["", ""])[:2])
+    if kind != "geometric" or len(bounds) != 2 or not 0 < low < high:
+        raise ValueError(f"--lengths={text}: must be geometric:LOW:HIGH with 0 < LOW < HIGH.")
+    mean = (high - low) / 4
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # Inverse of the distribution function 1 - q^(k + 1), k = 0, 1, ..., of mean q / (1 - q).
+    extra = torch.log1p(-draws) / torch.log(torch.tensor(mean / (1 + mean), dtype=torch.float64))
+    return (low + extra.long()).clamp(max=high).tolist()
+
+
+def timed(mesh: Mesh, work: Callable[[int], object], *, warmup: int, iters: int) -> list[float]:
+    """Return the slowest rank's seconds of every counted call of `work(iteration)`."""
     seconds = []
-    for _ in range(options.warmup + options.iters):
+    for iteration in range(warmup + iters):
+        barrier()
         mesh.platform.synchronize()
-        begin = time.perf_counter()
-        work()
+        start = time.perf_counter()
+        work(iteration)
         mesh.platform.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    counted = seconds[options.warmup :]
+        seconds.append(slowest(mesh, time.perf_counter() - start))
+    return seconds[warmup:]
+
+
+def slowest(mesh: Mesh, seconds: float) -> float:
+    """Return the largest of all ranks' seconds."""
+    return float(max_over_world(torch.tensor([seconds], dtype=torch.float64, device=mesh.device)))
+
+
+def total(mesh: Mesh, value: float) -> float:
+    """Return the sum of a number over all ranks."""
+    return float(sum_over_world(torch.tensor([value], dtype=torch.float64, device=mesh.device)))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def gemm_peaks(mesh: Mesh, dtype: str, *, repeats: int = 9) -> dict[str, float]:
+    """Measure matrix products of all ranks at once.
+
+    Args:
+        mesh: the ranks.
+        dtype: number format of the run.
+        repeats: products timed; the median counts.
+
+    Returns:
+        FLOP/s of all ranks together, through `torch.mm` and, on CPUs that have it, through oneDNN
+        with reordered weights.
+    """
+    numbers = mesh.platform.default_dtype if dtype == "auto" else getattr(torch, dtype)
+    size = 8192 if mesh.platform.name == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=mesh.device).to(numbers) for _ in range(2))
+    ways: dict[str, Callable[[int], object]] = {"torch": lambda _: torch.mm(left, right)}
+    if mesh.platform.name == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(right, size)
+        ways["onednn"] = lambda _: torch.ops.mkldnn._linear_pointwise(
+            left, packed, None, "none", [], ""
+        )
+    often = {"warmup": 2, "iters": repeats}
     return {
-        "median": statistics.median(counted),
-        "min": min(counted),
-        "max": max(counted),
+        name: 2 * size**3 * mesh.world_size / statistics.median(timed(mesh, product, **often))
+        for name, product in ways.items()
     }
 
 
-def gemm_peak(options: argparse.Namespace, mesh: Mesh, dtype: torch.dtype) -> float:
-    """Measure the best rate of a large matrix product on this rank, operations per second."""
-    size = 8192 if mesh.device.type == "cuda" else 1536
-    left = torch.randn(size, size, device=mesh.device).to(dtype)
-    seconds = timed(lambda: left @ left, options, mesh)
-    return 2 * size**3 / seconds["min"]
+def copy_bandwidth(mesh: Mesh, *, repeats: int = 9) -> float:
+    """Measure the bytes per second that a large copy reads and writes, on all ranks at once."""
+    size = 1 << (28 if mesh.platform.name == "cuda" else 25)
+    source = torch.zeros(size, device=mesh.device)
+    target = torch.zeros_like(source)
+    seconds = timed(mesh, lambda _: target.copy_(source), warmup=2, iters=repeats)
+    return 8 * size * mesh.world_size / statistics.median(seconds)
 
 
-def show(result: dict[str, Any], options: argparse.Namespace, mesh: Mesh) -> None:
-    """Print readable lines and one JSON object, on rank 0."""
-    if mesh.rank != 0:
-        return
-    result = {"layout": mesh.describe(), "device": mesh.platform.device_name, **result}
-    for name, value in result.items():
-        sys.stderr.write(f"{name}: {value}\n")
-    text = json.dumps(result | {"options": {k: str(v) for k, v in vars(options).items()}})
-    sys.stdout.write(text + "\n")
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+def add_rates(result: Result, *, num_ranks: int) -> None:
+    """Turn each phase's FLOPs into FLOP/s and fractions of the peaks, in place."""
+    measured = max(result["gemm_peak_flops"].values())
+    vendor = peak_flops(result["device"])
+    result["phases"] = phases = {}
+    for phase, flops in result.pop("flops").items():
+        rate = flops / result["seconds"][f"{phase}_s"]["median"]
+        phases[phase] = {"flops": flops, "flops_per_s": rate, "gemm_fraction": rate / measured}
+        # The vendor's figure is that of bfloat16.
+        if vendor is not None and result["settings"]["dtype"] != "float32":
+            phases[phase]["mfu"] = rate / (vendor * num_ranks)
+
+
+def show(result: Result, out: Path | None) -> None:
+    """Print readable lines and then the JSON object; write it to a file if asked to."""
+    print(f"{result['benchmark']}: {result['layout']}, {result['settings']['threads']} thread(s)")
+    peaks = result["gemm_peak_flops"].items()
+    print("GEMM peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks))
+    for name, s in result["seconds"].items():
+        line = f"{name:14}{s['median']:9.4f} (least {s['min']:.4f}, most {s['max']:.4f})"
+        phase = result["phases"].get(name.removesuffix("_s"), {})
+        if phase:
+            line += f"  {phase['flops_per_s'] / 1e9:.1f} GFLOP/s, "
+            line += f"{phase['gemm_fraction']:.1%} of the GEMM peak"
+        if "mfu" in phase:
+            line += f", MFU {phase['mfu']:.1%}"
+        print(line)
+    print("\n".join(result.pop("lines")))
+    memory = result["peak_memory_bytes"]
+    print(f"peak memory {memory['largest_rank'] / 2**30:.2f} GiB on the largest rank")
+    text = json.dumps(result)
+    print(text)
+    if out:
+        out.write_text(text + "\n")

@@ -9,6 +9,7 @@ object.
 
 import argparse
 import statistics
+import sys
 
 import common
 from macro_ops import measure as measure_macro_ops
@@ -171,17 +172,17 @@ def phase_flops(args: argparse.Namespace, config: Config, lengths: list[int]) ->
     return {"iter": total, "generation": generation, "scoring": scoring, "update": training}
 
 
-def main() -> None:
+def main() -> int:
     """Measure and print."""
     options = common.parser(__doc__.partition("\n")[0])
     options.add_argument("--microbatches", type=int, default=4, help="minibatches: optimizer steps")
     options.add_argument("--ppo-epochs", type=int, default=1)
     options.add_argument("--microbatch-size", type=int, help="sequences per forward on one rank")
-    options.add_argument("--lengths", help="geometric:LOW:HIGH instead of --response-len for all")
+    options.add_argument("--lengths", help=common.LENGTHS_HELP)
     options.add_argument("--slots", type=int, help="sequences decoded together on one rank")
     args = options.parse_args()
-    common.run(args, lambda config, mesh: measure(args, config, mesh))
+    return common.run(args, lambda config, mesh: measure(args, config, mesh))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ object.
 
 import argparse
 import statistics
+import sys
 
 import common
 
@@ -94,17 +95,17 @@ def decode_rates(
     }
 
 
-def main() -> None:
+def main() -> int:
     """Measure and print."""
     options = common.parser(__doc__.partition("\n")[0])
-    options.add_argument("--lengths", help="geometric:LOW:HIGH instead of --response-len for all")
+    options.add_argument("--lengths", help=common.LENGTHS_HELP)
     options.add_argument("--slots", type=int, help="sequences decoded together, over all ranks")
     options.add_argument("--temperature", type=float, default=1.0)
     options.add_argument("--top-k", type=int, default=0)
     options.add_argument("--top-p", type=float, default=1.0)
     args = options.parse_args()
-    common.run(args, lambda config, mesh: measure(args, config, mesh))
+    return common.run(args, lambda config, mesh: measure(args, config, mesh))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
