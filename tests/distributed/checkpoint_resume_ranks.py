@@ -1,7 +1,6 @@
 """Save and restore on four ranks, at one layout after another."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def resume_exactly(run_dir, layout, options):
         {str(p.dtype) for chunk in other.chunks for p in chunk.parameters()}
         | {str(p.dtype) for part in tiny.parts(other) for p in part.get_parameters()}
     )
-    destroy_mesh()
+    destroy_mesh(leave_world=False)
     return {
         "state": state,
         "dtypes": dtypes,
@@ -58,12 +57,12 @@ def reshard(first, second, layout):
     store.load(store.find(first, mesh), {"policy": role}, mesh)
     save(second, 2, role, mesh)
     steps = tiny.train(role, mesh, [2, 3])
-    destroy_mesh()
+    destroy_mesh(leave_world=False)
     mesh = create_mesh(ParallelConfig(**BASE))
     role = tiny.make_role(mesh, seed=98)
     store.load(store.find(second, mesh), {"policy": role}, mesh)
     back = tiny.digests(role)
-    destroy_mesh()
+    destroy_mesh(leave_world=False)
     return {"steps": steps, "back": back}
 
 
@@ -95,7 +94,7 @@ def weights(root, policy_run):
     store.load(store.find(root / "never", mesh), {"policy": again}, mesh)
     found["never_stepped"] = [before, tiny.digests(again)]
     found["never_stepped_steps"] = [tiny.train(r, mesh, [0, 1]) for r in (never, again)]
-    destroy_mesh()
+    destroy_mesh(leave_world=False)
 
     mesh = create_mesh(ParallelConfig(pipeline_size=2, virtual_pipeline_size=2))
     reference = tiny.make_chunks(mesh, seed=99)
@@ -139,7 +138,7 @@ def weights(root, policy_run):
         "model": refused(lambda: store.load(newest, {"policy": good, "critic": good}, mesh)),
         "state": refused(lambda: store.load(newest, {"policy": good}, mesh, required=["rng"])),
     }
-    destroy_mesh()
+    destroy_mesh(leave_world=False)
     return found
 
 
@@ -151,8 +150,9 @@ def main():
     for index, (name, layout) in enumerate(cases["reshard"].items()):
         found["reshard"][name] = reshard(root / "exact0", root / f"reshard{index}", layout)
     found["weights"] = weights(root, root / "exact0")
-    if os.environ["RANK"] == "0":
+    if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
