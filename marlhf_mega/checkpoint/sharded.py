@@ -208,7 +208,9 @@ def _read(folder: Path, tensors: Tensors, mesh: Mesh) -> Tensors:
     force_all_tensors_to_non_fp8(tensors)
     apart, _, factories = load_preprocess(tensors)
     strategy: Any = TorchDistLoadShardedStrategy()
-    if mesh.groups.dp_cp.size() > 1:
+    # Replicas share the reading. With experts their needs differ, and Megatron's exchange of what
+    # a rank does not need works with CUDA only.
+    if mesh.groups.dp_cp.size() > 1 and mesh.ep_size == 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, mesh.groups.dp_cp)
     with warnings.catch_warnings():
         # Megatron-Core 0.16 calls torch's loader by its old name.
