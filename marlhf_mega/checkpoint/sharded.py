@@ -197,9 +197,10 @@ def _mismatch(
     shape, wanted = shapes.get(piece.key), tuple(piece.global_shape)
     if shape is None:
         return f"lacks the tensor {piece.key}"
-    # The rows of a vocabulary are padded for the tensor-parallel size.
-    padded = piece.allow_shape_mismatch and shape[1:] == wanted[1:] and shape[0] >= vocab_size
-    if shape != wanted and not padded:
+    # The rows of a vocabulary are padded for the tensor-parallel size. Megatron would also cut a
+    # scalar head out of a language head, which has a row for every word.
+    padded = shape[1:] == wanted[1:] and min(shape[0], wanted[0]) >= vocab_size
+    if shape != wanted and not (piece.allow_shape_mismatch and padded):
         return f"holds {piece.key} with shape {list(shape)} instead of {list(wanted)}"
     return None
 

@@ -1,0 +1,68 @@
+"""Chunked log-probs and entropy against the whole softmax, on a world of one rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from marlhf_mega.parallel import vocab
+from marlhf_mega.parallel.vocab import VocabShard, padded_vocab_size, vocab_parallel_logprobs
+
+TOKENS, HIDDEN, VOCAB = 11, 6, 23
+
+
+@pytest.fixture(scope="module")
+def shard():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield VocabShard(group=dist.group.WORLD, start=0, num_real=VOCAB, num_total=VOCAB)
+    dist.destroy_process_group()
+
+
+def case():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
+    # Rows beyond the vocabulary are padding: enormous, so that a leak would show.
+    weight = torch.randn(32, HIDDEN, generator=generator)
+    weight[VOCAB:] = 100.0
+    targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    pull = torch.randn(2, TOKENS, generator=generator)
+    return hidden, weight.requires_grad_(), targets, pull
+
+
+def whole(hidden, weight, targets, temperature, softcap):
+    logits = hidden.double() @ weight[:VOCAB].double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    table = (logits / temperature).log_softmax(-1)
+    return table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 5 * VOCAB, 1 << 20])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (1.3, 2.0)])
+def test_values_and_gradients_are_those_of_the_whole_softmax(
+    shard, monkeypatch, chunk_elements, temperature, softcap
+):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, weight, targets, pull = case()
+    expected = whole(hidden, weight, targets, temperature, softcap)
+    wanted = torch.autograd.grad((torch.stack(expected) * pull).sum(), (hidden, weight))
+    found = vocab_parallel_logprobs(
+        hidden, weight, targets, shard=shard, temperature=temperature, softcap=softcap
+    )
+    given = torch.autograd.grad((torch.stack(found) * pull).sum(), (hidden, weight))
+    for mine, other in zip((*found, *given), (*expected, *wanted), strict=True):
+        assert torch.allclose(mine.double(), other.double(), atol=2e-5, rtol=1e-5)
+
+
+def test_padding_rows_get_no_gradient(shard):
+    hidden, weight, targets, _ = case()
+    logprobs, entropy = vocab_parallel_logprobs(hidden, weight, targets, shard=shard)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert weight.grad[VOCAB:].abs().max() == 0
+    assert weight.grad[:VOCAB].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor_size", "padded"), [(128256, 8, 128256), (50, 2, 64), (67, 4, 128)]
+)
+def test_the_vocabulary_is_padded_to_whole_shards(vocab_size, tensor_size, padded):
+    assert padded_vocab_size(vocab_size, tensor_size) == padded

@@ -1,0 +1,61 @@
+"""The distribution that tokens are drawn from, against brute force, on a world of one rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from marlhf_mega.parallel.vocab import VocabShard
+from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
+
+VOCAB, DRAWS = 12, 20000
+
+
+@pytest.fixture(scope="module")
+def shard():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield VocabShard(group=dist.group.WORLD, start=0, num_real=VOCAB, num_total=VOCAB)
+    dist.destroy_process_group()
+
+
+def allowed(logits, rule):
+    """Probabilities after temperature, top-k and top-p, one token at a time."""
+    probabilities = (logits / rule.temperature).softmax(-1).tolist()
+    ranked = sorted(range(VOCAB), key=lambda i: -probabilities[i])
+    ranked = ranked[: rule.top_k] if rule.top_k else ranked
+    kept, mass, total = [], 0.0, sum(probabilities[i] for i in ranked)
+    for index in ranked:
+        if mass >= rule.top_p:
+            break
+        kept.append(index)
+        mass += probabilities[index] / total
+    share = sum(probabilities[i] for i in kept)
+    return torch.tensor([probabilities[i] / share if i in kept else 0.0 for i in range(VOCAB)])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SamplingRule(temperature=1.0),
+        SamplingRule(temperature=0.5),
+        SamplingRule(temperature=1.0, top_k=4),
+        SamplingRule(temperature=1.5, top_p=0.7),
+        SamplingRule(temperature=1.0, top_k=6, top_p=0.6),
+        SamplingRule(temperature=1.0, top_k=100),
+    ],
+)
+def test_evenly_spread_numbers_give_the_wanted_frequencies(shard, rule):
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
+    numbers = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    tokens, logprobs = sample_tokens(logits.expand(DRAWS, -1), numbers, rule=rule, shard=shard)
+    frequencies = tokens.bincount(minlength=VOCAB) / DRAWS
+    assert torch.allclose(frequencies, allowed(logits, rule), atol=2.0 / DRAWS * VOCAB)
+    unfiltered = (logits / rule.temperature).log_softmax(-1)
+    assert torch.allclose(logprobs, unfiltered[tokens], atol=1e-5)
+
+
+def test_temperature_zero_takes_the_best_and_scores_it_at_temperature_one(shard):
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(4))
+    rule = SamplingRule(temperature=0.0)
+    tokens, logprobs = sample_tokens(logits, torch.rand(5).double(), rule=rule, shard=shard)
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert torch.allclose(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-6)
