@@ -195,7 +195,7 @@ class ScalarHead(torch.nn.Module):
 
 
 def _mark_sharded_weights(module: torch.nn.Module) -> None:
-    """Say which weights are shards: Megatron does so only where it also fills them.
+    """Say which weights are shards: Megatron 0.16 does so only where it also fills them.
 
     Without the mark a shard counts as a copy, and its gradient is left out of the global norm.
     """
@@ -208,7 +208,7 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
             dim = 0
         else:
             continue
-        if layer.weight is not None:
+        if layer.weight is not None and not hasattr(layer.weight, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
 
 
