@@ -1,16 +1,14 @@
 """One stage chunk run token by token: the training modules, around a cache of keys and values.
 
-Every norm and projection is the module that trains, so rollout and training cannot drift apart;
-only attention and the products inside the projections are arranged differently. Keys are cached
-rotated.
+Every matrix product, norm and projection is the module that trains, so rollout and training
+cannot drift apart; only attention is arranged differently. Keys are cached rotated.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,10 +16,6 @@ from torch.nn import functional as F
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.layers import SdpaAttention, causal_mask
 from marlhf_mega.models.rope import rotation_angles
-
-
-FEW_ROWS = 32
-"""Rows of a typical decode step, for which a CPU's weights are laid out; any number works."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +51,7 @@ class ChunkDecoder:
         """Allocate the cache.
 
         Args:
-            chunk: the model chunk, whose weights do not change as long as the decoder is used.
+            chunk: the model chunk; its weights are read at every call, never copied.
             num_slots: sequences in flight.
             max_tokens: longest sequence.
         """
@@ -69,13 +63,6 @@ class ChunkDecoder:
         shape = (len(chunk.decoder.layers), 2, num_slots, groups, max_tokens, config.kv_channels)
         device = chunk.rotary_speeds.device
         self.cache = torch.zeros(shape, dtype=config.params_dtype, device=device)
-        self.rows = torch.arange(num_slots, device=device)
-        every = torch.arange(max_tokens, device=device)
-        angles = rotation_angles(chunk.rotary_speeds, every)[:, None, :]
-        self.cos = angles.cos().to(config.params_dtype)
-        self.sin = angles.sin().to(config.params_dtype)
-        if chunk.post_process:
-            self.head = matrix_product(chunk.head_weight()[: chunk.vocab_shard.num_real])
         self.attentions = [
             SdpaAttention(
                 config,
@@ -110,7 +97,8 @@ class ChunkDecoder:
             positions = torch.arange(work.tokens.shape[1], device=hidden.device)[:, None]
         else:
             positions = work.positions[None]
-        cos, sin = self.cos[positions], self.sin[positions]
+        angles = rotation_angles(self.chunk.rotary_speeds, positions)[:, :, None, :]
+        cos, sin = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
         masks = _masks(work, [a.window for a in self.attentions])
         for index, layer in enumerate(self.chunk.decoder.layers):
             normed = layer.input_layernorm(hidden)
@@ -135,27 +123,27 @@ class ChunkDecoder:
         shard, cap = self.chunk.vocab_shard, self.chunk.model.logits_softcap
         if shard.num_real == 0:
             return hidden.new_full((len(hidden), 1), -torch.inf, dtype=torch.float32)
-        logits = self.head(hidden, None).float()
+        logits = F.linear(hidden, self.chunk.head_weight()[: shard.num_real]).float()
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, work: Work, mask: Tensor | None
     ) -> Tensor:
         """Store the new keys and values, attend: [seq, batch, heads, d] -> [seq, batch, h * d]."""
-        attention, (keys, values), batch = self.attentions[index], self.cache[index], query.shape[1]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        keys, values = self.cache[index]
+        batch = q.shape[0]
         if isinstance(work, Prefill):
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             slots = slice(work.first_slot, work.first_slot + batch)
             keys[slots, :, : k.shape[2]] = k
             values[slots, :, : v.shape[2]] = v
-            return attention.attend(q, k, v, mask=mask).permute(2, 0, 1, 3).flatten(2)
-        rows = self.rows[:batch]
-        keys[rows, :, work.positions] = key[0]
-        values[rows, :, work.positions] = value[0]
-        k, v = keys[:batch, :, : work.longest], values[:batch, :, : work.longest]
-        # The heads that share keys are the queries of one head: each key is read once.
-        q = query[0].unflatten(1, (k.shape[1], -1))
-        return attention.attend(q, k, v, mask=mask).reshape(1, batch, -1)
+        else:
+            rows = torch.arange(batch, device=q.device)
+            keys[rows, :, work.positions] = k[:, :, 0]
+            values[rows, :, work.positions] = v[:, :, 0]
+            k, v = keys[:batch, :, : work.longest], values[:batch, :, : work.longest]
+        context = self.attentions[index].attend(q, k, v, mask=mask)
+        return context.permute(2, 0, 1, 3).flatten(2)
 
 
 def _masks(work: Work, windows: list[int | None]) -> dict[int | None, Tensor | None]:
@@ -183,48 +171,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def matrix_product(weight: Tensor) -> Product:
-    """Return `(x, bias) -> x @ weight.T + bias`, good for as long as the weight does not change.
-
-    On a CPU oneDNN takes the weight in an order of its own: faster than torch's product, which in
-    float32 is another library's.
-    """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return lambda x, bias: F.linear(x, weight, bias)
-    ops = torch.ops.mkldnn
-    packed = ops._reorder_linear_weight(weight.detach(), FEW_ROWS)
-    return lambda x, bias: ops._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-@contextmanager
-def _plain_products(chunks: list[StageModel]) -> Iterator[None]:
-    """Let the projections compute their product only, without preparing a backward pass."""
-    layers = [
-        module
-        for chunk in chunks
-        for module in chunk.decoder.modules()
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear)
-    ]
-    try:
-        for layer in layers:
-            product = matrix_product(layer.weight)
-            layer._forward_impl = lambda input, weight, bias, product=product, **_: product(
-                input, bias
-            )
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("_forward_impl", None)
-
-
 @contextmanager
 def generating(chunks: list[StageModel]) -> Iterator[None]:
     """Evaluate without gradients and without sequence parallelism, then restore both.
 
-    One new token a sequence cannot be shared along the sequence. The weights must not change.
+    One new token a sequence cannot be shared along the sequence.
     """
     switched = [
         (module, name)
@@ -245,7 +196,7 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
             config.sequence_parallel = False
         for chunk in chunks:
             chunk.eval()
-        with torch.inference_mode(), _plain_products(chunks):
+        with torch.inference_mode():
             yield
     finally:
         for module, name in switched:
