@@ -1,17 +1,31 @@
 #!/usr/bin/env bash
-# What one GPU has to show: tests, golden vectors, rollout and train step of a 1B shape.
+# What one GPU has to show: tests, golden vectors, and the speed of a 1B-shaped policy.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: bash tools/gpu_acceptance.sh [--out FILE] [--dry-run]
 
-Runs on one GPU, without network, in under 10 minutes, with the Python named by PYTHON
-(default: python3), into which marlhf_mega is installed. Prints a table and one JSON object.
+Runs on one GPU, without network, in under 10 minutes: tests/gpu, the golden vectors on the
+device, rollout and train step of a 1B-shaped policy in bfloat16, one small PPO iteration.
+Prints a table and one JSON object.
+
+  --out FILE  also write the JSON object there
+  --dry-run   print the commands, run nothing
+  --help      this text
+
+PYTHON=/path/to/python names a Python that marlhf_mega is installed into; default: .venv's, if
+there is one, else python3. Needs about 40 GiB of GPU memory.
+Exit codes: 0 all passed, 1 something failed, 2 wrong usage or no GPU.
 END
 }
 
-out=
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+if [[ -z ${PYTHON-} && -x .venv/bin/python ]]; then
+    python=.venv/bin/python
+fi
+out=/dev/null
 dry_run=false
 while (($#)); do
     case $1 in
@@ -20,7 +34,11 @@ while (($#)); do
             exit 0
             ;;
         --out)
-            out=${2:?--out needs a file}
+            if [[ -z ${2-} ]]; then
+                echo "--out: needs a file. See --help." >&2
+                exit 2
+            fi
+            out=$2
             shift
             ;;
         --dry-run) dry_run=true ;;
@@ -32,57 +50,87 @@ while (($#)); do
     shift
 done
 
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3}
-shape=(--hidden 2048 --layers 16 --heads 32 --kv-heads 8 --ffn 8192 --vocab 32000 --dtype bfloat16)
-commands=(
-    "$python -m pytest -q tests/gpu"
-    "$python tools/benchmark/rollout.py ${shape[*]} --batch 64 --prompt-len 256 --response-len 128 --iters 3"
-    "$python tools/benchmark/train_step.py ${shape[*]} --batch 16 --prompt-len 512 --response-len 512 --microbatches 4 --iters 5"
-)
-if $dry_run; then
-    printf '%s\n' "${commands[@]}"
-    exit 0
-fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_acceptance: needs a CUDA device; torch sees none. Run it on a GPU machine." >&2
+if ! $dry_run && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_acceptance: needs a CUDA device; $python sees none. Run it on a GPU machine." >&2
     exit 2
 fi
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+# One GPU and one rank, whatever else is here.
+first=${CUDA_VISIBLE_DEVICES:-0}
+export CUDA_VISIBLE_DEVICES=${first%%,*}
 results=$(mktemp -d)
 trap 'rm -rf -- "$results"' EXIT
-failed=0
-for number in "${!commands[@]}"; do
-    echo "== ${commands[number]}"
-    begin=$SECONDS
-    read -ra words <<<"${commands[number]}"
-    "${words[@]}" >"$results/$number.out" 2>"$results/$number.err" || {
-        failed=1
-        tail -20 "$results/$number.out" "$results/$number.err"
-    }
-    tail -1 "$results/$number.out"
-    echo "   $((SECONDS - begin)) s"
+failed=()
+
+# step NAME SECONDS ARGUMENT...: run Python, keep what it prints, note its exit code and time.
+step() {
+    local name=$1 limit=$2 code=0 begin=$SECONDS
+    shift 2
+    if $dry_run; then
+        printf '%q ' "$python" "$@"
+        echo
+        return
+    fi
+    echo "== $name: $*"
+    timeout "$limit" "$python" "$@" >"$results/$name.out" 2>"$results/$name.err" || code=$?
+    echo "$code $((SECONDS - begin))" >"$results/$name.code"
+    if ((code)); then
+        failed+=("$name")
+        tail -n 30 "$results/$name.out" "$results/$name.err"
+    fi
+}
+
+billion=(--hidden 2048 --layers 16 --heads 32 --kv-heads 8 --ffn 8192 --vocab 32000 --dtype bfloat16)
+step tests 220 -m pytest -q tests/gpu
+for group in ma_ppo alol; do
+    step "golden_$group" 30 tools/check_golden.py "tests/golden/${group}_cases.json" --device cuda
 done
-"$python" - "$results" "${out:-/dev/null}" <<'END'
+step rollout 120 tools/benchmark/rollout.py "${billion[@]}" --batch 64 --prompt-len 256 \
+    --response-len 128 --warmup 1 --iters 3
+step train_step 120 tools/benchmark/train_step.py "${billion[@]}" --batch 16 --prompt-len 512 \
+    --response-len 512 --microbatches 4 --warmup 2 --iters 5
+step ppo_step 60 tools/benchmark/ppo_step.py --dtype bfloat16 --warmup 1 --iters 3
+if $dry_run; then
+    exit 0
+fi
+
+"$python" - "$results" "$out" <<'END'
+import datetime
 import json
 import pathlib
 import sys
 
 import torch
 
-folder, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-result["tests"] = (folder / "0.out").read_text().strip().splitlines()[-1]
-for number, name in ((1, "rollout"), (2, "train_step")):
-    lines = (folder / f"{number}.out").read_text().strip().splitlines()
-    result[name] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
-for name in ("rollout", "train_step"):
-    for key, value in (result[name] or {}).items():
-        if isinstance(value, (int, float)):
-            print(f"{name:12} {key:24} {value:,.4g}")
+folder, out = map(pathlib.Path, sys.argv[1:])
+result = {
+    "date": datetime.date.today().isoformat(),
+    "device": torch.cuda.get_device_name(),
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda,
+    "steps": {},
+}
+print(f"\n{result['device']}, torch {result['torch']}")
+for code_file in sorted(folder.glob("*.code"), key=lambda file: file.stat().st_mtime):
+    name = code_file.stem
+    code, seconds = map(int, code_file.read_text().split())
+    lines = (folder / f"{name}.out").read_text().strip().splitlines() or [""]
+    step = {"passed": code == 0, "seconds": seconds}
+    if code == 0 and lines[-1].startswith("{"):
+        step["result"] = json.loads(lines.pop())
+    step["lines"] = lines if "result" in step else lines[-1:]
+    result["steps"][name] = step
+    print(f"\n{name:16}{'passed' if code == 0 else f'FAILED ({code})':14}{seconds:4} s")
+    for line in step["lines"]:
+        print(f"    {line}")
+result["passed"] = all(step["passed"] for step in result["steps"].values())
+print()
 text = json.dumps(result)
 print(text)
 out.write_text(text + "\n")
 END
-exit $failed
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi

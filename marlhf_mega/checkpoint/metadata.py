@@ -20,6 +20,7 @@ _DCP = "torch.distributed.checkpoint"
 _CLASSES = {
     f"{_DCP}.metadata.Metadata",
     f"{_DCP}.metadata.TensorStorageMetadata",
+    f"{_DCP}.metadata.BytesStorageMetadata",
     f"{_DCP}.metadata.TensorProperties",
     f"{_DCP}.metadata.ChunkStorageMetadata",
     f"{_DCP}.metadata.MetadataIndex",
@@ -79,7 +80,13 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     path = folder / FILE
     try:
-        return _shapes(_interpret(path.read_bytes()))
+        shapes, files = _contents(_interpret(path.read_bytes()))
+        for file in files:
+            if Path(file).name != file:
+                raise RefusedTableError(f"points to {file}")
+            if not (folder / file).is_file():
+                raise RefusedTableError(f"lists {file}, which is missing")
+        return shapes
     except RefusedTableError as error:
         raise RuntimeError(
             f"{path}: must be a plain table of tensors; it {error}. It was not read; do not use "
@@ -177,18 +184,17 @@ def _allowed(name: str) -> _Name:
     return _Name(name)
 
 
-def _shapes(table: Any) -> dict[str, tuple[int, ...]]:
+def _contents(table: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return the tensors' shapes and the names of the files that hold them."""
     state = _expect(_Record, table).state
     shapes: dict[str, tuple[int, ...]] = {}
     for key, entry in _expect(dict, state.get("state_dict_metadata")).items():
         facts = _expect(_Record, entry)
         if facts.name != f"{_DCP}.metadata.TensorStorageMetadata":
-            raise RefusedTableError(f"says that {key} is not a tensor")
+            raise RefusedTableError(f"lists {key}, which is not a tensor")
         (size,) = _expect(_Record, facts.state.get("size")).arguments
         shapes[_expect(str, key)] = tuple(_expect(int, n) for n in _expect(tuple, size))
-    for entry in _expect(dict, state.get("storage_data")).values():
-        place = _expect(_Record, entry).state
-        file = _expect(str, place.get("relative_path"))
-        if Path(file).name != file or place.get("transform_descriptors"):
-            raise RefusedTableError(f"points to {file}")
-    return shapes
+    places = [_expect(_Record, p).state for p in _expect(dict, state.get("storage_data")).values()]
+    if any(place.get("transform_descriptors") for place in places):
+        raise RefusedTableError("asks for the files to be transformed")
+    return shapes, {_expect(str, place.get("relative_path")) for place in places}

@@ -29,7 +29,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as save_planned
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from marlhf_mega.checkpoint import optimizer_state
 from marlhf_mega.checkpoint.metadata import read_shapes
@@ -44,6 +47,20 @@ HEAD = "output_layer.weight"
 _FORMAT = ("torch_dist", 1)
 
 
+class _Writer(FileSystemWriter):
+    """Torch's writer, raising the system's error where torch hides it behind one of its own."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
 class InProcessSave(TorchDistSaveShardedStrategy):
     """Megatron's format, written by the rank itself instead of by processes that it starts."""
 
@@ -52,7 +69,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         pieces, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         save_planned(
             mcore_to_pyt_state_dict(pieces),
-            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
+            storage_writer=_Writer(checkpoint_dir, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 

@@ -8,7 +8,6 @@ run is killed, the folder that `latest` names, or the one that it named before, 
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from marlhf_mega.checkpoint import durable, manifest, optimizer_state, sharded
+from marlhf_mega.checkpoint import durable, folders, manifest, optimizer_state, sharded
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import (
@@ -36,7 +35,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-LATEST = "latest"
 _FORMAT = 1
 _MARGIN_BYTES = 1 << 20
 """Tables, JSON and the file system's own blocks."""
@@ -73,8 +71,8 @@ def save(
             untouched.
     """
     root = run_dir / "checkpoints"
-    target = root / f"step_{step:06d}"
-    temporary = target.with_name(target.name + ".tmp")
+    target = folders.path_of(root, step)
+    temporary = folders.temporary_of(target)
     text = json.dumps(
         {
             "format": _FORMAT,
@@ -84,18 +82,19 @@ def save(
         },
         indent=1,
     )
+    together = _Undertaking(target, mesh)
+    together.on_first(lambda: folders.remove_leftovers(root))
     check_space(run_dir, roles, mesh)
-    together = _Undertaking(target, temporary, mesh)
-    together.on_first(lambda: _begin(root, temporary, [*roles]))
+    together.on_first(lambda: folders.begin(target, [*roles]))
     for name, role in roles.items():
         together.on_all(partial(sharded.save_role, temporary / name, role, mesh))
     together.on_first(lambda: durable.write(temporary / STATE, text))
     files = together.on_all(lambda: _hash_share(temporary, mesh))
     facts = {name: fact for part in WorldPeers(mesh).gather(files) for name, fact in part.items()}
     about = {"format": _FORMAT, "step": step, "layout": mesh.describe(), "config": config_hash}
-    together.on_first(lambda: _commit(temporary, target, manifest.make(facts, **about)))
+    together.on_first(lambda: folders.commit(target, manifest.make(facts, **about)))
     if mesh.rank == 0:
-        _rotate(root, step, keep=keep, keep_every=keep_every)
+        folders.rotate(root, step, keep=keep, keep_every=keep_every)
     return target
 
 
@@ -127,7 +126,7 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
         RuntimeError: there are checkpoints, but all of them are damaged.
     """
     root = run_dir / "checkpoints"
-    names, remarks = share_from_first(_candidates(root), mesh)
+    names, remarks = share_from_first(folders.candidates(root), mesh)
     for name in names:
         problem = _agree(manifest.find_damage(root / name, _share(mesh)), mesh)
         if problem is None:
@@ -235,8 +234,8 @@ def load_weights(
 class _Undertaking:
     """Steps of a save that all ranks take or give up together."""
 
-    def __init__(self, target: Path, temporary: Path, mesh: Mesh) -> None:
-        self._target, self._temporary, self._mesh = target, temporary, mesh
+    def __init__(self, target: Path, mesh: Mesh) -> None:
+        self._target, self._mesh = target, mesh
 
     def on_first(self, work: Callable[[], None]) -> None:
         """Do something on the first rank while the others wait."""
@@ -247,13 +246,15 @@ class _Undertaking:
         error, result = None, None
         try:
             result = work()
-        except (OSError, CheckpointException) as problem:
+        except OSError as problem:
+            error = f"rank {self._mesh.rank}: {_reason(problem)}"
+        except CheckpointException as problem:
             error = _reason(problem)
-        failed = agree_on_error(error, self._mesh)
+        failed = _agree(error, self._mesh)
         if failed is None:
             return cast(T, result)
         if self._mesh.rank == 0:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            shutil.rmtree(folders.temporary_of(self._target), ignore_errors=True)
         raise RuntimeError(
             f"{self._target}: could not be written; {failed}. Mend the disk or free space; earlier "
             "checkpoints are intact."
@@ -269,66 +270,9 @@ def _progress(role: TrainState, mesh: Mesh) -> dict[str, int]:
     }
 
 
-def _begin(root: Path, temporary: Path, names: Sequence[str]) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob("*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-    for name in names:
-        (temporary / name).mkdir(parents=True)
-
-
 def _hash_share(folder: Path, mesh: Mesh) -> dict[str, manifest.Facts]:
     names = manifest.list_files(folder)
     return {name: manifest.facts(folder / name) for name in names[_share(mesh)]}
-
-
-def _commit(temporary: Path, target: Path, text: str) -> None:
-    durable.write(temporary / manifest.FILE, text)
-    for folder in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
-        durable.sync_folder(folder)
-    if target.exists():
-        # The step is done again after an older checkpoint was used. `find` knows both names.
-        durable.rename(target, target.with_name(target.name + ".old"))
-    durable.rename(temporary, target)
-    durable.replace(target.with_name(LATEST), target.name + "\n")
-
-
-def _rotate(root: Path, step: int, *, keep: int, keep_every: int) -> None:
-    """Remove what is neither among the newest nor a multiple; later steps will be overwritten."""
-    steps = sorted(s for s in map(_step_of, root.iterdir()) if s is not None and s <= step)
-    gone = [s for s in steps[:-keep] if not (keep_every and s % keep_every == 0)]
-    folders = [*(root / f"step_{s:06d}" for s in gone), *root.glob("step_*.old")]
-    for folder in folders:
-        # Renamed first: a folder that is partly removed must not look damaged.
-        rest = folder.with_name(folder.name + ".tmp")
-        try:
-            folder.rename(rest)
-            shutil.rmtree(rest)
-        except OSError as error:
-            logger.warning("%s could not be removed: %s", folder, error)
-
-
-def _candidates(root: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the checkpoints, best first, and what is wrong with `latest`."""
-    if not root.is_dir():
-        return [], []
-    found = sorted((p.name for p in root.iterdir() if _step_of(p) is not None), reverse=True)
-    found += sorted((p.name for p in root.glob("step_*.old")), reverse=True)
-    try:
-        latest = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return found, []
-    if latest not in found:
-        return found, [f"{LATEST} names no checkpoint ({latest[:40]!r})"]
-    # Steps after the latest are of a future that was given up: the last resort.
-    after = [name for name in found if name > latest and not name.endswith(".old")]
-    return [name for name in found if name not in after] + after, []
-
-
-def _step_of(folder: Path) -> int | None:
-    match = re.fullmatch(r"step_(\d{6,})", folder.name)
-    return int(match[1]) if match else None
 
 
 def _resolve(source: Path, mesh: Mesh) -> Path:
@@ -386,6 +330,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = min(error.failures.items())
         return f"rank {rank}: {_reason(inner)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

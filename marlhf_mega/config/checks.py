@@ -76,11 +76,12 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.tensor_size={tensor}: must divide model.num_query_groups="
             f"{model.query_groups} or be a multiple of it. Use {_divisors(model.query_groups)}."
         )
-    if model.ffn_hidden_size % tensor:
-        yield (
-            f"parallel.tensor_size={tensor}: must divide model.ffn_hidden_size="
-            f"{model.ffn_hidden_size}. Use another size."
-        )
+    for key in ("ffn_hidden_size", "shared_expert_ffn_hidden_size"):
+        width = getattr(model, key)
+        if width is not None and width % tensor:
+            yield (
+                f"parallel.tensor_size={tensor}: must divide model.{key}={width}. Use another size."
+            )
     chunks = pipeline * parallel.virtual_pipeline_size
     if model.num_layers % chunks:
         yield (
@@ -148,16 +149,16 @@ def _batch_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
     }[job]
     stages = config.parallel.pipeline_size if config.parallel.virtual_pipeline_size > 1 else 1
     for key, size in batches.items():
-        if size // data_size < stages:
+        if stages > 1 and size // data_size < stages:
             yield (
                 f"{key}={size}: an interleaved pipeline of {stages} stages needs at least "
                 f"{stages * data_size}. Raise it or set parallel.virtual_pipeline_size=1."
             )
         if size % data_size:
+            lower, higher = size // data_size * data_size, (size // data_size + 1) * data_size
             yield (
                 f"{key}={size}: must be a multiple of the data-parallel size {data_size}. "
-                f"Use {size // data_size * data_size or data_size} or "
-                f"{(size // data_size + 1) * data_size}."
+                f"Use {f'{lower} or {higher}' if lower else higher}."
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
@@ -31,8 +31,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one line for every unknown key, wrong value and broken rule.
     """
-    tree = OmegaConf.merge(_read(path), _parse_overrides(overrides))
-    values = OmegaConf.to_container(tree, resolve=True)
+    values = _merge(_read(path), _parse_overrides(overrides))
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -73,9 +72,16 @@ def _read(path: Path | None) -> DictConfig:
         raise ConfigError(f"--config={path}: no such file. Give the path of a YAML file.")
     try:
         tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(
+            f"--config={path}:{line}: not valid YAML; {error.problem}. Mend the file."
+        ) from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"--config={path}: not valid YAML; {first}. Mend the file.") from None
+    except OSError:  # a lone word or number
+        tree = OmegaConf.create([])
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"--config={path}: must be a mapping of sections. Mend the file.")
     return tree
@@ -95,6 +101,22 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
             parsed = value
         OmegaConf.update(tree, key, parsed, merge=True)
     return tree
+
+
+def _merge(file: DictConfig, overrides: DictConfig) -> Any:
+    """Let overrides win and resolve interpolations such as `${run.seed}`."""
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(file, overrides), resolve=True)
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{error.full_key}: must be resolvable; {first}. Name keys that the file or an "
+            "override sets."
+        ) from None
+    except TypeError:
+        raise ConfigError(
+            "--config: an override cannot set a key inside a list of the file. Override the list."
+        ) from None
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     mesh.platform.reset_memory_peak()
 
     def generate(step: int, limits: list[int]) -> None:
-        generator.generate(
+        found = generator.generate(
             [prompts[i] for i in own],
             own,
             rule=SamplingRule(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
@@ -43,6 +43,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
             slots=None if args.slots is None else max(1, args.slots // mesh.dp_size),
             stop_at_eos=False,
         )
+        assert [len(r) for r in found.responses] == limits, "every response has its asked length"
 
     limits = [lengths[i] for i in own]
     often = {"warmup": args.warmup, "iters": args.iters}

@@ -1,0 +1,268 @@
+"""Rules about the layout, the job and the world; every message, and the cases just inside."""
+
+import pytest
+
+from marlhf_mega.config.checks import check_job, check_world
+from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.schema import Config
+
+MODEL = {
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "max_positions": 100,
+}
+
+
+def make(**sections):
+    return Config.model_validate({"model": MODEL | sections.pop("model", {}), **sections})
+
+
+def world_problems(world_size, **sections):
+    with pytest.raises(ConfigError) as error:
+        check_world(make(**sections), world_size)
+    return str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "data_size"),
+    [
+        ({}, 1, 1),
+        ({}, 4, 4),
+        ({"tensor_size": 2}, 4, 2),
+        # Two key/value heads on four ranks: every one is held twice.
+        ({"tensor_size": 4}, 4, 1),
+        ({"tensor_size": 2, "pipeline_size": 2, "sequence_parallel": True}, 8, 2),
+        ({"pipeline_size": 2, "virtual_pipeline_size": 2}, 2, 1),
+    ],
+)
+def test_a_layout_that_fits_gives_the_data_parallel_size(parallel, world_size, data_size):
+    assert check_world(make(parallel=parallel), world_size) == data_size
+
+
+def test_experts_that_fit():
+    parallel = {"tensor_size": 2, "sequence_parallel": True, "expert_size": 4}
+    assert check_world(make(parallel=parallel, model={"num_experts": 4}), 4) == 2
+
+
+@pytest.mark.parametrize(
+    ("parallel", "model", "world_size", "expected"),
+    [
+        (
+            {"tensor_size": 2},
+            {},
+            3,
+            "parallel: tensor_size * pipeline_size * context_size = 2 must divide the number of "
+            "ranks; it is 3. Start a multiple of 2 ranks.",
+        ),
+        (
+            {"expert_size": 4},
+            {"num_experts": 4},
+            2,
+            "parallel.expert_size=4: must divide the ranks of one pipeline stage, 2. Lower it or "
+            "start more ranks.",
+        ),
+        (
+            {"context_size": 2},
+            {},
+            2,
+            "parallel.context_size=2: sequences cannot be shared between ranks yet. Set it to 1; "
+            "long sequences fit by tensor_size and sequence_parallel.",
+        ),
+        (
+            {"tensor_size": 8},
+            {},
+            8,
+            "parallel.tensor_size=8: must divide model.num_attention_heads=4. Use 1, 2 or 4.",
+        ),
+        (
+            {"tensor_size": 4},
+            {"num_attention_heads": 12, "num_query_groups": 6, "head_dim": 4},
+            4,
+            "parallel.tensor_size=4: must divide model.num_query_groups=6 or be a multiple of it. "
+            "Use 1, 2, 3 or 6.",
+        ),
+        (
+            {"tensor_size": 2},
+            {"ffn_hidden_size": 33},
+            2,
+            "parallel.tensor_size=2: must divide model.ffn_hidden_size=33. Use another size.",
+        ),
+        (
+            {"tensor_size": 2, "sequence_parallel": True},
+            {"num_experts": 4, "shared_expert_ffn_hidden_size": 33},
+            2,
+            "parallel.tensor_size=2: must divide model.shared_expert_ffn_hidden_size=33. "
+            "Use another size.",
+        ),
+        (
+            {"pipeline_size": 4, "virtual_pipeline_size": 2},
+            {},
+            4,
+            "parallel.pipeline_size=4 times virtual_pipeline_size=2: must divide "
+            "model.num_layers=4. Use a product among 1, 2 or 4.",
+        ),
+        (
+            {"virtual_pipeline_size": 2},
+            {},
+            1,
+            "parallel.virtual_pipeline_size=2: needs parallel.pipeline_size > 1; it is 1. "
+            "Set it to 1.",
+        ),
+        (
+            {"expert_size": 2},
+            {},
+            2,
+            "parallel.expert_size=2: the model has no experts. Set it to 1.",
+        ),
+        (
+            {"expert_size": 2},
+            {"num_experts": 5},
+            2,
+            "parallel.expert_size=2: must divide model.num_experts=5. Use 1 or 5.",
+        ),
+        (
+            {"tensor_size": 2},
+            {"num_experts": 4},
+            2,
+            "parallel.sequence_parallel=false: experts with parallel.tensor_size > 1 need it. "
+            "Set it to true.",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_says_what_would(parallel, model, world_size, expected):
+    assert world_problems(world_size, parallel=parallel, model=model) == [expected]
+
+
+def test_all_broken_rules_are_named_at_once():
+    lines = world_problems(
+        2, parallel={"tensor_size": 3}, model={"ffn_hidden_size": 64, "num_query_groups": 4}
+    )
+    assert [line.split(":")[0] for line in lines] == [
+        "parallel",
+        "parallel.tensor_size=3",
+        "parallel.tensor_size=3",
+    ]
+
+
+@pytest.fixture
+def job_problems(tmp_path):
+    """Problems of a job whose data files exist, by default."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+
+    def check(job, data_size=1, **sections):
+        files = {"train_path": str(data), "validation_path": str(data)}
+        sections["data"] = files | {"max_prompt_tokens": 40} | sections.get("data", {})
+        defaults = {
+            "rollout": {"max_response_tokens": 60},
+            "reward": {"source": "module:rule"},
+        }
+        for name, values in defaults.items():
+            sections[name] = values | sections.get(name, {})
+        sections["data"].setdefault("max_response_tokens", 60)
+        try:
+            check_job(make(**sections), job, data_size)
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
+
+    return check
+
+
+@pytest.mark.parametrize("job", ["sft", "reward", "ppo", "evaluate"])
+def test_a_job_that_has_all_it_needs(job_problems, job):
+    # 40 prompt tokens and 60 response tokens are just the model's 100 positions.
+    assert job_problems(job, data_size=4) == []
+
+
+@pytest.mark.parametrize("job", ["sft", "reward", "ppo"])
+def test_training_needs_training_data_and_no_validation_data(job_problems, job):
+    nothing = {"train_path": None, "validation_path": None}
+    assert job_problems(job, data=nothing) == [
+        f"data.train_path: {job} needs it; it is not set. Give a .jsonl or .parquet file."
+    ]
+
+
+def test_evaluation_needs_validation_data_only(job_problems):
+    nothing = {"train_path": None, "validation_path": None}
+    assert job_problems("evaluate", data=nothing) == [
+        "data.validation_path: evaluate needs it; it is not set. Give a .jsonl or .parquet file."
+    ]
+
+
+@pytest.mark.parametrize("key", ["train_path", "validation_path"])
+def test_a_data_file_must_exist(job_problems, key, tmp_path):
+    missing = tmp_path / "gone.jsonl"
+    assert job_problems("sft", data={key: str(missing)}) == [
+        f"data.{key}={missing}: no such file. Give a .jsonl or .parquet file."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("job", "section"),
+    [("sft", "data"), ("reward", "data"), ("ppo", "rollout"), ("evaluate", "rollout")],
+)
+def test_prompt_and_response_must_fit_in_the_positions(job_problems, job, section):
+    assert job_problems(job, **{section: {"max_response_tokens": 61}}) == [
+        f"{section}.max_response_tokens: with data.max_prompt_tokens=40 it must fit in "
+        "model.max_positions=100; the sum is 101. Lower one of them."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("job", "section", "key"),
+    [("sft", "sft", "batch_size"), ("reward", "reward_model", "batch_size")],
+)
+def test_a_batch_is_a_multiple_of_the_data_parallel_size(job_problems, job, section, key):
+    assert job_problems(job, data_size=4, **{section: {key: 10}}) == [
+        f"{section}.{key}=10: must be a multiple of the data-parallel size 4. Use 8 or 12."
+    ]
+
+
+def test_a_batch_smaller_than_the_data_parallel_size(job_problems):
+    assert job_problems("sft", data_size=4, sft={"batch_size": 3}) == [
+        "sft.batch_size=3: must be a multiple of the data-parallel size 4. Use 4."
+    ]
+
+
+def test_rollouts_and_minibatches_are_multiples_of_the_data_parallel_size(job_problems):
+    lines = job_problems("ppo", data_size=4, rollout={"batch_size": 6}, ppo={"minibatch_size": 6})
+    assert lines == [
+        "rollout.batch_size=6: must be a multiple of the data-parallel size 4. Use 4 or 8.",
+        "ppo.minibatch_size=6: must be a multiple of the data-parallel size 4. Use 4 or 8.",
+    ]
+
+
+def test_an_interleaved_pipeline_needs_a_microbatch_for_every_stage(job_problems):
+    parallel = {"pipeline_size": 2, "virtual_pipeline_size": 2}
+    assert job_problems("sft", parallel=parallel, sft={"batch_size": 2}) == []
+    assert job_problems("sft", parallel=parallel, sft={"batch_size": 1}) == [
+        "sft.batch_size=1: an interleaved pipeline of 2 stages needs at least 2. Raise it or set "
+        "parallel.virtual_pipeline_size=1."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"reward": {"source": []}},
+            "reward.source: ppo needs a reward. Give a reward model's directory or a rule "
+            "module:function.",
+        ),
+        (
+            {"rollout": {"temperature": 0}},
+            "rollout.temperature=0.0: ppo needs random samples. Use a value above 0, such as 1.",
+        ),
+        (
+            {"rollout": {"batch_size": 12}, "ppo": {"minibatch_size": 8}},
+            "ppo.minibatch_size=8: must divide rollout.batch_size=12. Use 1, 2, 3, 4, 6 or 12.",
+        ),
+    ],
+)
+def test_what_only_ppo_needs(job_problems, sections, expected):
+    assert job_problems("ppo", **sections) == [expected]
+    assert job_problems("evaluate", **sections) == []

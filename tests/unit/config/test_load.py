@@ -1,0 +1,202 @@
+"""YAML and overrides to one configuration; every refusal is one line that says what to change."""
+
+import pytest
+
+from marlhf_mega.config.load import ConfigError, dump_config, load_config
+from marlhf_mega.config.schema import Config
+
+
+def refused(*overrides, path=None):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    return str(error.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_without_a_file_every_key_has_its_default():
+    assert load_config(None) == Config()
+
+
+def test_an_empty_file_changes_nothing(yaml_file):
+    assert load_config(yaml_file("# only a remark\n")) == Config()
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(yaml_file):
+    path = yaml_file("run: {seed: 1, name: a}\nppo: {epochs: 2}\n")
+    config = load_config(path, ["run.seed=2", "run.seed=3", "rollout.top_k=4"])
+    assert (config.run.seed, config.run.name) == (3, "a")
+    assert (config.ppo.epochs, config.rollout.top_k) == (2, 4)
+
+
+def test_values_of_overrides_are_yaml():
+    config = load_config(
+        None,
+        [
+            "macro.lengths=[2,4]",
+            "reward.source=[{source: 'a:b', weight: 2}]",
+            "ppo.kl_target=null",
+            "policy.lr=1e-3",
+            "run.name=a: b",
+        ],
+    )
+    assert config.macro.lengths == (2, 4)
+    assert config.reward.source[0].weight == 2
+    assert config.ppo.kl_target is None
+    assert config.policy.lr == 1e-3
+    assert config.run.name == "a: b"
+
+
+def test_a_file_can_refer_to_its_own_keys(yaml_file):
+    config = load_config(yaml_file("run: {name: x, dir: 'runs/${run.name}'}"), ["run.name=y"])
+    assert config.run.dir.name == "y"
+
+
+def test_the_dumped_tree_loads_as_the_same_configuration(yaml_file):
+    config = load_config(
+        None, ["reward.source=a:b", "macro.max_length=7", "model.rope_scaling.kind=linear"]
+    )
+    assert load_config(yaml_file(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.epoch=2", "ppo.epoch: unknown key. Did you mean ppo.epochs?"),
+        ("rolout.top_k=2", "rolout: unknown key. Did you mean rollout?"),
+        (
+            "model.rope_scaling.facto=2",
+            "model.rope_scaling.facto: unknown key. Did you mean model.rope_scaling.factor?",
+        ),
+        (
+            "reward.source=[{source: 'a:b', weigth: 1}]",
+            "reward.source.0.weigth: unknown key. Did you mean reward.source.0.weight?",
+        ),
+        ("run.qqqq=1", "run.qqqq: unknown key. Known keys: name, dir, seed, steps."),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_or_all(override, message):
+    assert refused(override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.epochs=0", "ppo.epochs=0: input should be greater than 0. Change the value."),
+        ("ppo.gamma=1.1", "ppo.gamma=1.1: input should be less than or equal to 1."),
+        ("ppo.epochs=1.5", "ppo.epochs=1.5: input should be a valid integer"),
+        ("run.name=3", "run.name=3: input should be a valid string"),
+        ("rollout.temperature=hot", "rollout.temperature=hot: input should be a valid number"),
+        ("data.shuffle=maybe", "data.shuffle=maybe: input should be a valid boolean"),
+        ("macro.rule=words", "macro.rule=words: input should be 'token', 'fixed_ngram'"),
+        ("macro.lengths=[2,0]", "macro.lengths.1=0: input should be greater than 0"),
+        ("run=5", "run=5: input should be a valid dictionary"),
+        ("run.seed.x=1", "run.seed={'x': 1}: input should be a valid integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_shown(override, message):
+    assert refused(override).startswith(message)
+
+
+def test_every_problem_is_reported_on_a_line_of_its_own():
+    lines = refused("run.seed=x", "ppo.epoch=1", "rollout.top_p=0").splitlines()
+    assert [line.split("=")[0].split(":")[0] for line in lines] == [
+        "run.seed",
+        "rollout.top_p",
+        "ppo.epoch",
+    ]
+
+
+@pytest.mark.parametrize("override", ["run.seed", "=1", ""])
+def test_an_override_is_key_equals_value(override):
+    line = f"{override}: an override is key=value. Write for example run.seed=1."
+    assert refused(override) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("run:\n  seed: [1\n", ":3: not valid YAML; did not find expected ',' or ']'."),
+        ("run: {seed: 1, seed: 2}", ":1: not valid YAML; found duplicate key seed."),
+        ("run:\n\tseed: 1", ":2: not valid YAML; found character that cannot start any token."),
+        (b"\xff\xfe", ": not valid YAML; 'utf-8' codec can't decode byte 0xff"),
+        ("- 1\n", ": must be a mapping of sections. Mend the file."),
+        ("7\n", ": must be a mapping of sections. Mend the file."),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_named_with_its_line(yaml_file, text, problem):
+    path = yaml_file(text)
+    message = refused(path=path)
+    assert message.startswith(f"--config={path}{problem}")
+    assert "\n" not in message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    path = tmp_path / "no.yaml"
+    assert refused(path=path) == f"--config={path}: no such file. Give the path of a YAML file."
+
+
+def test_an_interpolation_that_leads_nowhere():
+    message = refused("run.name=${run.nam}")
+    assert message == (
+        "run.name: must be resolvable; Interpolation key 'run.nam' not found. "
+        "Name keys that the file or an override sets."
+    )
+
+
+def test_an_override_inside_a_list_of_the_file(yaml_file):
+    path = yaml_file("reward: {source: [{source: 'a:b'}]}")
+    assert refused("reward.source.0.weight=2", path=path) == (
+        "--config: an override cannot set a key inside a list of the file. Override the list."
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["rollout.batch_size=10", "rollout.samples_per_prompt=3"],
+            "rollout.batch_size=10: must be a multiple of rollout.samples_per_prompt=3. "
+            "Change one of them.",
+        ),
+        (
+            ["parallel.sequence_parallel=true"],
+            "parallel.sequence_parallel=true: needs parallel.tensor_size > 1; it is 1. "
+            "Set it to false.",
+        ),
+        (
+            ["model.num_query_groups=3"],
+            "model.num_query_groups=3: must divide model.num_attention_heads=4. Use a divisor.",
+        ),
+        (
+            ["model.hidden_size=30"],
+            "model.num_attention_heads=4: must divide model.hidden_size=30 unless model.head_dim "
+            "is set. Change one of them.",
+        ),
+        (
+            ["model.num_experts=4", "model.experts_per_token=5"],
+            "model.experts_per_token=5: cannot exceed model.num_experts=4. Lower it.",
+        ),
+        (
+            ["model.hf_path=here", "model.init=there"],
+            "model.init=there: with model.hf_path the weights come from there. "
+            "Remove one of the two.",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(overrides, message):
+    assert refused(*overrides) == message
+
+
+@pytest.mark.parametrize("key", ["model.init", "model.hf_path"])
+def test_an_origin_that_is_not_there(key, tmp_path):
+    line = refused(f"{key}={tmp_path / 'gone'}")
+    assert line.startswith(f"{key}={tmp_path / 'gone'}: must be a run directory or a Hugging Face")

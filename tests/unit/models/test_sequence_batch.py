@@ -1,0 +1,78 @@
+"""Where prompt, response and padding lie in a batch."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marlhf_mega.models.batch import SequenceBatch
+
+CPU = torch.device("cpu")
+
+
+def create(prompts, responses, multiple=1):
+    return SequenceBatch.create(prompts, responses, pad_id=0, multiple=multiple, device=CPU)
+
+
+def test_a_batch_worked_by_hand():
+    batch = create([[5, 6, 7], [8]], [[11], [12, 13, 14]], multiple=4)
+    assert batch.tokens.tolist() == [[5, 6, 7, 11], [8, 12, 13, 14]]
+    assert batch.prompt_lengths.tolist() == [3, 1]
+    assert batch.response_lengths.tolist() == [1, 3]
+    assert batch.num_columns == 3
+    assert batch.response_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert list(zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)) == [
+        (0, 0),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
+    assert batch.positions.tolist() == [3, 1, 2, 3]
+    assert batch.response_tokens.tolist() == [11, 12, 13, 14]
+
+
+def test_the_length_is_rounded_up_to_the_multiple():
+    assert create([[1, 2, 3]], [[4, 5]], multiple=4).tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+    assert create([[1, 2, 3]], [[4]], multiple=4).tokens.shape == (1, 4)
+
+
+def test_a_filler_row_has_no_response():
+    batch = create([[0], [3, 4]], [[], [5]])
+    assert batch.response_mask.tolist() == [[False], [True]]
+    assert batch.response_tokens.tolist() == [5]
+
+
+def test_a_batch_of_fillers_keeps_one_column():
+    batch = create([[0]], [[]])
+    assert batch.response_mask.shape == (1, 1)
+    assert batch.to_grid(torch.zeros(0)).tolist() == [[0.0]]
+
+
+def test_values_return_to_their_places_and_gradients_to_their_values():
+    batch = create([[5, 6, 7], [8]], [[11], [12, 13]])
+    values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    grid = batch.to_grid(values)
+    assert grid.tolist() == [[1, 0], [2, 3]]
+    (grid * torch.tensor([[1.0, 9.0], [10.0, 100.0]])).sum().backward()
+    assert values.grad.tolist() == [1, 10, 100]
+
+
+ids = st.integers(1, 99)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.lists(ids, min_size=1, max_size=6), st.lists(ids, max_size=6)),
+        min_size=1,
+        max_size=5,
+    ),
+    multiple=st.integers(1, 5),
+)
+def test_every_response_is_found_again(rows, multiple):
+    prompts, responses = zip(*rows, strict=True)
+    batch = create(prompts, responses, multiple)
+    assert batch.tokens.shape[1] % multiple == 0
+    assert batch.response_tokens.tolist() == [token for r in responses for token in r]
+    grid = batch.to_grid(batch.response_tokens)
+    for row, response in zip(grid.tolist(), responses, strict=True):
+        assert row == response + [0] * (batch.num_columns - len(response))
+    assert batch.response_mask.sum(1).tolist() == list(map(len, responses))

@@ -1,0 +1,85 @@
+"""The benchmark scripts run on real ranks and print what they promise."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "tools" / "benchmark"
+TINY = """--hidden 32 --layers 2 --heads 4 --kv-heads 2 --ffn 48 --vocab 64 --batch 8
+--prompt-len 5 --response-len 7 --iters 2""".split()
+
+
+def benchmark(name, *options, check=True):
+    command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *TINY, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=check, timeout=120)
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("common")
+
+
+@pytest.mark.slow
+def test_rollout_writes_what_it_prints_and_starts_its_ranks(tmp_path):
+    out = tmp_path / "rollout.json"
+    options = ["--ranks", "2", "--tensor-size", "2", "--lengths", "geometric:2:9", "--slots", "3"]
+    lines = benchmark("rollout", *options, "--out", str(out)).stdout.splitlines()
+    found = json.loads(lines[-1])
+    assert json.loads(out.read_text()) == found
+    assert found["layout"] == "2 ranks: TP2 x PP1 x DP1 (gloo, cpu)"
+    assert 8 * 2 <= found["new_tokens"] <= 8 * 9
+    seconds = found["seconds"]["rollout_s"]
+    assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+    spread = found["new_tokens_per_s_spread"]
+    assert spread["max"] == pytest.approx(found["new_tokens"] / seconds["min"])
+    assert found["new_tokens_per_s"] == spread["median"]
+    assert found["peak_memory_bytes"]["largest_rank"] <= found["peak_memory_bytes"]["all_ranks"]
+
+
+@pytest.mark.slow
+def test_ppo_step_times_the_three_phases_of_an_iteration():
+    found = json.loads(benchmark("ppo_step", "--microbatches", "2").stdout.splitlines()[-1])
+    seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
+    assert set(seconds) == {"iter_s", "generation_s", "scoring_s", "update_s"}
+    assert all(set(spread) == {"median", "min", "max"} for spread in found["seconds"].values())
+    phases = seconds["generation_s"] + seconds["scoring_s"] + seconds["update_s"]
+    assert phases == pytest.approx(seconds["iter_s"], rel=0.5)
+    flops = {name: phase["flops"] for name, phase in found["phases"].items()}
+    assert flops["iter"] == flops["generation"] + flops["scoring"] + flops["update"]
+    assert found["minibatch_size"] == 4
+    assert max(found["gemm_peak_flops"].values()) > 1e9
+
+
+@pytest.mark.slow
+def test_train_step_counts_every_token():
+    found = json.loads(benchmark("train_step", "--microbatches", "4").stdout.splitlines()[-1])
+    median = found["seconds"]["step_s"]["median"]
+    assert found["tokens_per_s"] == pytest.approx(8 * (5 + 7) / median)
+
+
+@pytest.mark.slow
+def test_options_that_do_not_fit_are_refused_in_one_line():
+    done = benchmark("ppo_step", "--microbatches", "3", check=False)
+    assert done.returncode == 2
+    assert "--microbatches=3: must cut --batch=8 into" in done.stderr.splitlines()[-1]
+    assert done.stdout == ""
+
+
+def test_geometric_lengths_keep_their_bounds_and_mean(common):
+    lengths = common.response_lengths("geometric:16:256", count=20_000, fixed=0, seed=3)
+    assert (min(lengths), max(lengths)) == (16, 256)
+    # E[16 + min(k, 240)] of a geometric k with mean 60: 16 + 60 (1 - (60 / 61)^240).
+    assert sum(lengths) / len(lengths) == pytest.approx(16 + 60 * (1 - (60 / 61) ** 240), rel=0.02)
+    assert common.response_lengths(None, count=3, fixed=5, seed=3) == [5, 5, 5]
+
+
+@pytest.mark.parametrize("text", ["geometric:4", "geometric:9:4", "uniform:1:5", "geometric:a:5"])
+def test_other_lengths_are_refused(common, text):
+    with pytest.raises(ValueError, match=f"--lengths={text}: must be geometric:LOW:HIGH"):
+        common.response_lengths(text, count=1, fixed=1, seed=0)
