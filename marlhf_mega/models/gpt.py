@@ -195,9 +195,10 @@ class ScalarHead(torch.nn.Module):
 
 
 def _mark_sharded_weights(module: torch.nn.Module) -> None:
-    """Say which weights are shards: Megatron 0.16 does so only where it also fills them.
+    """Say which weights are shards or experts: Megatron 0.16 does not always do so.
 
-    Without the mark a shard counts as a copy, and its gradient is left out of the global norm.
+    Unless marked, a shard counts as a copy, and its gradient is left out of the global norm;
+    Megatron marks it only where it also fills it.
     """
     for layer in module.modules():
         if isinstance(layer, tensor_parallel.RowParallelLinear):
@@ -210,6 +211,11 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
             continue
         if layer.weight is not None and not hasattr(layer.weight, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
+    for name, parameter in module.named_parameters():
+        if ".mlp.experts." in name:
+            # Experts are not cut by tensor parallelism, so their gradients are summed over the
+            # expert-data group. Megatron takes them there only if `expert_size` > 1.
+            parameter.allreduce = False
 
 
 def _select(hidden: Tensor, batch: SequenceBatch, shift: int) -> Tensor:

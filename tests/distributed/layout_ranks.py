@@ -1,4 +1,4 @@
-"""One PPO step, a reward-model step and greedy rollouts at several layouts of one world size."""
+"""PPO steps, reward-model steps and rollouts at several layouts of one world size: OUT CASES."""
 
 import json
 import sys
@@ -30,9 +30,12 @@ from marlhf_mega.parallel.schedule import run_forward_backward
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.train import reward as reward_job
+from marlhf_mega.train.export import export_hf
 from marlhf_mega.update import ppo as update
 
 BATCH, EOS = 8, 7
+# Adam divides by the gradient's own size; with a large epsilon rounding noise stays small.
+OPTIMIZER = {"lr": 2e-3, "eps": 1e-3}
 
 
 def config_for(case):
@@ -45,18 +48,18 @@ def config_for(case):
                 "num_query_groups": 2,
                 "ffn_hidden_size": 64,
                 "vocab_size": 50,
-                "qk_norm": True,
-                "qkv_bias": True,
                 "init_std": 0.2,
-                "tied_embeddings": case["tied"],
-            },
+            }
+            | case["model"],
             "parallel": case["parallel"],
             "precision": {"dtype": "float32"},
-            "policy": {"lr": 2e-4},
-            "critic": {"lr": 2e-4},
+            "policy": OPTIMIZER,
+            "critic": OPTIMIZER,
+            "reward_model": OPTIMIZER,
             "rollout": {"batch_size": BATCH, "max_response_tokens": 10},
             "macro": {"n": 3, "ratio": "macro"},
             "ppo": {
+                "epochs": 2,
                 "minibatch_size": BATCH,
                 "microbatch_size": case["microbatch_size"],
                 "entropy_coef": 0.01,
@@ -88,11 +91,11 @@ def model(config, mesh, head, seed):
     return chunks
 
 
-def ppo_case(config, mesh):
-    policy = model(config, mesh, "language", 1)
+def ppo_case(config, mesh, folder):
+    policy, critic = model(config, mesh, "language", 1), model(config, mesh, "scalar", 2)
     roles = Roles(
         policy=TrainState(policy, config.policy, total_steps=4),
-        critic=TrainState(model(config, mesh, "scalar", 2), config.critic, total_steps=4),
+        critic=TrainState(critic, config.critic, total_steps=4),
         reference=model(config, mesh, "language", 3),
         rewards=[model(config, mesh, "scalar", 4)],
     )
@@ -114,6 +117,8 @@ def ppo_case(config, mesh):
     cut = {"mesh": mesh, "microbatch_size": 4}
     after = forward_rows(roles.policy.chunks, *rows, run=LogprobStep(1.0), leading=(2,), **cut)
     values = forward_rows(roles.critic.chunks, *rows, run=value_step, **cut)
+    export_hf(policy, config, mesh, target=folder / "policy")
+    export_hf(critic, config, mesh, target=folder / "critic")
     per_sample = {
         "old_logprobs": experience.old_logprobs,
         "ref_logprobs": experience.ref_logprobs,
@@ -140,9 +145,10 @@ def ppo_case(config, mesh):
     }
 
 
-def reward_case(config, mesh):
+def reward_case(config, mesh, folder):
     """Two optimizer steps of a reward model; the scores afterwards."""
-    state = TrainState(model(config, mesh, "scalar", 6), config.reward_model, total_steps=4)
+    chunks = model(config, mesh, "scalar", 6)
+    state = TrainState(chunks, config.reward_model, total_steps=4)
     prompts, chosen = texts(7, [4] * BATCH), texts(8, [3, 5, 4, 6, 3, 5, 4, 2])
     rejected = texts(9, [5, 3, 6, 4, 2, 5, 3, 4])
     pairs = [
@@ -152,19 +158,21 @@ def reward_case(config, mesh):
     share = BATCH // mesh.dp_size
     own = list(range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
     size = config.ppo.microbatch_size
-    norms = []
+    losses, norms = [], []
     for _ in range(2):
         state.zero_grad()
         microbatches = [
             reward_job._pair_microbatch([pairs[i] for i in own[k : k + size]], mesh)
             for k in range(0, share, size)
         ]
-        run_forward_backward(
+        outputs = run_forward_backward(
             state.chunks,
             microbatches,
             lambda chunk, m: score_step(chunk, m.batch),
             lambda output, m: reward_job._loss(output, m, config),
         )
+        total = torch.tensor(sum(o.loss_sum.item() for o in outputs) if mesh.is_reporter else 0.0)
+        losses.append(sum_over_world(total).item())
         norms.append(state.step().grad_norm)
     scores = forward_rows(
         state.chunks,
@@ -174,7 +182,9 @@ def reward_case(config, mesh):
         microbatch_size=4,
         run=score_step,
     )
+    export_hf(chunks, config, mesh, target=folder / "reward")
     return {
+        "losses": losses,
         "grad_norms": norms,
         "scores": by_sample(own, trimmed(scores, [chosen[i] for i in own]), mesh),
     }
@@ -186,7 +196,10 @@ def main():
     for case in cases:
         config = config_for(case)
         mesh = create_mesh(config.parallel)
-        results.append({"ppo": ppo_case(config, mesh), "reward": reward_case(config, mesh)})
+        folder = Path(case["weights"])
+        results.append(
+            {"ppo": ppo_case(config, mesh, folder), "reward": reward_case(config, mesh, folder)}
+        )
         if mesh.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)
