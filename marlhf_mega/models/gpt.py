@@ -215,7 +215,7 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
         if ".mlp.experts." in name:
             # Experts are not cut by tensor parallelism, so their gradients are summed over the
             # expert-data group. Megatron takes them there only if `expert_size` > 1.
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _select(hidden: Tensor, batch: SequenceBatch, shift: int) -> Tensor:
