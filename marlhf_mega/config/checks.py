@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import Config
+from marlhf_mega.config.schema import Config, ParallelConfig
 
 Job = Literal["sft", "reward", "ppo", "evaluate"]
 
@@ -23,7 +23,9 @@ def check_world(config: Config, world_size: int) -> int:
     Raises:
         ConfigError: one line for every rule that is broken.
     """
-    problems = list(_layout_problems(config, world_size))
+    problems = list(_layout_problems(config, config.parallel, "parallel", world_size))
+    if config.rollout_parallel != config.parallel and not problems:
+        problems += _layout_problems(config, config.rollout_parallel, "rollout", world_size)
     if problems:
         raise ConfigError("\n".join(problems))
     return world_size // config.parallel.model_size
@@ -47,12 +49,14 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
-    parallel, model = config.parallel, config.model
+def _layout_problems(
+    config: Config, parallel: ParallelConfig, section: str, world_size: int
+) -> Iterator[str]:
+    model = config.model
     tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
     if world_size % parallel.model_size:
         yield (
-            f"parallel: tensor_size * pipeline_size * context_size = {parallel.model_size} must "
+            f"{section}: tensor_size * pipeline_size * context_size = {parallel.model_size} must "
             f"divide the number of ranks; it is {world_size}. Start a multiple of "
             f"{parallel.model_size} ranks."
         )
@@ -68,24 +72,25 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
         )
     if model.num_attention_heads % tensor:
         yield (
-            f"parallel.tensor_size={tensor}: must divide model.num_attention_heads="
+            f"{section}.tensor_size={tensor}: must divide model.num_attention_heads="
             f"{model.num_attention_heads}. Use {_divisors(model.num_attention_heads)}."
         )
     elif model.query_groups % tensor and tensor % model.query_groups:
         yield (
-            f"parallel.tensor_size={tensor}: must divide model.num_query_groups="
+            f"{section}.tensor_size={tensor}: must divide model.num_query_groups="
             f"{model.query_groups} or be a multiple of it. Use {_divisors(model.query_groups)}."
         )
     for key in ("ffn_hidden_size", "shared_expert_ffn_hidden_size"):
         width = getattr(model, key)
         if width is not None and width % tensor:
             yield (
-                f"parallel.tensor_size={tensor}: must divide model.{key}={width}. Use another size."
+                f"{section}.tensor_size={tensor}: must divide model.{key}={width}. "
+                "Use another size."
             )
     chunks = pipeline * parallel.virtual_pipeline_size
     if model.num_layers % chunks:
         yield (
-            f"parallel.pipeline_size={pipeline} times virtual_pipeline_size="
+            f"{section}.pipeline_size={pipeline} times virtual_pipeline_size="
             f"{parallel.virtual_pipeline_size}: must divide model.num_layers={model.num_layers}. "
             f"Use a product among {_divisors(model.num_layers)}."
         )
@@ -94,11 +99,11 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.virtual_pipeline_size={parallel.virtual_pipeline_size}: needs "
             "parallel.pipeline_size > 1; it is 1. Set it to 1."
         )
-    yield from _expert_problems(config)
+    yield from _expert_problems(config, parallel, section)
 
 
-def _expert_problems(config: Config) -> Iterator[str]:
-    parallel, experts = config.parallel, config.model.num_experts
+def _expert_problems(config: Config, parallel: ParallelConfig, section: str) -> Iterator[str]:
+    experts = config.model.num_experts
     if parallel.expert_size > 1 and experts is None:
         yield f"parallel.expert_size={parallel.expert_size}: the model has no experts. Set it to 1."
     elif experts and experts % parallel.expert_size:
@@ -108,7 +113,7 @@ def _expert_problems(config: Config) -> Iterator[str]:
         )
     if experts and parallel.tensor_size > 1 and not parallel.sequence_parallel:
         yield (
-            "parallel.sequence_parallel=false: experts with parallel.tensor_size > 1 need it. "
+            f"parallel.sequence_parallel=false: experts with {section}.tensor_size > 1 need it. "
             "Set it to true."
         )
 

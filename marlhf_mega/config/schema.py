@@ -152,6 +152,11 @@ class RolloutConfig(Section):
     """Responses to each prompt; batch_size must be a multiple."""
     slots: int | None = Field(None, gt=0)
     """Sequences decoded together on one data-parallel rank; none: the rank's whole share."""
+    tensor_size: int | None = Field(None, gt=0)
+    """Ranks that share every matrix while generating; none: as in training."""
+    pipeline_size: int | None = Field(None, gt=0)
+    """Stages while generating; none: as in training. Another layout than in training costs a move
+    of the weights and their memory in each rollout; fewer stages make more replicas."""
 
 
 class MacroConfig(Section):
@@ -345,6 +350,22 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def rollout_parallel(self) -> ParallelConfig:
+        """The degrees while generating: those of training unless the rollout has its own."""
+        tensor = self.rollout.tensor_size or self.parallel.tensor_size
+        pipeline = self.rollout.pipeline_size or self.parallel.pipeline_size
+        if (tensor, pipeline) == (self.parallel.tensor_size, self.parallel.pipeline_size):
+            return self.parallel
+        return ParallelConfig(
+            tensor_size=tensor,
+            pipeline_size=pipeline,
+            context_size=self.parallel.context_size,
+            expert_size=self.parallel.expert_size,
+            # Experts ask for it; generation then does without, whatever the model.
+            sequence_parallel=self.model.num_experts is not None and tensor > 1,
+        )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -1,8 +1,11 @@
 """The device mesh: every degree, rank and process group of a run, in one frozen record."""
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,14 @@ from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.platform import Platform
 
 Group = dist.ProcessGroup
+
+
+def _globals_of_megatron() -> dict[str, Any]:
+    """Copy Megatron's record of the groups in force: constants that it rebinds."""
+    return {n: v for n, v in vars(parallel_state).items() if n[0] == "_" and n.isupper()}
+
+
+_NO_GROUPS = _globals_of_megatron()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,8 @@ class Mesh:
     """Megatron-Core's groups: tp, pp, cp, ep, dp, dp_cp, embd, ..."""
     rollout_pp: Group
     """The pipeline's ranks again: carries sampled tokens while `groups.pp` carries activations."""
+    megatron_globals: Mapping[str, Any]
+    """Megatron's own record of the groups, which some of its modules read."""
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +146,33 @@ def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) ->
         dp_size=groups.dp.size(),
         groups=groups,
         rollout_pp=_copy_of_pipeline_groups(groups.pp),
+        megatron_globals=_globals_of_megatron(),
     )
+
+
+def create_second_mesh(parallel: ParallelConfig, main: Mesh) -> Mesh:
+    """Build groups of another layout of the same world; `main` stays in force. All ranks call it.
+
+    Args:
+        parallel: degrees of the second layout.
+        main: the mesh in force.
+    """
+    vars(parallel_state).update(_NO_GROUPS)
+    try:
+        return create_mesh(parallel)
+    finally:
+        vars(parallel_state).update(main.megatron_globals)
+
+
+@contextmanager
+def in_force(mesh: Mesh) -> Iterator[None]:
+    """Let Megatron see this mesh's groups where it does not take them as arguments."""
+    before = _globals_of_megatron()
+    vars(parallel_state).update(mesh.megatron_globals)
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(before)
 
 
 def destroy_mesh(*, leave_world: bool = True) -> None:

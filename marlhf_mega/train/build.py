@@ -1,8 +1,10 @@
 """Models with weights: build a role's chunks and fill them from where they come from."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_from, fill_random
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin
@@ -11,7 +13,10 @@ from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.models.gpt import Head, StageModel, build_chunks
 from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.mesh import Mesh, create_second_mesh, in_force
+from marlhf_mega.parallel.transfer import Mover
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.reshard import ReshardedGenerator
 from marlhf_mega.train.inputs import origin_of
 
 logger = logging.getLogger(__name__)
@@ -116,3 +121,37 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_s
         reference=reference,
         rewards=models,
     )
+
+
+def build_generator(
+    policy: Sequence[StageModel], config: Config, mesh: Mesh, *, eos_id: int
+) -> tuple[Generator | ReshardedGenerator, Mover | None]:
+    """Build what generates, at the rollout's own layout where the config gives it one.
+
+    Args:
+        policy: this rank's chunks of the weights that are trained.
+        config: of the run.
+        mesh: where this rank stands in training.
+        eos_id: ends a response.
+
+    Returns:
+        The generator, and what moves the weights to its layout, none where it is training's.
+    """
+    layout = config.rollout_parallel
+    if layout == config.parallel:
+        return Generator(policy, mesh, eos_id=eos_id), None
+    second = create_second_mesh(layout, mesh)
+    with in_force(second):
+        chunks = build_chunks(config.model, config.precision, second, head="language")
+    for chunk in chunks:
+        chunk.requires_grad_(False).eval()
+    mover = connect((policy, mesh), (chunks, second))
+    logger.info(
+        "rollout: %s; %.3f GiB of weights travel in each",
+        second.describe(),
+        mover.total_bytes / 2**30,
+    )
+    generator = ReshardedGenerator(
+        chunks, second, training=mesh, weights=mover.present, eos_id=eos_id
+    )
+    return generator, mover

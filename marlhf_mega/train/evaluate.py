@@ -20,9 +20,10 @@ from marlhf_mega.models.roles import LogprobStep
 from marlhf_mega.parallel.collectives import gather_objects_over_data
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.reshard import ReshardedGenerator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
-from marlhf_mega.train.build import build_model, policy_origin, reward_origins
+from marlhf_mega.train.build import build_generator, build_model, policy_origin, reward_origins
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import write_run_directory
 
@@ -49,9 +50,11 @@ class Evaluator:
         prompts: Sequence[Prompt],
         tokenizer: Tokenizer,
         scorer: Scorer | None,
+        generator: Generator | ReshardedGenerator,
         mesh: Mesh,
     ) -> None:
         self.config, self.tokenizer, self.mesh, self.scorer = config, tokenizer, mesh, scorer
+        self.generator = generator
         self.prompts = list(prompts[: config.evaluate.num_prompts])
         gold = config.evaluate.gold
         self.gold = (
@@ -71,13 +74,12 @@ class Evaluator:
         """Generate and judge. All ranks call it.
 
         Args:
-            chunks: the policy.
+            chunks: the policy that the generator generates with.
             reference: for the KL; none: no KL.
         """
         mesh, settings = self.mesh, self.config.evaluate
         own = list(range(mesh.dp_rank, len(self.prompts), mesh.dp_size))
-        generator = Generator(chunks, mesh, eos_id=self.tokenizer.eos_id)
-        rollout = generator.generate(
+        rollout = self.generator.generate(
             [self.prompts[i].prompt_ids for i in own],
             own,
             rule=SamplingRule(
@@ -88,7 +90,7 @@ class Evaluator:
             max_response_tokens=self.config.rollout.max_response_tokens,
             seed=self.config.run.seed,
             step=EVALUATION_STEP,
-            slots=max(1, settings.batch_size // mesh.dp_size),
+            slots=max(1, settings.batch_size // self.generator.mesh.dp_size),
         )
         rows = [prompt_row(self.prompts[i]) for i in own]
         columns = {
@@ -233,7 +235,8 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
         mesh,
         microbatch_size=config.ppo.microbatch_size,
     )
-    evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, mesh)
+    generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
+    evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)
     try:
         judged = evaluator.judge(policy, None)
     finally:

@@ -24,10 +24,15 @@ from marlhf_mega.metrics.writers import Sample
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rewards.rule import check_importable
-from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
-from marlhf_mega.train.build import build_roles, critic_origin, policy_origin, reward_origins
+from marlhf_mega.train.build import (
+    build_generator,
+    build_roles,
+    critic_origin,
+    policy_origin,
+    reward_origins,
+)
 from marlhf_mega.train.evaluate import Evaluator, Judged, make_sample, prompt_examples, prompt_row
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs, read_inputs
@@ -94,7 +99,9 @@ class PpoRun:
         optimizer_steps = self.num_steps * ppo.epochs * (rollout.batch_size // ppo.minibatch_size)
         self.roles = build_roles(config, tokenizer, mesh, optimizer_steps=optimizer_steps)
         self.policy: list[StageModel] = [ddp.module for ddp in self.roles.policy.chunks]
-        self.generator = Generator(self.policy, mesh, eos_id=tokenizer.eos_id)
+        self.generator, self.mover = build_generator(
+            self.policy, config, mesh, eos_id=tokenizer.eos_id
+        )
         self.scorer = Scorer(
             config.reward.source,
             self.roles.rewards,
@@ -105,7 +112,7 @@ class PpoRun:
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
         self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)
         self.evaluator = (
-            Evaluator(config, inputs.validation, tokenizer, self.scorer, mesh)
+            Evaluator(config, inputs.validation, tokenizer, self.scorer, self.generator, mesh)
             if inputs.validation
             else None
         )
@@ -280,6 +287,9 @@ class PpoRun:
         seconds = (
             timers.seconds("rollout") + timers.seconds("experience") + timers.seconds("update")
         )
+        if self.mover is not None:
+            metrics["time/reshard_seconds"] = self.mover.seconds
+            metrics["rollout/reshard_gib"] = self.mover.total_bytes / 2**30
         metrics["rollout/tokens_per_second"] = new / timers.seconds("rollout")
         metrics["perf/tokens_per_second"] = all_tokens / seconds
         peak = peak_flops(self.mesh.platform.device_name)

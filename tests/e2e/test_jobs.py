@@ -188,7 +188,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(quickstart, tmp_path, job):
     assert numbers(resumed) == numbers(folder / job)
 
 
-def test_a_run_resumes_on_another_layout(quickstart, tmp_path):
+def test_a_run_resumes_on_another_layout_with_yet_another_for_rollouts(quickstart, tmp_path):
     folder = quickstart[0]
     options = stage_options(folder, "ppo")
     resumed = tmp_path / "ppo"
@@ -201,9 +201,12 @@ def test_a_run_resumes_on_another_layout(quickstart, tmp_path):
         "parallel.tensor_size=1",
         "parallel.pipeline_size=2",
         "parallel.virtual_pipeline_size=2",
+        "rollout.pipeline_size=1",
         ranks=2,
     )
+    assert "time/reshard_seconds" in lines(resumed / "metrics.jsonl")[-1]
     for found, expected in zip(numbers(resumed), numbers(folder / "ppo"), strict=True):
+        assert found.pop("rollout/reshard_gib", 1) > 0
         assert found == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 

@@ -136,6 +136,44 @@ def test_a_layout_that_does_not_fit_says_what_would(parallel, model, world_size,
     assert world_problems(world_size, parallel=parallel, model=model) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("rollout", "model", "expected"),
+    [
+        (
+            {"tensor_size": 1, "pipeline_size": 3},
+            {"num_layers": 6},
+            "rollout: tensor_size * pipeline_size * context_size = 3 must divide the number of "
+            "ranks; it is 4. Start a multiple of 3 ranks.",
+        ),
+        (
+            {"pipeline_size": 1, "tensor_size": 4},
+            {"num_attention_heads": 6, "num_query_groups": 2, "head_dim": 4},
+            "rollout.tensor_size=4: must divide model.num_attention_heads=6. Use 1, 2, 3 or 6.",
+        ),
+        (
+            {"pipeline_size": 4, "tensor_size": 1},
+            {"num_layers": 6},
+            "rollout.pipeline_size=4 times virtual_pipeline_size=1: must divide "
+            "model.num_layers=6. Use a product among 1, 2, 3 or 6.",
+        ),
+    ],
+)
+def test_a_rollout_layout_that_does_not_fit_says_what_would(rollout, model, expected):
+    parallel = {"tensor_size": 2, "pipeline_size": 2}
+    assert world_problems(4, parallel=parallel, model=model, rollout=rollout) == [expected]
+
+
+def test_the_rollout_has_the_training_layout_unless_told_otherwise():
+    parallel = {"tensor_size": 2, "pipeline_size": 2, "virtual_pipeline_size": 2}
+    config = make(parallel=parallel, rollout={"tensor_size": 2})
+    assert config.rollout_parallel == config.parallel
+    own = make(parallel=parallel, rollout={"pipeline_size": 1}).rollout_parallel
+    assert (own.tensor_size, own.pipeline_size, own.virtual_pipeline_size) == (2, 1, 1)
+    assert not own.sequence_parallel
+    experts = make(parallel=parallel, rollout={"pipeline_size": 1}, model={"num_experts": 4})
+    assert experts.rollout_parallel.sequence_parallel
+
+
 def test_all_broken_rules_are_named_at_once():
     lines = world_problems(
         2, parallel={"tensor_size": 3}, model={"ffn_hidden_size": 64, "num_query_groups": 4}

@@ -1,0 +1,75 @@
+"""Carry a model's weights from the layout it trains at to another one, in memory."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from marlhf_mega.checkpoint.hf.parameters import LocalParameter, find_shards, local_parameters
+from marlhf_mega.checkpoint.hf.table import Layout, WeightTable
+from marlhf_mega.checkpoint.weights import layout_of
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.transfer import BUCKET_BYTES, Mover
+from marlhf_mega.parallel.transfer_plan import Block
+
+
+def describe(
+    parameters: Sequence[LocalParameter], table: WeightTable, layout: Layout
+) -> list[Block]:
+    """Say which ranges of which whole tensors a rank's parameters hold; padding is left out.
+
+    Args:
+        parameters: of one rank.
+        table: of the model.
+        layout: where the rank stands.
+    """
+    blocks = []
+    for number, (parameter, shard) in enumerate(find_shards(parameters, table, layout)):
+        tensor, start = parameter.tensor, 0
+        for piece in shard.pieces:
+            if piece.name is not None:
+                per_index = tensor.numel() // tensor.shape[piece.dim] * tensor.element_size()
+                blocks.append(
+                    Block(
+                        tensor=piece.name,
+                        dim=piece.dim,
+                        lo=piece.lo,
+                        hi=piece.hi,
+                        parameter=number,
+                        start=start,
+                        index_bytes=per_index,
+                    )
+                )
+            start += piece.size
+    return blocks
+
+
+def connect(
+    source: tuple[Sequence[StageModel], Mesh],
+    target: tuple[Sequence[StageModel], Mesh],
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Mover:
+    """Plan how to fill one model from another of the same shape. All ranks call it.
+
+    The target's memory is given back until the weights are moved.
+
+    Args:
+        source: this rank's chunks and its place in their layout.
+        target: likewise.
+        bucket_bytes: memory that a move may take besides the weights.
+    """
+    mover = Mover(_described(*source), _described(*target), source[1], bucket_bytes=bucket_bytes)
+    mover.release()
+    return mover
+
+
+def _described(chunks: Sequence[StageModel], mesh: Mesh) -> tuple[list[Block], list[Tensor]]:
+    model = chunks[0].model
+    assert model.vocab_size is not None
+    table = WeightTable(
+        model, "causal_lm" if chunks[0].head == "language" else "sequence_classification"
+    )
+    parameters = local_parameters(chunks)
+    blocks = describe(parameters, table, layout_of(mesh, model.vocab_size))
+    return blocks, [parameter.tensor.detach() for parameter in parameters]

@@ -1,0 +1,97 @@
+"""Generate at a layout of its own: fetch the weights, deal the prompts anew, bring answers back."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.parallel.collectives import gather_objects_over_data
+from marlhf_mega.parallel.mesh import Mesh, in_force
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.types import Rollout
+
+
+class ReshardedGenerator:
+    """A `Generator` whose callers stand at the training layout; what it returns is the same."""
+
+    def __init__(
+        self,
+        chunks: Sequence[StageModel],
+        mesh: Mesh,
+        *,
+        training: Mesh,
+        weights: Callable[[], AbstractContextManager[None]],
+        eos_id: int,
+    ) -> None:
+        """Take a second set of weights.
+
+        Args:
+            chunks: this rank's part of the policy at the rollout's layout.
+            mesh: the rollout's layout.
+            training: the callers' layout, of the same world.
+            weights: holds the weights that are trained in `chunks` for the length of a `with`
+                block; all ranks enter it together.
+            eos_id: ends a response.
+        """
+        self.mesh, self.training, self.weights = mesh, training, weights
+        self._generator = Generator(chunks, mesh, eos_id=eos_id)
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sample_indices: Sequence[int],
+        *,
+        rule: SamplingRule,
+        max_response_tokens: int | Sequence[int],
+        seed: int,
+        step: int,
+        slots: int | None = None,
+        stop_at_eos: bool = True,
+    ) -> Rollout:
+        """Generate as `Generator.generate` does, with `slots` meant for a replica of the rollout.
+
+        All ranks of the world call it, with the prompts of their training replica.
+        """
+        limits = max_response_tokens
+        if isinstance(limits, int):
+            limits = [limits] * len(prompts)
+        own = list(zip(sample_indices, prompts, limits, strict=True))
+        parts = gather_objects_over_data(own, self.training)
+        everything = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        dealt = everything[self.mesh.dp_rank :: self.mesh.dp_size]
+        with self.weights(), in_force(self.mesh):
+            rollout = self._generator.generate(
+                [prompt for _, prompt, _ in dealt],
+                [sample for sample, _, _ in dealt],
+                rule=rule,
+                max_response_tokens=[limit for _, _, limit in dealt],
+                seed=seed,
+                step=step,
+                slots=slots,
+                stop_at_eos=stop_at_eos,
+            )
+        rollout = replace(rollout, logprobs=rollout.logprobs.cpu())
+        return _pick(gather_objects_over_data(rollout, self.mesh), sample_indices, self.mesh)
+
+
+def _pick(parts: Sequence[Rollout], wanted: Sequence[int], mesh: Mesh) -> Rollout:
+    """Take some samples, by their global index, out of all replicas' rollouts."""
+    place = {s: (part, row) for part in parts for row, s in enumerate(part.sample_indices)}
+    found = [place[sample] for sample in wanted]
+    responses = [part.responses[row] for part, row in found]
+    width = max(map(len, responses), default=1)
+    logprobs: Tensor = torch.zeros(len(found), width, device=mesh.device)
+    for number, (part, row) in enumerate(found):
+        length = len(part.responses[row])
+        logprobs[number, :length] = part.logprobs[row, :length].to(mesh.device)
+    return Rollout(
+        prompts=[part.prompts[row] for part, row in found],
+        responses=responses,
+        finished=[part.finished[row] for part, row in found],
+        sample_indices=list(wanted),
+        logprobs=logprobs,
+    )

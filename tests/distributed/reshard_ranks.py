@@ -1,0 +1,134 @@
+"""Train at one layout, generate at another: rollouts, weights and an update, on 4 ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from layout_ranks import EOS, by_sample, texts, trimmed
+
+from marlhf_mega.checkpoint.reshard import connect
+from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config.schema import Config
+from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.parallel.mesh import create_mesh, create_second_mesh, destroy_mesh, in_force
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.train.build import build_generator
+from marlhf_mega.update.ppo import local_indices
+
+BATCH = 10
+SMALL_BUCKETS = 1 << 12
+
+
+def config_for(case):
+    return Config.model_validate(
+        {
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "ffn_hidden_size": 64,
+                "vocab_size": 50,
+                "qk_norm": True,
+                "qkv_bias": True,
+                "init_std": 0.2,
+                **case["model"],
+            },
+            "parallel": case["parallel"],
+            "precision": {"dtype": case.get("dtype", "float32")},
+            "rollout": {"batch_size": BATCH, **case["rollout"]},
+        }
+    )
+
+
+def filled(config, mesh, seed):
+    with in_force(mesh):
+        chunks = build_chunks(config.model, config.precision, mesh, head="language")
+        if seed is not None:
+            fill_random(chunks, mesh, seed=seed)
+    return chunks
+
+
+def values(chunks):
+    return [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
+
+
+def equal_bits(left, right):
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def there_and_back(config, mesh):
+    """Move weights to the rollout's layout and back: whether both ends are as if filled there."""
+    second = create_second_mesh(config.rollout_parallel, mesh)
+    trained, away = filled(config, mesh, 1), filled(config, second, None)
+    wanted, before = values(filled(config, second, 1)), values(trained)
+    back = connect((away, second), (trained, mesh), bucket_bytes=SMALL_BUCKETS)
+    assert all(p.untyped_storage().size() == 0 for chunk in trained for p in chunk.parameters())
+    there = connect((filled(config, mesh, 1), mesh), (away, second), bucket_bytes=SMALL_BUCKETS)
+    with there.present():
+        arrived = equal_bits(values(away), wanted)
+        back.move()
+    released = all(p.untyped_storage().size() == 0 for chunk in away for p in chunk.parameters())
+    return {
+        "arrived": arrived,
+        "came_back": equal_bits(values(trained), before),
+        "released": released,
+        "rounds": len(there._rounds),
+        "sent": there.total_bytes,
+        "main_mesh_rules": mesh.groups.tp.size() == mesh.parallel.tensor_size,
+    }
+
+
+def rollouts(config, mesh):
+    """Generate, change the weights as an optimizer step would, generate again."""
+    policy = filled(config, mesh, 1)
+    generator, mover = build_generator(policy, config, mesh, eos_id=EOS)
+    own = local_indices(BATCH, BATCH, mesh)
+    prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6, 2, 9])
+    found = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0), ("after_update", 1.0)):
+        if name == "after_update":
+            fill_random(policy, mesh, seed=2)
+        rollout = generator.generate(
+            [prompts[i] for i in own],
+            own,
+            rule=SamplingRule(temperature=temperature),
+            max_response_tokens=10,
+            seed=11,
+            step=3,
+            slots=2,
+        )
+        assert rollout.sample_indices == own
+        assert rollout.prompts == [prompts[i] for i in own]
+        found[name] = {
+            "responses": by_sample(own, rollout.responses, mesh),
+            "finished": by_sample(own, rollout.finished, mesh),
+            "logprobs": by_sample(own, trimmed(rollout.logprobs, rollout.responses), mesh),
+        }
+    return found, mover is not None
+
+
+def main():
+    out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    results = []
+    for case in cases:
+        config = config_for(case)
+        mesh = create_mesh(config.parallel)
+        found, moved = rollouts(config, mesh)
+        weights = None
+        if moved:
+            mine = there_and_back(config, mesh)
+            parts = [mine] * mesh.world_size
+            dist.all_gather_object(parts, mine)
+            weights = {name: [part[name] for part in parts] for name in mine}
+        results.append({"rollouts": found, "weights": weights})
+        if mesh.rank == 0:
+            out.write_text(json.dumps(results))
+        destroy_mesh(leave_world=False)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

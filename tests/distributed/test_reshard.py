@@ -1,0 +1,70 @@
+"""The rollout's own layout: the same tokens and log-probs, weights moved bit for bit."""
+
+import json
+
+import pytest
+from ranks import run_ranks
+
+TP2_PP2 = {"tensor_size": 2, "pipeline_size": 2}
+TIED, UNTIED = {"tied_embeddings": True}, {"tied_embeddings": False}
+EXPERTS = {
+    "architecture": "mixtral",
+    "qk_norm": False,
+    "qkv_bias": False,
+    "num_experts": 4,
+    "experts_per_token": 2,
+}
+CASES = {
+    "4 replicas": (TP2_PP2, {"tensor_size": 1, "pipeline_size": 1}, UNTIED),
+    "4 replicas, tied": (TP2_PP2, {"tensor_size": 1, "pipeline_size": 1}, TIED),
+    "TP2, SP in training": (
+        TP2_PP2 | {"sequence_parallel": True},
+        {"pipeline_size": 1},
+        UNTIED,
+    ),
+    "TP4 from DP4": ({}, {"tensor_size": 4}, TIED),
+    "PP4 from PP2 VPP2": (
+        {"pipeline_size": 2, "virtual_pipeline_size": 2},
+        {"pipeline_size": 4},
+        TIED,
+    ),
+    "experts": ({"pipeline_size": 2, "expert_size": 2}, {"pipeline_size": 1}, EXPERTS),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Run every case with and without a layout of the rollout's own."""
+    names = [(name, own) for name in CASES for own in (False, True)]
+    cases = [
+        {
+            "parallel": CASES[name][0],
+            "rollout": CASES[name][1] if own else {},
+            "model": CASES[name][2],
+        }
+        for name, own in names
+    ]
+    out = tmp_path_factory.mktemp("reshard") / "4.json"
+    return dict(zip(names, run_ranks("reshard_ranks.py", 4, out, json.dumps(cases)), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rollouts_do_not_depend_on_their_layout(results, name):
+    expected, found = results[name, False]["rollouts"], results[name, True]["rollouts"]
+    for phase, rollout in expected.items():
+        assert found[phase]["responses"] == rollout["responses"]
+        assert found[phase]["finished"] == rollout["finished"]
+        for row, wanted in zip(found[phase]["logprobs"], rollout["logprobs"], strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert expected["sampled"]["responses"] != expected["after_update"]["responses"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_travel_bit_for_bit_there_and_back(results, name):
+    weights = results[name, True]["weights"]
+    assert all(weights["arrived"])
+    assert all(weights["came_back"])
+    assert all(weights["released"])
+    assert all(weights["main_mesh_rules"])
+    assert min(weights["rounds"]) > 3 or weights["sent"] == [0] * 4
+    assert results[name, False]["weights"] is None
