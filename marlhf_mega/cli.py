@@ -1,6 +1,7 @@
 """The command line: `marlhf COMMAND --config FILE [key=value ...]`, alone or under torchrun."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -19,7 +20,9 @@ COMMANDS = {
     "sft": "fine-tune a policy on demonstrations",
     "reward": "train a reward model on preference pairs",
     "ppo": "train the policy against the reward with macro-action PPO",
+    "offline": "train the policy on given responses by their advantage (A-LoL)",
     "evaluate": "generate on held-out prompts and judge",
+    "generate": "answer every prompt of a file, with scores",
 }
 
 
@@ -70,57 +73,19 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(command: str, config: Config) -> Callable[[], int]:
     """Read everything the command needs; what remains to be done needs the other ranks.
 
-    Imports are here so that wrong usage is reported at once, before torch and Megatron load.
+    train/COMMAND.py holds both: `COMMAND_inputs(config, world_size)` reads and checks without
+    communication, `run_COMMAND(inputs, mesh)` does the work. The import is here so that wrong
+    usage is reported at once, before torch and Megatron load.
 
     Raises:
         ValueError: anything that the user has to mend.
     """
-    from marlhf_mega.parallel.mesh import Mesh, world_size_from_environment
+    job = importlib.import_module(f"marlhf_mega.train.{command}")
+    from marlhf_mega.parallel.mesh import world_size_from_environment
 
-    world_size = world_size_from_environment()
-    work: Callable[[Mesh], Any]
-    match command:
-        case "quickstart":
-            from marlhf_mega.train.quickstart import quickstart_config, run_quickstart
-
-            config = quickstart_config(config, world_size)
-
-            def work(mesh: Mesh) -> None:
-                run_quickstart(config, mesh)
-
-        case "sft":
-            from marlhf_mega.train.sft import run_sft, sft_inputs
-
-            examples = sft_inputs(config, world_size)
-
-            def work(mesh: Mesh) -> None:
-                run_sft(examples, mesh)
-
-        case "reward":
-            from marlhf_mega.train.reward import reward_inputs, run_reward
-
-            pairs = reward_inputs(config, world_size)
-
-            def work(mesh: Mesh) -> None:
-                run_reward(pairs, mesh)
-
-        case "ppo":
-            from marlhf_mega.train.ppo import ppo_inputs, run_ppo
-
-            prompts = ppo_inputs(config, world_size)
-
-            def work(mesh: Mesh) -> None:
-                run_ppo(prompts, mesh)
-
-        case "evaluate":
-            from marlhf_mega.train.evaluate import evaluate_inputs, run_evaluate
-
-            held_out = evaluate_inputs(config, world_size)
-
-            def work(mesh: Mesh) -> None:
-                run_evaluate(held_out, mesh)
-
-    return lambda: _on_mesh(config, work)
+    inputs = getattr(job, f"{command}_inputs")(config, world_size_from_environment())
+    run_job = getattr(job, f"run_{command}")
+    return lambda: _on_mesh(inputs.config, lambda mesh: run_job(inputs, mesh))
 
 
 def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:

@@ -7,7 +7,9 @@ from typing import Literal
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config, ParallelConfig
 
-Job = Literal["sft", "reward", "ppo", "evaluate"]
+Job = Literal["sft", "reward", "ppo", "offline", "evaluate", "generate"]
+WITHOUT_TRAINING: tuple[Job, ...] = ("evaluate", "generate")
+GENERATING: tuple[Job, ...] = ("ppo", "offline", *WITHOUT_TRAINING)
 
 
 def check_world(config: Config, world_size: int) -> int:
@@ -45,6 +47,8 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     problems = [*_data_problems(config, job), *_batch_problems(config, job, data_size)]
     if job == "ppo":
         problems += _ppo_problems(config)
+    if job == "offline":
+        problems += _offline_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -120,20 +124,16 @@ def _expert_problems(config: Config, parallel: ParallelConfig, section: str) -> 
 
 def _data_problems(config: Config, job: Job) -> Iterator[str]:
     keys = {"validation_path": config.data.validation_path}
-    if job != "evaluate":
+    if job not in WITHOUT_TRAINING:
         keys["train_path"] = config.data.train_path
     for key, path in keys.items():
-        optional = key == "validation_path" and job != "evaluate"
+        optional = key == "validation_path" and job not in WITHOUT_TRAINING
         if path is None and not optional:
             yield f"data.{key}: {job} needs it; it is not set. Give a .jsonl or .parquet file."
         elif path is not None and not Path(path).is_file():
             yield f"data.{key}={path}: no such file. Give a .jsonl or .parquet file."
-    longest = config.data.max_prompt_tokens + (
-        config.rollout.max_response_tokens
-        if job in ("ppo", "evaluate")
-        else config.data.max_response_tokens
-    )
-    section = "rollout" if job in ("ppo", "evaluate") else "data"
+    section = "rollout" if job in GENERATING else "data"
+    longest = config.data.max_prompt_tokens + getattr(config, section).max_response_tokens
     if longest > config.model.max_positions:
         yield (
             f"{section}.max_response_tokens: with data.max_prompt_tokens="
@@ -150,7 +150,9 @@ def _batch_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
             "rollout.batch_size": config.rollout.batch_size,
             "ppo.minibatch_size": config.ppo.minibatch_size,
         },
+        "offline": {"offline.batch_size": config.offline.batch_size},
         "evaluate": {},
+        "generate": {},
     }[job]
     stages = config.parallel.pipeline_size if config.parallel.virtual_pipeline_size > 1 else 1
     for key, size in batches.items():
@@ -179,6 +181,25 @@ def _ppo_problems(config: Config) -> Iterator[str]:
         yield (
             f"ppo.minibatch_size={config.ppo.minibatch_size}: must divide rollout.batch_size="
             f"{config.rollout.batch_size}. Use {_divisors(config.rollout.batch_size)}."
+        )
+
+
+def _offline_problems(config: Config) -> Iterator[str]:
+    if not config.offline.needs_values:
+        return
+    why = (
+        f"offline.algorithm={config.offline.algorithm} with offline.sampling="
+        f"{config.offline.sampling} compares each reward with what the prompt is worth"
+    )
+    if not config.reward.source:
+        yield (
+            f"reward.source: {why}, which is learned from scored responses; it is not set. Give "
+            "a reward model's directory or a rule module:function."
+        )
+    if config.data.validation_path is None:
+        yield (
+            f"data.validation_path: {why}, which is learned from answers to these prompts; it is "
+            "not set. Give a file of prompts."
         )
 
 

@@ -249,6 +249,37 @@ class PPOConfig(Section):
     """What the policy loss is a mean of, over the whole minibatch."""
 
 
+class OfflineConfig(Section):
+    """Advantage Leftover Lunch RL (A-LoL, arXiv 2305.14718). The optimizer is `policy`'s."""
+
+    algorithm: Literal[
+        "nll", "wbc", "r_gold", "r_lol", "a_lol", "a_lol_seq", "a_lol_ref_free", "a_lol_kl"
+    ] = "a_lol"
+    """What weighs a response: nothing, its reward, or its advantage and likelihood ratio."""
+    sampling: Literal["good_priority", "good_random", "all"] = "good_priority"
+    """Draw rows by their positive advantage, uniformly among those, or all in turn."""
+    clip_range: float | None = Field(0.9, gt=0)
+    """Likelihood ratios are clipped to 1 +- this; none: off."""
+    kl_coef: float = Field(0.0, ge=0)
+    """`a_lol_kl`: weight of the divergence from the first policy."""
+    batch_size: int = Field(64, gt=0)
+    """Responses per optimizer step, over all ranks."""
+    microbatch_size: int = Field(8, gt=0)
+    """Responses per forward on one data-parallel rank."""
+    value_epochs: int = Field(10, gt=0)
+    """Passes of the critic over the validation prompts before the policy learns."""
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether advantages are used."""
+        return self.algorithm.startswith("a_lol") or self.sampling != "all"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the first policy's log-probs are used."""
+        return self.algorithm in ("r_lol", "a_lol", "a_lol_seq", "a_lol_kl")
+
+
 class RewardTerm(Section):
     """One source of reward."""
 
@@ -346,6 +377,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     macro: MacroConfig = MacroConfig()
     ppo: PPOConfig = PPOConfig()
+    offline: OfflineConfig = OfflineConfig()
     reward: RewardConfig = RewardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -7,6 +7,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from marlhf_mega.algorithm.counter_rng import fold, uniform
+
+_WEIGHTED = 3
+"""Keeps these draws apart from others of the same seed."""
+
 
 class SampleStream:
     """An endless sequence of global batches of sample indices.
@@ -116,3 +121,57 @@ class SampleStream:
             numpy.random.PCG64(numpy.random.SeedSequence((self._seed, epoch)))
         )
         return torch.from_numpy(generator.permutation(self._num_samples))
+
+
+class WeightedStream:
+    """An endless sequence of global batches, drawn with replacement by given probabilities.
+
+    Draw number k is a function of (seed, k) alone. Same interface as `SampleStream`.
+
+    Attributes:
+        num_consumed: samples handed out so far.
+    """
+
+    def __init__(
+        self, probabilities: Tensor, *, batch_size: int, seed: int, data_hash: str
+    ) -> None:
+        """Start at the first draw.
+
+        Args:
+            probabilities: [num_samples], adding up to 1.
+            batch_size: global number of samples per batch.
+            seed: of the run.
+            data_hash: sha256 of the data, compared when a state is loaded.
+        """
+        self._last = int(probabilities.nonzero().max())
+        self._cumulated = probabilities.double().cumsum(0)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._facts = {"seed": seed, "data_hash": data_hash, "num_samples": len(probabilities)}
+        self.num_consumed = 0
+
+    def next_batch(self) -> Tensor:
+        """Return the next [batch_size] int64 global sample indices and move on."""
+        numbers = torch.arange(self.num_consumed, self.num_consumed + self._batch_size)
+        draws = uniform(fold(self._seed, _WEIGHTED, numbers))
+        self.num_consumed += self._batch_size
+        # Rounding may leave the sum a little below 1.
+        return torch.searchsorted(self._cumulated, draws, right=True).clamp(max=self._last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to go on with the next draw."""
+        return {**self._facts, "num_consumed": self.num_consumed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            RuntimeError: when the data is not what it was.
+        """
+        for name, current in self._facts.items():
+            if state[name] != current:
+                raise RuntimeError(
+                    f"data.{name}={current}: must be as in the checkpoint, {state[name]}. Use the "
+                    "same data and seed, or start a new run."
+                )
+        self.num_consumed = state["num_consumed"]

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from marlhf_mega.config.schema import Config
+from marlhf_mega.config.schema import Config, OfflineConfig, RewardModelConfig, SftConfig
 
 logger = logging.getLogger(__name__)
 
-Job = Literal["sft", "reward", "ppo"]
+Job = Literal["sft", "reward", "ppo", "offline"]
 
 SHOWN: dict[Job, dict[str, str]] = {
     "sft": {"loss": "sft/loss", "lr": "policy/lr", "tok/s": "perf/tokens_per_second"},
@@ -24,6 +24,12 @@ SHOWN: dict[Job, dict[str, str]] = {
         "loss": "reward/loss",
         "accuracy": "reward/accuracy",
         "lr": "reward/lr",
+        "tok/s": "perf/tokens_per_second",
+    },
+    "offline": {
+        "loss": "offline/loss",
+        "advantage": "offline/advantage",
+        "KL": "offline/kl",
         "tok/s": "perf/tokens_per_second",
     },
     "ppo": {
@@ -105,10 +111,17 @@ def batch_arithmetic(config: Config, job: Job, *, data_size: int) -> list[tuple[
     """Resolve the batch sizes of a job: rows of (what, from which numbers, how many)."""
     if job == "ppo":
         return _ppo_arithmetic(config, data_size)
-    section, item = (config.sft, "sequences") if job == "sft" else (config.reward_model, "pairs")
+    section: SftConfig | RewardModelConfig | OfflineConfig
+    match job:
+        case "sft":
+            section, key, item = config.sft, "sft", "sequences"
+        case "reward":
+            section, key, item = config.reward_model, "reward_model", "pairs"
+        case "offline":
+            section, key, item = config.offline, "offline", "responses"
     per_rank = section.batch_size // data_size
     return [
-        (f"{item} per optimizer step", f"{_key(job)}.batch_size", section.batch_size),
+        (f"{item} per optimizer step", f"{key}.batch_size", section.batch_size),
         (f"{item} per rank", f"{section.batch_size} / {data_size} data-parallel", per_rank),
         (
             "microbatches per rank",
@@ -116,10 +129,6 @@ def batch_arithmetic(config: Config, job: Job, *, data_size: int) -> list[tuple[
             -(-per_rank // section.microbatch_size),
         ),
     ]
-
-
-def _key(job: Job) -> str:
-    return "sft" if job == "sft" else "reward_model"
 
 
 def _ppo_arithmetic(config: Config, data_size: int) -> list[tuple[str, str, int]]:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from marlhf_mega import platform
-from marlhf_mega.config.checks import Job, check_job, check_world
+from marlhf_mega.config.checks import WITHOUT_TRAINING, Job, check_job, check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
@@ -16,6 +16,7 @@ from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.metrics.writers import check_wandb
 
 Example = TypeVar("Example")
+Build = Callable[[ExampleBuilder, Sequence[Row]], Sequence[Example]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Inputs(Generic[Example]):
     tokenizer: Tokenizer
     tokenizer_path: Path
     train: Sequence[Example]
-    """Empty for evaluate."""
-    validation: Sequence[Example]
+    """Empty for jobs that do not train."""
+    validation: Sequence[Any]
     """Empty where no file is given."""
     data_hash: str
     """sha256 of the training file."""
@@ -40,7 +41,8 @@ def read_inputs(
     *,
     world_size: int,
     kind: RowKind,
-    build: Callable[[ExampleBuilder, Sequence[Row]], Sequence[Example]],
+    build: Build[Example],
+    validation: tuple[RowKind, Build[Any]] | None = None,
 ) -> Inputs[Example]:
     """Check the configuration and read all files. Does not communicate.
 
@@ -50,6 +52,7 @@ def read_inputs(
         world_size: number of ranks.
         kind: rows of the data files.
         build: turns checked rows into examples.
+        validation: both for the validation file, where they differ.
 
     Raises:
         ValueError: anything that the user has to mend.
@@ -62,7 +65,7 @@ def read_inputs(
     tokenizer = Tokenizer.load(tokenizer_path)
     config = _with_vocabulary(config, tokenizer)
 
-    def examples(path: Path | None) -> Sequence[Example]:
+    def examples(path: Path | None, kind: RowKind, build: Build[Any]) -> Sequence[Any]:
         if path is None:
             return []
         builder = ExampleBuilder(
@@ -74,13 +77,13 @@ def read_inputs(
         )
         return build(builder, read_rows(path, kind))
 
-    train_path = None if job == "evaluate" else config.data.train_path
+    train_path = None if job in WITHOUT_TRAINING else config.data.train_path
     return Inputs(
         config=config,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
-        train=examples(train_path),
-        validation=examples(config.data.validation_path),
+        train=examples(train_path, kind, build),
+        validation=examples(config.data.validation_path, *(validation or (kind, build))),
         data_hash=content_hash(train_path) if train_path else "",
     )
 

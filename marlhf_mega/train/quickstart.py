@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,14 @@ SETTINGS: dict[str, Any] = {
 """Sizes that a laptop trains in minutes."""
 
 
-def quickstart_config(user: Config, world_size: int) -> Config:
+@dataclass(frozen=True)
+class QuickstartInputs:
+    """Everything else is made on the way."""
+
+    config: Config
+
+
+def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
     """Put the user's keys over the quickstart's own settings.
 
     Raises:
@@ -69,12 +77,12 @@ def quickstart_config(user: Config, world_size: int) -> Config:
     )
     config = Config.model_validate(settings)
     check_world(config, world_size)
-    return config
+    return QuickstartInputs(config)
 
 
-def run_quickstart(config: Config, mesh: Mesh) -> None:
+def run_quickstart(inputs: QuickstartInputs, mesh: Mesh) -> None:
     """Run the three jobs one after the other and show what changed. All ranks call it."""
-    folder = config.run.dir
+    config, folder = inputs.config, inputs.config.run.dir
     if mesh.rank == 0:
         make_data(folder / "data", seed=config.run.seed)
     barrier()

@@ -10,7 +10,7 @@ from torch import Tensor
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.store import save
 from marlhf_mega.config.schema import OptimizerConfig
-from marlhf_mega.data.stream import SampleStream
+from marlhf_mega.data.stream import SampleStream, WeightedStream
 from marlhf_mega.metrics.progress import Job
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.models.gpt import StageModel
@@ -62,6 +62,8 @@ def train_supervised(
     inputs: Inputs[Example],
     chunks: Sequence[StageModel],
     mesh: Mesh,
+    *,
+    stream: SampleStream | WeightedStream | None = None,
 ) -> dict[str, float]:
     """Train, evaluate, save, export. All ranks call it.
 
@@ -70,6 +72,7 @@ def train_supervised(
         inputs: configuration and examples.
         chunks: this rank's chunks, filled.
         mesh: where this rank stands.
+        stream: the order of the examples; none: epochs.
 
     Returns:
         The last held-out results.
@@ -77,7 +80,7 @@ def train_supervised(
     config = inputs.config
     steps = config.run.steps or max(1, len(inputs.train) // spec.batch_size)
     state = TrainState(chunks, spec.optimizer, total_steps=steps)
-    stream = SampleStream(
+    stream = stream or SampleStream(
         num_samples=len(inputs.train),
         batch_size=spec.batch_size,
         seed=config.run.seed,
@@ -119,7 +122,7 @@ def _step(
     spec: SupervisedJob[Example],
     inputs: Inputs[Example],
     state: TrainState,
-    stream: SampleStream,
+    stream: SampleStream | WeightedStream,
     mesh: Mesh,
     output: RunOutput,
 ) -> dict[str, float]:

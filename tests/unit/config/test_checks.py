@@ -210,7 +210,7 @@ def job_problems(tmp_path):
     return check
 
 
-@pytest.mark.parametrize("job", ["sft", "reward", "ppo", "evaluate"])
+@pytest.mark.parametrize("job", ["sft", "reward", "ppo", "offline", "evaluate", "generate"])
 def test_a_job_that_has_all_it_needs(job_problems, job):
     # 40 prompt tokens and 60 response tokens are just the model's 100 positions.
     assert job_problems(job, data_size=4) == []
@@ -241,7 +241,13 @@ def test_a_data_file_must_exist(job_problems, key, tmp_path):
 
 @pytest.mark.parametrize(
     ("job", "section"),
-    [("sft", "data"), ("reward", "data"), ("ppo", "rollout"), ("evaluate", "rollout")],
+    [
+        ("sft", "data"),
+        ("reward", "data"),
+        ("ppo", "rollout"),
+        ("offline", "rollout"),
+        ("generate", "rollout"),
+    ],
 )
 def test_prompt_and_response_must_fit_in_the_positions(job_problems, job, section):
     assert job_problems(job, **{section: {"max_response_tokens": 61}}) == [
@@ -252,7 +258,11 @@ def test_prompt_and_response_must_fit_in_the_positions(job_problems, job, sectio
 
 @pytest.mark.parametrize(
     ("job", "section", "key"),
-    [("sft", "sft", "batch_size"), ("reward", "reward_model", "batch_size")],
+    [
+        ("sft", "sft", "batch_size"),
+        ("reward", "reward_model", "batch_size"),
+        ("offline", "offline", "batch_size"),
+    ],
 )
 def test_a_batch_is_a_multiple_of_the_data_parallel_size(job_problems, job, section, key):
     assert job_problems(job, data_size=4, **{section: {key: 10}}) == [
@@ -304,3 +314,17 @@ def test_an_interleaved_pipeline_needs_a_microbatch_for_every_stage(job_problems
 def test_what_only_ppo_needs(job_problems, sections, expected):
     assert job_problems("ppo", **sections) == [expected]
     assert job_problems("evaluate", **sections) == []
+
+
+def test_advantages_need_scored_prompts(job_problems):
+    lines = job_problems("offline", reward={"source": []}, data={"validation_path": None})
+    assert lines == [
+        "reward.source: offline.algorithm=a_lol with offline.sampling=good_priority compares each "
+        "reward with what the prompt is worth, which is learned from scored responses; it is not "
+        "set. Give a reward model's directory or a rule module:function.",
+        "data.validation_path: offline.algorithm=a_lol with offline.sampling=good_priority "
+        "compares each reward with what the prompt is worth, which is learned from answers to "
+        "these prompts; it is not set. Give a file of prompts.",
+    ]
+    likelihood = {"algorithm": "nll", "sampling": "all"}
+    assert job_problems("offline", offline=likelihood, reward={"source": []}) == []

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlhf_mega.data.stream import SampleStream
+from marlhf_mega.data.stream import SampleStream, WeightedStream
 
 SETTINGS = {"num_samples": 10, "batch_size": 4, "seed": 3, "shuffle": True, "data_hash": "a" * 64}
 
@@ -94,3 +94,33 @@ def test_a_state_that_contradicts_itself_is_refused() -> None:
     stream = SampleStream(**SETTINGS)
     with pytest.raises(RuntimeError, match=r"data.num_consumed=5: must be .* = 12; the checkpoint"):
         stream.load_state_dict(stream.state_dict() | {"epoch": 1, "offset": 2, "num_consumed": 5})
+
+
+def weighted(probabilities, **changes):
+    options = {"batch_size": 5, "seed": 3, "data_hash": "h"} | changes
+    return WeightedStream(torch.tensor(probabilities), **options)
+
+
+def test_weighted_draws_come_as_often_as_they_should():
+    draws = weighted([0.1, 0.0, 0.6, 0.3, 0.0], batch_size=20000).next_batch()
+    shares = torch.bincount(draws, minlength=5) / len(draws)
+    assert shares.tolist() == pytest.approx([0.1, 0.0, 0.6, 0.3, 0.0], abs=0.015)
+    assert shares[1] == shares[4] == 0
+
+
+def test_weighted_draws_do_not_depend_on_batches_or_on_a_restart():
+    probabilities = [0.25, 0.25, 0.5]
+    whole = weighted(probabilities, batch_size=20).next_batch()
+    stream = weighted(probabilities)
+    first = stream.next_batch()
+    again = weighted(probabilities)
+    again.load_state_dict(stream.state_dict())
+    rest = [again.next_batch() for _ in range(3)]
+    assert torch.equal(torch.cat([first, *rest]), whole)
+    assert not torch.equal(weighted(probabilities, batch_size=20, seed=4).next_batch(), whole)
+
+
+def test_weighted_draws_from_other_data_are_refused():
+    state = weighted([0.5, 0.5]).state_dict()
+    with pytest.raises(RuntimeError, match="data.data_hash=other: must be as in the checkpoint, h"):
+        weighted([0.5, 0.5], data_hash="other").load_state_dict(state)
