@@ -11,8 +11,9 @@ from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.parallel.collectives import gather_objects_over_data, share_from_first
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.reshard import ReshardedGenerator
 from marlhf_mega.rollout.sampling import SamplingRule
-from marlhf_mega.train.build import build_model, policy_origin, reward_origins
+from marlhf_mega.train.build import build_generator, build_model, policy_origin, reward_origins
 from marlhf_mega.train.evaluate import prompt_examples, prompt_row
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import write_run_directory
@@ -59,7 +60,7 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
     scorer = Scorer(
         config.reward.source, models, tokenizer, mesh, microbatch_size=config.ppo.microbatch_size
     )
-    generator = Generator(policy, mesh, eos_id=tokenizer.eos_id)
+    generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     files = []
     for start in range(0, len(inputs.validation), BLOCK_PROMPTS):
         block = range(start, min(start + BLOCK_PROMPTS, len(inputs.validation)))
@@ -79,7 +80,11 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
 
 
 def answer(
-    inputs: Inputs[Prompt], block: range, generator: Generator, scorer: Scorer, mesh: Mesh
+    inputs: Inputs[Prompt],
+    block: range,
+    generator: Generator | ReshardedGenerator,
+    scorer: Scorer,
+    mesh: Mesh,
 ) -> list[dict[str, Any]]:
     """Answer some prompts; every rank calls it and gets all rows."""
     config, settings = inputs.config, inputs.config.rollout
@@ -95,7 +100,7 @@ def answer(
         max_response_tokens=settings.max_response_tokens,
         seed=config.run.seed,
         step=0,
-        slots=settings.slots or max(1, settings.batch_size // mesh.dp_size),
+        slots=settings.slots or max(1, settings.batch_size // generator.mesh.dp_size),
     )
     rows = [
         {

@@ -29,7 +29,13 @@ from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import gather_objects_over_data, share_from_first
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.schedule import run_forward_backward
-from marlhf_mega.train.build import build_model, critic_origin, policy_origin, reward_origins
+from marlhf_mega.train.build import (
+    build_generator,
+    build_model,
+    critic_origin,
+    policy_origin,
+    reward_origins,
+)
 from marlhf_mega.train.evaluate import Evaluator, prompt_examples
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.supervised import Microbatch, SupervisedJob, train_supervised
@@ -93,8 +99,9 @@ def run_offline(inputs: Inputs[OfflineExample], mesh: Mesh) -> dict[str, float]:
         mesh,
         microbatch_size=settings.microbatch_size,
     )
-    evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, mesh)
-    values, ref_logprobs = _known_before(inputs, policy, scorer, mesh)
+    generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
+    evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)
+    values, ref_logprobs = _known_before(inputs, policy, evaluator, mesh)
     values = values[:, 0]
     rewards = torch.tensor([e.reward for e in inputs.train])
     examples = [
@@ -138,7 +145,7 @@ def run_offline(inputs: Inputs[OfflineExample], mesh: Mesh) -> dict[str, float]:
 def _known_before(
     inputs: Inputs[OfflineExample],
     policy: Sequence[StageModel],
-    scorer: Scorer,
+    evaluator: Evaluator,
     mesh: Mesh,
 ) -> tuple[Tensor, Tensor]:
     """Return the prompts' values [rows, 1] and the reference's log-probs [rows, response].
@@ -157,7 +164,7 @@ def _known_before(
     prompts = [inputs.train[i].prompt_ids for i in own]
     responses = [inputs.train[i].response_ids for i in own]
     if settings.needs_values:
-        critic = _learn_values(inputs, policy, scorer, mesh)
+        critic = _learn_values(inputs, policy, evaluator, mesh)
         rows = forward_rows(
             critic.chunks,
             prompts,
@@ -197,13 +204,13 @@ def _put(target: Tensor, own: list[int], rows: Tensor, mesh: Mesh) -> None:
 def _learn_values(
     inputs: Inputs[OfflineExample],
     policy: Sequence[StageModel],
-    scorer: Scorer,
+    evaluator: Evaluator,
     mesh: Mesh,
 ) -> TrainState:
     """Let a critic learn the scores of the policy's greedy answers from the prompts alone."""
     config, settings = inputs.config, inputs.config.offline
     prompts = [p.prompt_ids for p in inputs.validation]
-    scores = torch.tensor(_greedy_scores(inputs, policy, scorer, mesh))
+    scores = torch.tensor(_greedy_scores(inputs, policy, evaluator, mesh))
     scored = (~scores.isnan()).nonzero()[:, 0]
     batch_size = min(settings.batch_size, len(scored) // mesh.dp_size * mesh.dp_size)
     if batch_size == 0:
@@ -246,18 +253,25 @@ def _learn_values(
 
 
 def _greedy_scores(
-    inputs: Inputs[OfflineExample], policy: Sequence[StageModel], scorer: Scorer, mesh: Mesh
+    inputs: Inputs[OfflineExample],
+    policy: Sequence[StageModel],
+    evaluator: Evaluator,
+    mesh: Mesh,
 ) -> list[float]:
     """Return the score of the most likely answer to every validation prompt, NaN without one."""
     settings = inputs.config.evaluate.model_copy(
         update={"temperature": 0.0, "num_prompts": len(inputs.validation), "gold": None}
     )
     config = inputs.config.model_copy(update={"evaluate": settings})
-    return (
-        Evaluator(config, inputs.validation, inputs.tokenizer, scorer, mesh)
-        .judge(policy, None)
-        .scores
+    greedy = Evaluator(
+        config,
+        inputs.validation,
+        inputs.tokenizer,
+        evaluator.scorer,
+        evaluator.generator,
+        mesh,
     )
+    return greedy.judge(policy, None).scores
 
 
 def _value_loss(output: Tensor, microbatch: Microbatch) -> LossOutput:
