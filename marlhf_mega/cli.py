@@ -41,6 +41,9 @@ def run(arguments: Sequence[str]) -> int:
             sys.stdout.write(dump_config(config))
             return 0
         job = _prepare(options.command, config)
+        if options.check:
+            sys.stdout.write(dump_config(config))
+            return 0
     except ValueError as error:
         if _rank() == 0:
             sys.stderr.write(f"{error}\n")
@@ -63,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--print-config", action="store_true", help="show the resolved configuration and stop"
+        )
+        command.add_argument(
+            "--check", action="store_true", help="the same once all that ranks would read is valid"
         )
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="dotted keys, such as ppo.epochs=2"

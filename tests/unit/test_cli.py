@@ -244,3 +244,12 @@ def test_every_command_has_help(command, capsys):
 def test_quickstart_refuses_what_it_decides_itself(capsys):
     assert run(["quickstart", "data.train_path=x"]) == 2
     assert capsys.readouterr().err.startswith("data: quickstart makes its own data")
+
+
+def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys):
+    arguments = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train_path={files / 'sft.jsonl'}"]
+    arguments += [f"tokenizer.path={files / 'tok'}", "model.vocab_size=400", "--check"]
+    assert run(arguments) == 0
+    assert "vocab_size: 400" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert run([*arguments[:-1], "data.train_path=/nowhere.jsonl", "--check"]) == 2

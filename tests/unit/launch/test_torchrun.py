@@ -1,0 +1,217 @@
+"""launch/torchrun.sh: its command and environment, its refusals, and what it passes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+TWO_NODES = ("--nodes", "2", "--master", "127.0.0.1:1234", "--run-id", "my-run")
+
+
+def test_one_machine_without_gpus(launch, same_as_golden):
+    done = launch("torchrun.sh", "--dry-run", "--ranks-per-node", "4", "ppo", "run.name=a b")
+    assert (done.returncode, done.stderr) == (0, "")
+    same_as_golden(done.stdout, "one_machine_cpu.txt")
+
+
+def test_one_machine_with_eight_hopper_gpus(launch, gpus, same_as_golden):
+    gpus(8, "9.0")
+    done = launch("torchrun.sh", "--dry-run", "ppo", "parallel.tensor_size=2")
+    same_as_golden(done.stdout, "one_machine_hopper_tp2.txt")
+
+
+def test_the_second_of_two_machines(launch, gpus, program, same_as_golden):
+    gpus(8, "9.0")
+    program("ip", '[[ $* != *route* ]] || echo "127.0.0.1 via 10.0.0.1 dev ib3 src 10.0.0.7"')
+    done = launch("torchrun.sh", *TWO_NODES, "--node-rank", "1", "--exact", "--dry-run", "sft")
+    same_as_golden(done.stdout, "two_machines_exact.txt")
+
+
+def test_kubeflow_says_what_the_options_do_not(launch, program, same_as_golden):
+    program("ip", "echo '2: eth7 inet 10.0.0.7/24 scope global eth7'")
+    program("getent", "echo '10.0.0.7 STREAM trainer-0'")
+    pet = {"PET_NNODES": "4", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "8"}
+    pet |= {"PET_MASTER_ADDR": "trainer-0", "PET_MASTER_PORT": "29500"}
+    same_as_golden(launch("torchrun.sh", "--dry-run", "ppo", **pet).stdout, "kubeflow_master.txt")
+
+
+def test_blackwell_is_not_held_to_one_connection(launch, gpus):
+    gpus(4, "10.0")
+    out = launch("torchrun.sh", "--dry-run", "ppo", "parallel.tensor_size=2").stdout
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in out
+    assert "NVTE_FWD_LAYERNORM_SM_MARGIN=16" in out
+
+
+def test_tensor_parallelism_may_come_from_the_file(launch, gpus, tmp_path):
+    gpus(4, "8.0")
+    (tmp_path / "c.yaml").write_text("parallel: {tensor_size: 4}\n")
+    out = launch("torchrun.sh", "--dry-run", "ppo", "--config", "c.yaml").stdout
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in out
+
+
+def test_what_the_user_has_set_wins(launch, gpus):
+    gpus(4, "9.0")
+    user = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "NCCL_NVLS_ENABLE": ""}
+    user["PYTORCH_ALLOC_CONF"] = "backend:native"
+    done = launch("torchrun.sh", "--dry-run", "ppo", "parallel.tensor_size=2", **user)
+    lines = done.stdout.splitlines()
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=8" in lines
+    assert "NCCL_NVLS_ENABLE=" in lines
+    assert not any(line.startswith("PYTORCH_CUDA_ALLOC_CONF") for line in lines)
+
+
+def test_visible_gpus_are_counted_and_hidden_ones_are_not_used(launch, gpus):
+    gpus(8, "9.0")
+    two = launch("torchrun.sh", "--dry-run", "ppo", CUDA_VISIBLE_DEVICES="4,5").stdout
+    assert "--nproc-per-node 2 " in two
+    none = launch("torchrun.sh", "--dry-run", "ppo", CUDA_VISIBLE_DEVICES="").stdout
+    assert "--nproc-per-node 1 " in none
+    assert "NCCL" not in none
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--nodes", "0", "ppo"], "--nodes=0: must be at least 1. Change it."),
+        (["--nodes", "two", "ppo"], "--nodes=two: must be a whole number. Change it."),
+        (
+            ["--nodes", "2", "--node-rank", "2", "--master", "a", "ppo"],
+            "--node-rank=2: must be below --nodes=2. Number machines from 0.",
+        ),
+        (
+            ["--nodes", "2", "ppo"],
+            "--master: 2 machines need the address of the first. Give HOST or HOST:PORT.",
+        ),
+        (["--node", "2", "ppo"], "--node: unknown option. See --help."),
+        (["--nodes"], "--nodes: needs a value. See --help."),
+        (["--dry-run"], "launch/torchrun.sh: needs a command such as ppo; none was given. See --help."),
+        (["ppo", "ppo.epoch=2"], "ppo.epoch: unknown key. Did you mean ppo.epochs?"),
+        (["--dry-run", "ppo", "ppo.epoch=2"], "ppo.epoch: unknown key. Did you mean ppo.epochs?"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_code_2(launch, arguments, line):
+    done = launch("torchrun.sh", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
+
+
+def test_the_check_knows_the_size_of_the_world(launch, program):
+    python = program("only-checks", 'echo "world of $WORLD_SIZE: $*" >&2; exit 2')
+    done = launch("torchrun.sh", *TWO_NODES, "--ranks-per-node", "3", "sft", PYTHON=str(python))
+    assert done.returncode == 2
+    assert done.stderr == "world of 6: -m marlhf_mega sft --check\n"
+
+
+@pytest.fixture
+def stand_in(program, tmp_path):
+    """A Python whose `marlhf_mega` is the test's own script of ranks; the rest is real."""
+
+    def make(rank_program: str) -> str:
+        script = tmp_path / "ranks.py"
+        script.write_text(rank_program)
+        path = program(
+            "stand-in-python",
+            f"""arguments=()
+            for argument in "$@"; do
+                [[ $argument != --check ]] || exit 0
+                arguments+=("$argument")
+            done
+            for i in "${{!arguments[@]}}"; do
+                if [[ ${{arguments[i]}} == marlhf_mega ]]; then
+                    arguments[i - 1]={script}
+                    unset "arguments[i]"
+                    break
+                fi
+            done
+            exec {sys.executable} "${{arguments[@]}}" """,
+        )
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("code", [75, 76])
+def test_a_run_that_must_end_is_not_restarted_and_its_code_is_passed_on(
+    launch, stand_in, tmp_path, code
+):
+    python = stand_in(
+        "import os, pathlib\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'starts').open('a').write('x')\n"
+        f"pathlib.Path(os.environ['MARLHF_EXIT_CODE_FILE']).write_text('{code}\\n')\n"
+    )
+    done = launch("torchrun.sh", "ppo", PYTHON=python)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_a_failure_is_restarted_and_in_the_end_is_exit_code_1(launch, stand_in, tmp_path):
+    python = stand_in(
+        "import pathlib, sys\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'starts').open('a').write('x')\n"
+        "sys.exit(9)\n"
+    )
+    done = launch("torchrun.sh", "--restarts", "2", "ppo", PYTHON=python)
+    assert done.returncode == 1
+    assert (tmp_path / "starts").read_text() == "xxx"
+
+
+SAVES_ON_SIGTERM = """
+import os, pathlib, signal, sys, time
+here = pathlib.Path({here!r})
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+(here / f"up{{os.environ['RANK']}}").touch()
+while not stop:
+    time.sleep(0.05)
+time.sleep(1.0)
+(here / f"saved{{os.environ['RANK']}}").write_text(str(len(stop)))
+pathlib.Path(os.environ["MARLHF_EXIT_CODE_FILE"]).write_text("75\\n")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_which_may_take_their_time(stand_in, tmp_path, number):
+    python = stand_in(SAVES_ON_SIGTERM.format(here=str(tmp_path)))
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch" / "torchrun.sh", "--ranks-per-node", "2", "ppo"],
+        env=os.environ | {"PYTHON": python, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"up{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    time.sleep(0.4)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["2", "2"]
+
+
+REJOINS = """
+import os, signal, sys, pathlib
+from datetime import timedelta
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), dist.get_rank()
+total = torch.tensor([float(rank)])
+for _ in range(3):
+    dist.all_reduce(total)
+if attempt < 4 and rank == attempt % 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+if rank == 0:
+    pathlib.Path({out!r}).write_text(str(attempt))
+dist.destroy_process_group()
+"""
+
+
+def test_killed_ranks_rejoin_at_every_restart(launch, stand_in, tmp_path):
+    python = stand_in(REJOINS.format(out=str(tmp_path / "attempts")))
+    done = launch("torchrun.sh", "--ranks-per-node", "3", "--restarts", "4", "ppo", PYTHON=python,
+                  timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "attempts").read_text() == "4"
