@@ -52,16 +52,12 @@ def connect(
 ) -> Mover:
     """Plan how to fill one model from another of the same shape. All ranks call it.
 
-    The target's memory is given back until the weights are moved.
-
     Args:
         source: this rank's chunks and its place in their layout.
         target: likewise.
         bucket_bytes: memory that a move may take besides the weights.
     """
-    mover = Mover(_described(*source), _described(*target), source[1], bucket_bytes=bucket_bytes)
-    mover.release()
-    return mover
+    return Mover(_described(*source), _described(*target), source[1], bucket_bytes=bucket_bytes)
 
 
 def _described(chunks: Sequence[StageModel], mesh: Mesh) -> tuple[list[Block], list[Tensor]]:

@@ -104,6 +104,12 @@ def broadcast_object(value: T | None) -> T:
     return received
 
 
+def broadcast_from_first(value: Tensor) -> Tensor:
+    """Overwrite a tensor of every rank with that of rank 0, in place."""
+    dist.broadcast(value, src=0)
+    return value
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()

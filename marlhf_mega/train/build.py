@@ -146,6 +146,7 @@ def build_generator(
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
     mover = connect((policy, mesh), (chunks, second))
+    mover.release()
     logger.info(
         "rollout: %s; %.3f GiB of weights travel in each",
         second.describe(),

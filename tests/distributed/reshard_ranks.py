@@ -12,7 +12,7 @@ from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.parallel.mesh import create_mesh, create_second_mesh, destroy_mesh, in_force
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh, in_force
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.train.build import build_generator
 from marlhf_mega.update.ppo import local_indices
@@ -37,7 +37,7 @@ def config_for(case):
                 **case["model"],
             },
             "parallel": case["parallel"],
-            "precision": {"dtype": case.get("dtype", "float32")},
+            "precision": {"dtype": "float32"},
             "rollout": {"batch_size": BATCH, **case["rollout"]},
         }
     )
@@ -59,16 +59,16 @@ def equal_bits(left, right):
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-def there_and_back(config, mesh):
+def there_and_back(config, mesh, second):
     """Move weights to the rollout's layout and back: whether both ends are as if filled there."""
-    second = create_second_mesh(config.rollout_parallel, mesh)
     trained, away = filled(config, mesh, 1), filled(config, second, None)
     wanted, before = values(filled(config, second, 1)), values(trained)
+    there = connect((trained, mesh), (away, second), bucket_bytes=SMALL_BUCKETS)
     back = connect((away, second), (trained, mesh), bucket_bytes=SMALL_BUCKETS)
-    assert all(p.untyped_storage().size() == 0 for chunk in trained for p in chunk.parameters())
-    there = connect((filled(config, mesh, 1), mesh), (away, second), bucket_bytes=SMALL_BUCKETS)
+    there.release()
     with there.present():
         arrived = equal_bits(values(away), wanted)
+        back.release()
         back.move()
     released = all(p.untyped_storage().size() == 0 for chunk in away for p in chunk.parameters())
     return {
@@ -107,7 +107,7 @@ def rollouts(config, mesh):
             "finished": by_sample(own, rollout.finished, mesh),
             "logprobs": by_sample(own, trimmed(rollout.logprobs, rollout.responses), mesh),
         }
-    return found, mover is not None
+    return found, generator.mesh if mover is not None else None
 
 
 def main():
@@ -116,10 +116,10 @@ def main():
     for case in cases:
         config = config_for(case)
         mesh = create_mesh(config.parallel)
-        found, moved = rollouts(config, mesh)
+        found, second = rollouts(config, mesh)
         weights = None
-        if moved:
-            mine = there_and_back(config, mesh)
+        if second is not None:
+            mine = there_and_back(config, mesh, second)
             parts = [mine] * mesh.world_size
             dist.all_gather_object(parts, mine)
             weights = {name: [part[name] for part in parts] for name in mine}

@@ -5,7 +5,8 @@ import json
 import pytest
 from ranks import run_ranks
 
-TP2_PP2 = {"tensor_size": 2, "pipeline_size": 2}
+PP2 = {"pipeline_size": 2}
+TP2_PP2 = PP2 | {"tensor_size": 2}
 TIED, UNTIED = {"tied_embeddings": True}, {"tied_embeddings": False}
 EXPERTS = {
     "architecture": "mixtral",
@@ -14,6 +15,7 @@ EXPERTS = {
     "num_experts": 4,
     "experts_per_token": 2,
 }
+MODELS = {"untied": UNTIED, "tied": TIED, "mixtral": EXPERTS}
 CASES = {
     "4 replicas": (TP2_PP2, {"tensor_size": 1, "pipeline_size": 1}, UNTIED),
     "4 replicas, tied": (TP2_PP2, {"tensor_size": 1, "pipeline_size": 1}, TIED),
@@ -22,7 +24,7 @@ CASES = {
         {"pipeline_size": 1},
         UNTIED,
     ),
-    "TP4 from DP4": ({}, {"tensor_size": 4}, TIED),
+    "TP4 from PP2": (PP2, {"tensor_size": 4, "pipeline_size": 1}, TIED),
     "PP4 from PP2 VPP2": (
         {"pipeline_size": 2, "virtual_pipeline_size": 2},
         {"pipeline_size": 4},
@@ -34,23 +36,19 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Run every case with and without a layout of the rollout's own."""
-    names = [(name, own) for name in CASES for own in (False, True)]
-    cases = [
-        {
-            "parallel": CASES[name][0],
-            "rollout": CASES[name][1] if own else {},
-            "model": CASES[name][2],
-        }
-        for name, own in names
-    ]
+    """Run every case, and every model where it is trained."""
+    keys = ("parallel", "rollout", "model")
+    cases = {name: dict(zip(keys, case, strict=True)) for name, case in CASES.items()}
+    cases |= {name: {"parallel": PP2, "rollout": {}, "model": m} for name, m in MODELS.items()}
     out = tmp_path_factory.mktemp("reshard") / "4.json"
-    return dict(zip(names, run_ranks("reshard_ranks.py", 4, out, json.dumps(cases)), strict=True))
+    found = run_ranks("reshard_ranks.py", 4, out, json.dumps(list(cases.values())))
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rollouts_do_not_depend_on_their_layout(results, name):
-    expected, found = results[name, False]["rollouts"], results[name, True]["rollouts"]
+    model = next(key for key, value in MODELS.items() if value == CASES[name][2])
+    expected, found = results[model]["rollouts"], results[name]["rollouts"]
     for phase, rollout in expected.items():
         assert found[phase]["responses"] == rollout["responses"]
         assert found[phase]["finished"] == rollout["finished"]
@@ -61,10 +59,9 @@ def test_rollouts_do_not_depend_on_their_layout(results, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_travel_bit_for_bit_there_and_back(results, name):
-    weights = results[name, True]["weights"]
+    weights = results[name]["weights"]
     assert all(weights["arrived"])
     assert all(weights["came_back"])
     assert all(weights["released"])
     assert all(weights["main_mesh_rules"])
     assert min(weights["rounds"]) > 3 or weights["sent"] == [0] * 4
-    assert results[name, False]["weights"] is None

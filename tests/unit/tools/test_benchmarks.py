@@ -57,6 +57,18 @@ def test_ppo_step_times_the_three_phases_of_an_iteration():
 
 
 @pytest.mark.slow
+def test_reshard_moves_all_bytes_that_a_rank_lacks():
+    options = ["--ranks", "2", "--tensor-size", "1", "--pipeline-size", "2"]
+    found = json.loads(benchmark("reshard", *options).stdout.splitlines()[-1])
+    assert found["bit_exact"] is True
+    assert found["rollout_layout"] == "2 ranks: TP1 x PP1 x DP2 (gloo, cpu)"
+    # Each half of the model goes to one other rank, and both ranks keep theirs on the way back.
+    assert found["moved_bytes"] == {"there": found["model_bytes"], "back": 0}
+    assert set(found["seconds"]) == {"there_s", "back_s", "broadcast_s"}
+    assert found["broadcast_fraction"]["there"] > 0
+
+
+@pytest.mark.slow
 def test_train_step_counts_every_token():
     found = json.loads(benchmark("train_step", "--microbatches", "4").stdout.splitlines()[-1])
     median = found["seconds"]["step_s"]["median"]
