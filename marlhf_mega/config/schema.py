@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.section import Section
+from marlhf_mega.config.section import Section, spell_off
 
 
 class RunConfig(Section):
@@ -49,7 +50,7 @@ class PrecisionConfig(Section):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations (`auto`: bfloat16 on GPUs, float32 on CPUs); masters: float32."""
-    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    fp8: Annotated[Literal["off", "hybrid", "e4m3"], BeforeValidator(spell_off)] = "off"
     """Matrix products in FP8 through Transformer Engine; `hybrid`: e5m2 gradients."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 scales are found; the default keeps no state between steps."""
@@ -284,17 +285,51 @@ class RewardTerm(Section):
     """One source of reward."""
 
     source: str
-    """A reward model (run directory or Hugging Face folder) or a rule `module:function`."""
+    """A reward model (run directory or Hugging Face folder), a rule `module:function`, or the
+    address of a server, `http://...` (its bearer token: MARLHF_REWARD_TOKEN)."""
     weight: float = 1.0
     """Factor in the sum."""
     timeout_seconds: float = Field(10.0, gt=0)
-    """Rule: time for one response; beyond it the sample is masked."""
+    """Rule: time for one response; server: for one request. Beyond it samples are masked."""
+    sandbox: Annotated[Literal["namespaces", "off"], BeforeValidator(spell_off)] = "namespaces"
+    """Rule that runs programs of the model: how; `off`: with all rights of this user."""
 
     @property
     def is_rule(self) -> bool:
         """Whether `source` is an import path."""
         module, _, function = self.source.partition(":")
         return function.isidentifier() and all(p.isidentifier() for p in module.split("."))
+
+    @property
+    def is_server(self) -> bool:
+        """Whether `source` is a web address."""
+        return self.source.startswith(("http://", "https://"))
+
+    @property
+    def is_model(self) -> bool:
+        """Whether `source` is a reward model, which runs on the ranks."""
+        return not self.is_rule and not self.is_server
+
+    @model_validator(mode="after")
+    def _address_is_usable(self) -> Self:
+        if not self.is_server:
+            return self
+        try:
+            url = urlsplit(self.source)
+            usable = bool(url.hostname) and (url.port is None or url.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"reward.source={self.source}: must be an address; it has no host or a wrong "
+                "port. Write for example http://localhost:8000/score."
+            )
+        if "@" in url.netloc:
+            raise ValueError(
+                f"reward.source={url.scheme}://...@{url.hostname}: must not hold a password, which "
+                "would be saved with the run; it does. Put a token into MARLHF_REWARD_TOKEN."
+            )
+        return self
 
 
 def _one_term(value: object) -> object:
@@ -307,7 +342,7 @@ class RewardConfig(Section):
     """The reward of a response: a weighted sum of sources, shaped."""
 
     source: Annotated[tuple[RewardTerm, ...], BeforeValidator(_one_term)] = ()
-    """A path or import path, or a list of `{source, weight, timeout_seconds}`."""
+    """A path, import path or address, or a list of `{source, weight, timeout_seconds}`."""
     clip: float | None = Field(None, gt=0)
     """Scores are clipped to +- this after normalisation."""
     normalize: Literal["none", "running", "running_scale"] = "none"

@@ -14,6 +14,7 @@ from marlhf_mega.models.roles import score_step
 from marlhf_mega.parallel.collectives import share_in_replica
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rewards.combine import weighted_sum
+from marlhf_mega.rewards.http import HttpReward
 from marlhf_mega.rewards.rule import RuleReward, Scores
 from marlhf_mega.rollout.types import Rollout
 
@@ -44,13 +45,12 @@ class Scorer:
         self.terms, self.tokenizer, self.mesh = terms, tokenizer, mesh
         self.microbatch_size = microbatch_size
         learned = iter(models)
-        self.sources: list[Sequence[StageModel] | RuleReward | None] = []
+        self.sources: list[Sequence[StageModel] | RuleReward | HttpReward | None] = []
         for term in terms:
-            if not term.is_rule:
+            if term.is_model:
                 self.sources.append(next(learned))
             elif mesh.is_replica_leader:
-                rule = RuleReward(term.source, timeout_seconds=term.timeout_seconds, key=key)
-                self.sources.append(rule)
+                self.sources.append(_open(term, key))
             else:
                 self.sources.append(None)
 
@@ -63,18 +63,16 @@ class Scorer:
         """
         parts = []
         for term, source in zip(self.terms, self.sources, strict=True):
-            if term.is_rule:
-                assert source is None or isinstance(source, RuleReward)
-                parts.append((term.weight, self._by_rule(source, rollout, rows)))
-            else:
-                assert isinstance(source, Sequence)
+            if isinstance(source, Sequence):
                 parts.append((term.weight, self._by_model(source, rollout)))
+            else:
+                parts.append((term.weight, self._by_leader(source, rollout, rows)))
         return weighted_sum(parts)
 
     def close(self) -> None:
         """End the rules' processes."""
         for source in self.sources:
-            if isinstance(source, RuleReward):
+            if isinstance(source, RuleReward | HttpReward):
                 source.close()
 
     def _by_model(self, chunks: Sequence[StageModel], rollout: Rollout) -> Scores:
@@ -89,15 +87,26 @@ class Scorer:
         errors = ["the reward model's score is not finite"] * int((~finite).sum())
         return Scores(torch.where(finite, scores, 0.0), finite, errors)
 
-    def _by_rule(
-        self, rule: RuleReward | None, rollout: Rollout, rows: Sequence[Mapping[str, Any]]
+    def _by_leader(
+        self,
+        source: RuleReward | HttpReward | None,
+        rollout: Rollout,
+        rows: Sequence[Mapping[str, Any]],
     ) -> Scores:
         answer = None
-        if rule is not None:
+        if source is not None:
             texts = [self.tokenizer.decode(ids) for ids in rollout.responses]
-            answer = rule.score([row["prompt"] for row in rows], texts, rows)
+            answer = source.score([row["prompt"] for row in rows], texts, rows)
         scores, valid, errors = share_in_replica(answer, self.mesh)
         return Scores(scores.to(self.mesh.device), valid.to(self.mesh.device), errors)
+
+
+def _open(term: RewardTerm, key: str) -> RuleReward | HttpReward:
+    if term.is_server:
+        return HttpReward(term.source, timeout_seconds=term.timeout_seconds)
+    return RuleReward(
+        term.source, timeout_seconds=term.timeout_seconds, sandbox=term.sandbox, key=key
+    )
 
 
 def last_token_scores(

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from marlhf_mega.rewards.sandbox import SandboxMode, sandbox_problem
+
 START_SECONDS = 60.0
 """Time for importing the function's module; heavy imports are slow on cold disks."""
 
@@ -43,21 +45,31 @@ class RuleReward:
     """
 
     def __init__(
-        self, source: str, *, timeout_seconds: float = 10.0, key: str = "reward.source"
+        self,
+        source: str,
+        *,
+        timeout_seconds: float = 10.0,
+        sandbox: SandboxMode = "namespaces",
+        key: str = "reward.source",
     ) -> None:
         """Start the process and import the function there.
+
+        A function that takes `sandbox` runs untrusted programs: it is told the mode, and
+        `timeout_seconds` if it takes that.
 
         Args:
             source: `module:function`, found on Python's path or in the current folder.
             timeout_seconds: for one response.
+            sandbox: the source's `sandbox` in the config.
             key: the config key that error messages name.
 
         Raises:
-            ValueError: the function cannot be imported.
+            ValueError: the function cannot be imported, or needs a sandbox that cannot be made.
         """
         self._source = source
         self._timeout = timeout_seconds
         self._key = key
+        self._settings: dict[str, Any] = {}
         problem = self._start()
         if problem is not None:
             self.close()
@@ -65,6 +77,15 @@ class RuleReward:
                 f"{key}={source}: must name a function that can be imported; {problem}. "
                 "Mend the module, or add its folder to PYTHONPATH."
             )
+        if "sandbox" in self._accepted:
+            if sandbox == "namespaces" and (missing := sandbox_problem()) is not None:
+                self.close()
+                raise ValueError(
+                    f"{key}={source}: runs untrusted programs in namespaces of their own; "
+                    f"{missing}. Allow user namespaces on this machine, or write sandbox: off "
+                    "beside the source to run those programs with all rights of this user."
+                )
+            self._settings = {"sandbox": sandbox, "timeout_seconds": timeout_seconds}
 
     def score(
         self,
@@ -81,7 +102,11 @@ class RuleReward:
                 cannot hold (dates, say) as text.
         """
         requests = [
-            {"prompt": prompt, "response": response, "fields": _other_fields(row)}
+            {
+                "prompt": prompt,
+                "response": response,
+                "fields": _other_fields(row) | self._settings,
+            }
             for prompt, response, row in zip(prompts, responses, rows, strict=True)
         ]
         answers: list[dict[str, Any]] = []
@@ -131,7 +156,9 @@ class RuleReward:
         )
         self._end = weakref.finalize(self, _end, self._process)
         self._received = b""
-        return self._receive(START_SECONDS).get("error")
+        answer = self._receive(START_SECONDS)
+        self._accepted: list[str] = answer.get("ready") or []
+        return answer.get("error")
 
     def _restart(self) -> None:
         self._end()
@@ -162,13 +189,15 @@ class RuleReward:
         return dict(json.loads(line))
 
 
-def check_importable(source: str, *, key: str = "reward.source") -> None:
-    """Check, before anything starts, that a rule can be imported.
+def check_importable(
+    source: str, *, sandbox: SandboxMode = "namespaces", key: str = "reward.source"
+) -> None:
+    """Check, before anything starts, that a rule can be imported and has the sandbox it needs.
 
     Raises:
         ValueError: it cannot.
     """
-    RuleReward(source, key=key).close()
+    RuleReward(source, sandbox=sandbox, key=key).close()
 
 
 def _other_fields(row: Mapping[str, Any]) -> dict[str, Any]:

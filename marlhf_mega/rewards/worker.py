@@ -3,7 +3,7 @@
 It speaks JSON, one object per line, over the descriptors that were its standard input and output:
 the function's own prints go to standard error.
 
-    out  {"ready": true} or {"error": reason}            once, after the import
+    out  {"ready": fields it takes} or {"error": reason} once, after the import; null: all fields
     in   {"rows": [{"prompt", "response", "fields"}]}    a chunk
     out  {"score": number} or {"error": reason}          one per row, as soon as it is known
 """
@@ -34,8 +34,8 @@ def main(source: str, parent: int) -> None:
     except BaseException as error:  # noqa: BLE001 the user's module may raise anything
         _send(answers, {"error": _reason(error)})
         return
-    _send(answers, {"ready": True})
     accepted = _accepted_fields(function)
+    _send(answers, {"ready": None if accepted is None else sorted(accepted)})
     for line in requests:
         for row in json.loads(line)["rows"]:
             _send(answers, _score(function, accepted, row))

@@ -69,7 +69,7 @@ def reward_origins(config: Config, tokenizer: Tokenizer) -> list[Origin]:
     Raises:
         ValueError: one is missing or does not fit the tokenizer.
     """
-    terms = [term for term in config.reward.source if not term.is_rule]
+    terms = [term for term in config.reward.source if term.is_model]
     return [origin_of(term.source, tokenizer, key="reward.source") for term in terms]
 
 

@@ -52,7 +52,7 @@ def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
     critic_origin(config, tokenizer, reward_origins(config, tokenizer))
     for term in config.reward.source:
         if term.is_rule:
-            check_importable(term.source)
+            check_importable(term.source, sandbox=term.sandbox)
     if config.evaluate.gold is not None:
         check_importable(config.evaluate.gold, key="evaluate.gold")
     if config.macro.rule == "parsing":
