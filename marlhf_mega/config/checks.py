@@ -47,6 +47,8 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     problems = [*_data_problems(config, job), *_batch_problems(config, job, data_size)]
     if job == "ppo":
         problems += _ppo_problems(config)
+    if job in ("ppo", *WITHOUT_TRAINING):
+        problems += _budget_problems(config)
     if job == "offline":
         problems += _offline_problems(config)
     if problems:
@@ -181,6 +183,18 @@ def _ppo_problems(config: Config) -> Iterator[str]:
         yield (
             f"ppo.minibatch_size={config.ppo.minibatch_size}: must divide rollout.batch_size="
             f"{config.rollout.batch_size}. Use {_divisors(config.rollout.batch_size)}."
+        )
+
+
+def _budget_problems(config: Config) -> Iterator[str]:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.parallel.sequence_parallel:
+        longest = -(-longest // config.parallel.tensor_size) * config.parallel.tensor_size
+    if config.ppo.microbatch_tokens is not None and config.ppo.microbatch_tokens < longest:
+        yield (
+            f"ppo.microbatch_tokens={config.ppo.microbatch_tokens}: must hold the longest "
+            f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest} with "
+            f"padding. Use at least {longest}."
         )
 
 

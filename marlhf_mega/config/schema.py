@@ -218,6 +218,9 @@ class PPOConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Sequences per forward on one data-parallel rank."""
+    microbatch_tokens: int | None = Field(None, gt=0)
+    """Tokens per forward, padding included, instead of `microbatch_size`: short sequences go many
+    at a time, and every data-parallel rank gets about as many tokens of each minibatch."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount."""
     gae_lambda: float = Field(0.95, ge=0, le=1)

@@ -54,44 +54,32 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def split_by_size(
-    lengths: Sequence[int], *, microbatch_size: int, num_microbatches_multiple: int = 1
+    lengths: Sequence[int], *, microbatch_size: int, min_microbatches: int = 1
 ) -> Microbatches:
     """Sort samples by length and cut them into microbatches of at most `microbatch_size`.
 
-    The number of microbatches is rounded up to `num_microbatches_multiple` (interleaved pipeline
-    schedules need a multiple of the pipeline size); sizes then differ by at most one.
-
-    Raises:
-        ValueError: when there are fewer samples than microbatches are needed.
+    There are as few microbatches as that allows, but at least `min_microbatches`, which must not
+    be more than there are samples; sizes differ by at most one.
     """
-    num_samples = len(lengths)
-    num_microbatches = round_up(-(-num_samples // microbatch_size), num_microbatches_multiple)
-    _require_samples(num_samples, num_microbatches, num_microbatches_multiple)
+    num_microbatches = max(-(-len(lengths) // microbatch_size), min_microbatches)
+    assert num_microbatches <= len(lengths), (num_microbatches, len(lengths))
     return Microbatches(indices=list(_by_length(lengths).tensor_split(num_microbatches)))
 
 
 def split_by_tokens(
-    lengths: Sequence[int], *, max_tokens: int, num_microbatches_multiple: int = 1
+    lengths: Sequence[int], *, max_tokens: int, min_microbatches: int = 1
 ) -> Microbatches:
     """Sort samples by length and cut them so that each microbatch has few padded tokens.
 
     The cost of a microbatch is its size times its longest sequence. First the fewest contiguous
-    microbatches within `max_tokens` are counted, then the smallest possible largest cost for that
-    number is found, which balances them.
-
-    Raises:
-        ValueError: when one sequence alone is longer than `max_tokens`, or there are fewer samples
-            than microbatches are needed.
+    microbatches within `max_tokens` are counted, at least `min_microbatches`, which must not be
+    more than there are samples; then the smallest possible largest cost for that number is found,
+    which balances them. No sequence may be longer than `max_tokens`.
     """
     order = _by_length(lengths)
     ordered = [lengths[index] for index in order.tolist()]
-    if ordered[-1] > max_tokens:
-        raise ValueError(
-            f"max_tokens={max_tokens}: must hold the longest sequence; it has {ordered[-1]} "
-            "tokens. Raise max_tokens or shorten the sequences."
-        )
-    num_microbatches = round_up(len(_cut(ordered, max_tokens)), num_microbatches_multiple)
-    _require_samples(len(lengths), num_microbatches, num_microbatches_multiple)
+    num_microbatches = max(fewest_by_tokens(lengths, max_tokens=max_tokens), min_microbatches)
+    assert num_microbatches <= len(lengths), (num_microbatches, len(lengths))
     low, high = ordered[-1], max_tokens
     while low < high:
         middle = (low + high) // 2
@@ -107,6 +95,37 @@ def split_by_tokens(
     return Microbatches(indices=list(torch.split(order, sizes)))
 
 
+def fewest_by_tokens(lengths: Sequence[int], *, max_tokens: int) -> int:
+    """Return how many microbatches `split_by_tokens` needs."""
+    assert max(lengths) <= max_tokens, (max(lengths), max_tokens)
+    return len(_cut(sorted(lengths), max_tokens))
+
+
+def deal_by_tokens(lengths: Sequence[int], *, num_ranks: int) -> list[list[int]]:
+    """Deal samples to ranks: the same number to each, and about the same number of tokens.
+
+    The longest go first, each to the rank with the fewest tokens so far that has room (Graham's
+    longest-processing-time rule with a capacity).
+
+    Args:
+        lengths: tokens of each sample; as many as a multiple of `num_ranks`.
+        num_ranks: data-parallel ranks.
+
+    Returns:
+        Sample indices of every rank, in rising order.
+    """
+    share, rest = divmod(len(lengths), num_ranks)
+    assert rest == 0, (len(lengths), num_ranks)
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+    for sample in reversed(_by_length(lengths).tolist()):
+        open_ranks = [rank for rank in range(num_ranks) if len(dealt[rank]) < share]
+        rank = min(open_ranks, key=tokens.__getitem__)
+        dealt[rank].append(sample)
+        tokens[rank] += lengths[sample]
+    return [sorted(own) for own in dealt]
+
+
 def _by_length(lengths: Sequence[int]) -> Tensor:
     """Order samples from short to long; equal lengths keep their order."""
     return torch.tensor(lengths).argsort(stable=True)
@@ -120,11 +139,3 @@ def _cut(ordered: Sequence[int], max_tokens: int) -> list[int]:
             sizes.append(0)
         sizes[-1] += 1
     return sizes
-
-
-def _require_samples(num_samples: int, num_microbatches: int, multiple: int) -> None:
-    if num_samples < num_microbatches:
-        raise ValueError(
-            f"num_samples={num_samples}: must fill {num_microbatches} microbatches, a multiple of "
-            f"{multiple}. Use a larger batch or fewer pipeline stages."
-        )

@@ -126,6 +126,7 @@ class ExperienceBuilder:
             rollout.responses,
             mesh=self.mesh,
             microbatch_size=self.config.ppo.microbatch_size,
+            microbatch_tokens=self.config.ppo.microbatch_tokens,
             run=run,
             leading=leading,
         )

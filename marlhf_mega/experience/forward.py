@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf_mega.data.microbatch import split_by_size
+from marlhf_mega.data.microbatch import (
+    fewest_by_tokens,
+    round_up,
+    split_by_size,
+    split_by_tokens,
+)
 from marlhf_mega.models.batch import SequenceBatch
-from marlhf_mega.parallel.collectives import broadcast_from_last_stage
+from marlhf_mega.parallel.collectives import broadcast_from_last_stage, max_over_replicas
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.schedule import run_forward
 
@@ -28,22 +33,42 @@ def cut_rows(
     responses: Sequence[list[int]],
     *,
     microbatch_size: int,
+    microbatch_tokens: int | None = None,
     mesh: Mesh,
 ) -> list[Cut]:
     """Sort rows by length and cut them to microbatches that suit the layout.
 
-    An interleaved pipeline needs a multiple of its stages; where there are too few rows, rows
-    without a response, which count nowhere, fill up.
+    An interleaved pipeline needs a multiple of its stages, and ranks that share experts need the
+    same number; where there are too few rows, rows without a response, which count nowhere, fill
+    up.
+
+    Args:
+        prompts: token ids of each row.
+        responses: token ids of each row.
+        microbatch_size: most rows of a microbatch.
+        microbatch_tokens: most padded tokens of a microbatch, instead of a number of rows.
+        mesh: where this rank stands.
     """
-    multiple = mesh.pp_size if mesh.num_chunks > 1 else 1
-    num_microbatches = max(1, -(-len(prompts) // microbatch_size))
-    num_fillers = max(0, -(-num_microbatches // multiple) * multiple - len(prompts))
+
+    def padded(length: int) -> int:
+        return round_up(length, mesh.sequence_multiple)
+
+    lengths = [padded(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    if microbatch_tokens is None or not lengths:
+        needed = -(-len(lengths) // microbatch_size)
+    else:
+        needed = fewest_by_tokens(lengths, max_tokens=microbatch_tokens)
+    if mesh.ep_size > 1:
+        needed = max_over_replicas(needed, mesh)
+    count = round_up(max(needed, 1), mesh.pp_size if mesh.num_chunks > 1 else 1)
+    num_fillers = max(0, count - len(prompts))
     all_prompts = [*prompts, *([[0]] * num_fillers)]
     all_responses: list[list[int]] = [*responses, *([[]] * num_fillers)]
-    lengths = [len(p) + len(r) for p, r in zip(all_prompts, all_responses, strict=True)]
-    parts = split_by_size(
-        lengths, microbatch_size=microbatch_size, num_microbatches_multiple=multiple
-    )
+    lengths += [padded(1)] * num_fillers
+    if microbatch_tokens is None:
+        parts = split_by_size(lengths, microbatch_size=microbatch_size, min_microbatches=count)
+    else:
+        parts = split_by_tokens(lengths, max_tokens=microbatch_tokens, min_microbatches=count)
     return [
         Cut(
             rows=rows,
@@ -66,6 +91,7 @@ def forward_rows(
     *,
     mesh: Mesh,
     microbatch_size: int,
+    microbatch_tokens: int | None = None,
     run: Callable[[Any, SequenceBatch], Tensor],
     leading: tuple[int, ...] = (),
 ) -> Tensor:
@@ -79,13 +105,20 @@ def forward_rows(
         responses: token ids of each row.
         mesh: where this rank stands.
         microbatch_size: rows per forward.
+        microbatch_tokens: padded tokens per forward, instead of a number of rows.
         run: calls one chunk; the last stage's output is [*leading, batch, response].
         leading: (2,) for a language head, which gives log-probs and entropies.
 
     Returns:
         float32 [*leading, rows, response], zero on padding; response is the longest response.
     """
-    cuts = cut_rows(prompts, responses, microbatch_size=microbatch_size, mesh=mesh)
+    cuts = cut_rows(
+        prompts,
+        responses,
+        microbatch_size=microbatch_size,
+        microbatch_tokens=microbatch_tokens,
+        mesh=mesh,
+    )
     outputs = run_forward(chunks, [cut.batch for cut in cuts], run)
     columns = max((len(r) for r in responses), default=1)
     whole = None

@@ -30,6 +30,7 @@ class Scorer:
         mesh: Mesh,
         *,
         microbatch_size: int,
+        microbatch_tokens: int | None = None,
         key: str = "reward.source",
     ) -> None:
         """Start the rules, on one rank of each replica.
@@ -40,10 +41,11 @@ class Scorer:
             tokenizer: turns responses into text for the rules.
             mesh: where this rank stands.
             microbatch_size: rows per forward.
+            microbatch_tokens: padded tokens per forward, instead of a number of rows.
             key: the config key that error messages name.
         """
         self.terms, self.tokenizer, self.mesh = terms, tokenizer, mesh
-        self.microbatch_size = microbatch_size
+        self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
         learned = iter(models)
         self.sources: list[Sequence[StageModel] | RuleReward | HttpReward | None] = []
         for term in terms:
@@ -82,6 +84,7 @@ class Scorer:
             rollout.responses,
             mesh=self.mesh,
             microbatch_size=self.microbatch_size,
+            microbatch_tokens=self.microbatch_tokens,
         )
         finite = scores.isfinite()
         errors = ["the reward model's score is not finite"] * int((~finite).sum())
@@ -116,10 +119,17 @@ def last_token_scores(
     *,
     mesh: Mesh,
     microbatch_size: int,
+    microbatch_tokens: int | None = None,
 ) -> Tensor:
     """Return float32 [batch]: a reward model's score at the last token of every response."""
     grid = forward_rows(
-        chunks, prompts, responses, mesh=mesh, microbatch_size=microbatch_size, run=score_step
+        chunks,
+        prompts,
+        responses,
+        mesh=mesh,
+        microbatch_size=microbatch_size,
+        microbatch_tokens=microbatch_tokens,
+        run=score_step,
     )
     last = torch.tensor([len(r) - 1 for r in responses], device=grid.device)
     return grid.gather(1, last[:, None])[:, 0]

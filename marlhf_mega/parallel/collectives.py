@@ -25,6 +25,13 @@ def max_over_world(value: Tensor) -> Tensor:
     return result
 
 
+def max_over_replicas(value: int, mesh: Mesh) -> int:
+    """Return the largest value among the ranks that share a model's experts or its stages."""
+    number = torch.tensor(value, device=mesh.device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=mesh.groups.tp_ep_pp)
+    return int(number.item())
+
+
 def any_over_group(flag: bool, group: Group, device: torch.device) -> bool:
     """Whether the flag is set on any rank of a group."""
     value = torch.tensor(int(flag), device=device)

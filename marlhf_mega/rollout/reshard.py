@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-
-import torch
-from torch import Tensor
 
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import gather_objects_over_data
 from marlhf_mega.parallel.mesh import Mesh, in_force
+from marlhf_mega.rollout.deal import gather_rollouts, pick
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
@@ -74,24 +71,4 @@ class ReshardedGenerator:
                 slots=slots,
                 stop_at_eos=stop_at_eos,
             )
-        rollout = replace(rollout, logprobs=rollout.logprobs.cpu())
-        return _pick(gather_objects_over_data(rollout, self.mesh), sample_indices, self.mesh)
-
-
-def _pick(parts: Sequence[Rollout], wanted: Sequence[int], mesh: Mesh) -> Rollout:
-    """Take some samples, by their global index, out of all replicas' rollouts."""
-    place = {s: (part, row) for part in parts for row, s in enumerate(part.sample_indices)}
-    found = [place[sample] for sample in wanted]
-    responses = [part.responses[row] for part, row in found]
-    width = max(map(len, responses), default=1)
-    logprobs: Tensor = torch.zeros(len(found), width, device=mesh.device)
-    for number, (part, row) in enumerate(found):
-        length = len(part.responses[row])
-        logprobs[number, :length] = part.logprobs[row, :length].to(mesh.device)
-    return Rollout(
-        prompts=[part.prompts[row] for part, row in found],
-        responses=responses,
-        finished=[part.finished[row] for part, row in found],
-        sample_indices=list(wanted),
-        logprobs=logprobs,
-    )
+        return pick(gather_rollouts(rollout, self.mesh), sample_indices, self.mesh.device)

@@ -134,6 +134,7 @@ class Evaluator:
                 rollout.responses,
                 mesh=self.mesh,
                 microbatch_size=self.config.ppo.microbatch_size,
+                microbatch_tokens=self.config.ppo.microbatch_tokens,
                 run=LogprobStep(temperature),
                 leading=(2,),
             )[0]
@@ -234,6 +235,7 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
         tokenizer,
         mesh,
         microbatch_size=config.ppo.microbatch_size,
+        microbatch_tokens=config.ppo.microbatch_tokens,
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)

@@ -58,7 +58,12 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
         for origin in reward_origins(config, tokenizer)
     ]
     scorer = Scorer(
-        config.reward.source, models, tokenizer, mesh, microbatch_size=config.ppo.microbatch_size
+        config.reward.source,
+        models,
+        tokenizer,
+        mesh,
+        microbatch_size=config.ppo.microbatch_size,
+        microbatch_tokens=config.ppo.microbatch_tokens,
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     files = []

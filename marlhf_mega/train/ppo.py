@@ -24,6 +24,7 @@ from marlhf_mega.metrics.writers import Sample
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rewards.rule import check_importable
+from marlhf_mega.rollout.deal import balance
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
 from marlhf_mega.train.build import (
@@ -108,6 +109,7 @@ class PpoRun:
             tokenizer,
             mesh,
             microbatch_size=ppo.microbatch_size,
+            microbatch_tokens=ppo.microbatch_tokens,
         )
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
         self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)
@@ -230,9 +232,12 @@ class PpoRun:
         settings = self.config.rollout
         drawn = self.stream.next_batch().tolist()
         own = local_indices(settings.batch_size, self.config.ppo.minibatch_size, self.mesh)
-        prompts = [self.inputs.train[drawn[i // settings.samples_per_prompt]] for i in own]
+        everyone = [
+            self.inputs.train[drawn[i // settings.samples_per_prompt]]
+            for i in range(settings.batch_size)
+        ]
         rollout = self.generator.generate(
-            [p.prompt_ids for p in prompts],
+            [everyone[i].prompt_ids for i in own],
             own,
             rule=SamplingRule(
                 temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
@@ -242,7 +247,10 @@ class PpoRun:
             step=step,
             slots=settings.slots,
         )
-        return prompts, rollout
+        if self.config.ppo.microbatch_tokens is not None:
+            size = self.config.ppo.minibatch_size
+            rollout = balance(rollout, minibatch_size=size, mesh=self.mesh)
+        return [everyone[i] for i in rollout.sample_indices], rollout
 
     def _samples(
         self, prompts: Sequence[Prompt], experience: Experience, scores: Tensor

@@ -10,7 +10,7 @@ from marlhf_mega.algorithm.losses import LossOutput, preference_loss, preference
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import ExampleBuilder, PreferencePair
 from marlhf_mega.data.files import Row
-from marlhf_mega.data.microbatch import split_by_size
+from marlhf_mega.data.microbatch import round_up, split_by_size
 from marlhf_mega.experience.scoring import last_token_scores
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.roles import score_step
@@ -49,11 +49,9 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
 
     def cut(pairs: Sequence[PreferencePair]) -> list[Microbatch]:
         lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-        parts = split_by_size(
-            lengths,
-            microbatch_size=settings.microbatch_size,
-            num_microbatches_multiple=mesh.pp_size if mesh.num_chunks > 1 else 1,
-        )
+        size, stages = settings.microbatch_size, mesh.pp_size if mesh.num_chunks > 1 else 1
+        count = round_up(-(-len(pairs) // size), stages)
+        parts = split_by_size(lengths, microbatch_size=size, min_microbatches=count)
         return [_pair_microbatch([pairs[i] for i in p.tolist()], mesh) for p in parts.indices]
 
     def evaluate(state: TrainState, pairs: Sequence[PreferencePair]) -> dict[str, float]:

@@ -217,6 +217,7 @@ def _microbatches(
         [experience.prompts[i] for i in chosen],
         [experience.responses[i] for i in chosen],
         microbatch_size=config.ppo.microbatch_size,
+        microbatch_tokens=config.ppo.microbatch_tokens,
         mesh=mesh,
     )
     return [_take(experience, rows[cut.rows], cut.batch) for cut in cuts]

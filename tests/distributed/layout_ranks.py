@@ -27,6 +27,7 @@ from marlhf_mega.parallel.collectives import (
 )
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.rollout.deal import balance
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.train import reward as reward_job
@@ -61,7 +62,7 @@ def config_for(case):
             "ppo": {
                 "epochs": 2,
                 "minibatch_size": BATCH,
-                "microbatch_size": case["microbatch_size"],
+                **case["microbatch"],
                 "entropy_coef": 0.01,
                 "kl_loss_coef": 0.1,
             },
@@ -79,6 +80,12 @@ def by_sample(own, values, mesh):
     """Collect per-sample lists of all replicas in the order of the global indices."""
     parts = gather_objects_over_data(list(zip(own, values, strict=True)), mesh)
     return [value for _, value in sorted(pair for part in parts for pair in part)]
+
+
+def replica_tokens(rollout, mesh):
+    """Tokens that every data-parallel rank holds."""
+    tokens = sum(map(len, rollout.prompts)) + sum(map(len, rollout.responses))
+    return gather_objects_over_data(tokens, mesh)
 
 
 def trimmed(grid, responses):
@@ -107,14 +114,17 @@ def ppo_case(config, mesh, folder):
         generator.generate([prompts[i] for i in own], own, rule=rule, **options)
         for rule in (SamplingRule(temperature=0.0), SamplingRule(temperature=1.0))
     )
-    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, microbatch_size=4)
+    cut = {"mesh": mesh, "microbatch_size": 4, "microbatch_tokens": config.ppo.microbatch_tokens}
+    if config.ppo.microbatch_tokens is not None:
+        rollout = balance(rollout, minibatch_size=BATCH, mesh=mesh)
+    balanced = rollout.sample_indices
+    scorer = Scorer(config.reward.source, roles.rewards, None, **cut)
     segmenter = Segmenter(config.macro, None, mesh, seed=0)
     sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
     maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
     experience, scores = maker.build(rollout, [{}] * len(own), step=3, kl_coef=0.05, sums=sums)
     update.ppo_update(roles, experience, config, mesh, step=3, sums=sums, timers=PhaseTimers())
     rows = (rollout.prompts, rollout.responses)
-    cut = {"mesh": mesh, "microbatch_size": 4}
     after = forward_rows(roles.policy.chunks, *rows, run=LogprobStep(1.0), leading=(2,), **cut)
     values = forward_rows(roles.critic.chunks, *rows, run=value_step, **cut)
     export_hf(policy, config, mesh, target=folder / "policy")
@@ -135,11 +145,12 @@ def ppo_case(config, mesh, folder):
     assert gap < 1e-4, gap
     return {
         "greedy": by_sample(own, greedy.responses, mesh),
-        "sampled": by_sample(own, rollout.responses, mesh),
-        "scores": by_sample(own, scores.tolist(), mesh),
+        "sampled": by_sample(balanced, rollout.responses, mesh),
+        "scores": by_sample(balanced, scores.tolist(), mesh),
+        "tokens_per_replica": replica_tokens(rollout, mesh),
         "metrics": metrics,
         **{
-            name: by_sample(own, trimmed(grid, rollout.responses), mesh)
+            name: by_sample(balanced, trimmed(grid, rollout.responses), mesh)
             for name, grid in per_sample.items()
         },
     }

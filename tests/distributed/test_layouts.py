@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 TP2, PP2, TP4 = {"tensor_size": 2}, {"pipeline_size": 2}, {"tensor_size": 4}
 SP, VPP2, EP2 = {"sequence_parallel": True}, {"virtual_pipeline_size": 2}, {"expert_size": 2}
-# World size, degrees, microbatch size.
+BUDGET = {"microbatch_size": 2, "microbatch_tokens": 40}
+# World size, degrees, microbatch size or token budget.
 LAYOUTS = {
     "TP1": (1, {}, 4),
     "TP1 microbatch 1": (1, {}, 1),
@@ -27,8 +28,13 @@ LAYOUTS = {
     "EP2": (2, EP2, 2),
     "TP2 SP EP2": (2, TP2 | SP | EP2, 4),
     "PP2 EP2": (4, PP2 | EP2, 2),
+    "TP2 SP tokens": (2, TP2 | SP, BUDGET),
+    "DP2 tokens": (2, {}, BUDGET),
+    "EP2 tokens": (2, EP2, BUDGET),
+    "PP2 VPP2 DP2 tokens": (4, PP2 | VPP2, BUDGET),
 }
-DENSE = [name for name in LAYOUTS if "EP2" not in name]
+TOKENS = ["TP2 SP tokens", "DP2 tokens", "PP2 VPP2 DP2 tokens"]
+DENSE = [name for name in LAYOUTS if "EP2" not in name and name not in TOKENS]
 QWEN = {"architecture": "qwen2", "qkv_bias": True}
 GEMMA2 = {
     "architecture": "gemma2",
@@ -54,14 +60,17 @@ EXPERTS = {
 }
 # Model and the layouts it is run at.
 MODELS = {
-    "untied": (QWEN, DENSE),
+    "untied": (QWEN, DENSE + TOKENS),
     "tied": (QWEN | {"tied_embeddings": True}, DENSE),
     "qk norm": (
         {"architecture": "qwen3", "qk_norm": True},
         ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4"],
     ),
     "gemma2": (GEMMA2, ["TP1", "TP2", "TP2 SP", "PP2 VPP2", "TP2 PP2 SP", "TP4"]),
-    "experts": (EXPERTS, ["TP1", "TP2 SP", "PP2 VPP2", "DP4", "EP2", "TP2 SP EP2", "PP2 EP2"]),
+    "experts": (
+        EXPERTS,
+        ["TP1", "TP2 SP", "PP2 VPP2", "DP4", "EP2", "TP2 SP EP2", "PP2 EP2", "EP2 tokens"],
+    ),
 }
 CASES = [(model, layout) for model in MODELS for layout in MODELS[model][1]]
 
@@ -76,7 +85,7 @@ def results(tmp_path_factory):
         cases = [
             {
                 "parallel": LAYOUTS[layout][1],
-                "microbatch_size": LAYOUTS[layout][2],
+                "microbatch": microbatch(LAYOUTS[layout][2]),
                 "model": MODELS[model][0],
                 "weights": str(folder / f"{model} {layout}"),
             }
@@ -88,6 +97,10 @@ def results(tmp_path_factory):
         for name, case, answer in zip(names, cases, answers, strict=True):
             found[name] = answer | {"folder": case["weights"]}
     return found
+
+
+def microbatch(limit):
+    return limit if isinstance(limit, dict) else {"microbatch_size": limit}
 
 
 def flat(value):
@@ -111,7 +124,7 @@ def test_every_number_is_that_of_one_rank(results, model, layout):
     assert found["ppo"]["sampled"] == expected["ppo"]["sampled"]
     for job in ("ppo", "reward"):
         for name, value in expected[job].items():
-            if name != "metrics":
+            if name not in ("metrics", "tokens_per_replica"):
                 assert_same(found[job][name], value, name)
     for name, value in expected["ppo"]["metrics"].items():
         # Divergences are differences of log-probs, which are of the order of 1.
@@ -137,6 +150,18 @@ def test_the_case_is_not_trivial(results, model):
     assert ppo["metrics"]["policy/grad_norm"] > 0.01
     assert ppo["metrics"]["policy/kl"] != 0
     assert flat(ppo["logprobs_after"]) != pytest.approx(flat(ppo["old_logprobs"]), abs=1e-3)
+
+
+def test_a_token_budget_balances_the_replicas(results):
+    """The same samples, dealt so that the fuller replica has fewer tokens than by their order."""
+    for model, layout in (("untied", "DP2"), ("experts", "EP2")):
+        by_order, by_tokens = (
+            results[model, name]["ppo"]["tokens_per_replica"]
+            for name in (layout, f"{layout} tokens")
+        )
+        assert sum(by_tokens) == sum(by_order)
+        assert max(by_tokens) - min(by_tokens) <= 3
+        assert max(by_tokens) <= max(by_order)
 
 
 def test_responses_end_early_in_most_models(results):

@@ -26,8 +26,9 @@ from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.deal import balance
 from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.train.build import build_generator
 from marlhf_mega.update import ppo as update
 
 PHASES = ("generation", "scoring", "update")
@@ -40,7 +41,7 @@ class Iteration:
         self.args, self.config, self.mesh = args, config, mesh
         self.roles = build_roles(config, mesh, seed=args.seed)
         policy = [ddp.module for ddp in self.roles.policy.chunks]
-        self.generator = Generator(policy, mesh, eos_id=common.EOS)
+        self.generator, _ = build_generator(policy, config, mesh, eos_id=common.EOS)
         # Neither a learned reward nor n-grams need text.
         scorer = Scorer(
             config.reward.source,
@@ -48,6 +49,7 @@ class Iteration:
             None,
             mesh,
             microbatch_size=config.ppo.microbatch_size,
+            microbatch_tokens=config.ppo.microbatch_tokens,
         )
         segmenter = Segmenter(config.macro, None, mesh, seed=args.seed)
         self.builder = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)
@@ -74,6 +76,9 @@ class Iteration:
                 slots=self.args.slots,
                 stop_at_eos=False,
             )
+            if self.config.ppo.microbatch_tokens is not None:
+                size = self.config.ppo.minibatch_size
+                rollout = balance(rollout, minibatch_size=size, mesh=self.mesh)
         with timers("scoring"):
             experience, _ = self.builder.build(
                 rollout, [{}] * len(self.own), step=step, kl_coef=0.05, sums=sums
@@ -134,6 +139,8 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
         "macro_ops_fraction": macro_ms / 1000 / median,
         "minibatch_size": config.ppo.minibatch_size,
         "microbatch_size": config.ppo.microbatch_size,
+        "microbatch_tokens": config.ppo.microbatch_tokens,
+        "rollout_layout": iteration.generator.mesh.describe(),
         "lines": [
             f"{tokens / median:.0f} response tokens per second, "
             f"{tokens / statistics.median(seconds['generation']):.0f} while generating",
@@ -152,8 +159,22 @@ def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config
         )
     share = minibatch // mesh.dp_size
     size = args.microbatch_size or max(1, share // (2 * mesh.pp_size if mesh.pp_size > 1 else 1))
-    changes = {"epochs": args.ppo_epochs, "minibatch_size": minibatch, "microbatch_size": size}
-    return config.model_copy(update={"ppo": config.ppo.model_copy(update=changes)})
+    ppo = {
+        "epochs": args.ppo_epochs,
+        "minibatch_size": minibatch,
+        "microbatch_size": size,
+        "microbatch_tokens": args.microbatch_tokens,
+    }
+    rollout = {
+        "tensor_size": args.rollout_tensor_size,
+        "pipeline_size": args.rollout_pipeline_size,
+    }
+    return config.model_copy(
+        update={
+            "ppo": config.ppo.model_copy(update=ppo),
+            "rollout": config.rollout.model_copy(update=rollout),
+        }
+    )
 
 
 def phase_flops(args: argparse.Namespace, config: Config, lengths: list[int]) -> dict[str, float]:
@@ -178,6 +199,9 @@ def main() -> int:
     options.add_argument("--microbatches", type=int, default=4, help="minibatches: optimizer steps")
     options.add_argument("--ppo-epochs", type=int, default=1)
     options.add_argument("--microbatch-size", type=int, help="sequences per forward on one rank")
+    options.add_argument("--microbatch-tokens", type=int, help="tokens per forward instead")
+    options.add_argument("--rollout-tensor-size", type=int, help="default: as in the update")
+    options.add_argument("--rollout-pipeline-size", type=int, help="default: as in the update")
     options.add_argument("--lengths", help=common.LENGTHS_HELP)
     options.add_argument("--slots", type=int, help="sequences decoded together on one rank")
     args = options.parse_args()

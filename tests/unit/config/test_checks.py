@@ -328,3 +328,16 @@ def test_advantages_need_scored_prompts(job_problems):
     ]
     likelihood = {"algorithm": "nll", "sampling": "all"}
     assert job_problems("offline", offline=likelihood, reward={"source": []}) == []
+
+
+@pytest.mark.parametrize("job", ["ppo", "evaluate", "generate"])
+def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
+    assert job_problems(job, ppo={"microbatch_tokens": 100}) == []
+    assert job_problems(job, ppo={"microbatch_tokens": 99}) == [
+        "ppo.microbatch_tokens=99: must hold the longest sequence, data.max_prompt_tokens + "
+        "rollout.max_response_tokens = 100 with padding. Use at least 100."
+    ]
+    parallel = {"tensor_size": 4, "sequence_parallel": True}
+    data = {"max_prompt_tokens": 38}
+    found = job_problems(job, ppo={"microbatch_tokens": 99}, parallel=parallel, data=data)
+    assert [line.split(":")[0] for line in found] == ["ppo.microbatch_tokens=99"]

@@ -1,11 +1,17 @@
 import itertools
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlhf_mega.data.microbatch import Microbatches, pad_sequences, split_by_size, split_by_tokens
+from marlhf_mega.data.microbatch import (
+    Microbatches,
+    deal_by_tokens,
+    fewest_by_tokens,
+    pad_sequences,
+    split_by_size,
+    split_by_tokens,
+)
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=24)
 
@@ -46,23 +52,14 @@ def assert_partition_in_length_order(microbatches: Microbatches, lengths: list[i
     assert min(sizes(microbatches)) >= 1
 
 
-@given(LENGTHS, st.integers(1, 9), st.integers(1, 4))
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 24))
 def test_splitting_by_size_is_an_even_partition(
-    lengths: list[int], microbatch_size: int, multiple: int
+    lengths: list[int], microbatch_size: int, least: int
 ) -> None:
-    needed = -(-len(lengths) // microbatch_size)
-    rounded = -(-needed // multiple) * multiple
-    if rounded > len(lengths):
-        with pytest.raises(ValueError, match=f"num_samples={len(lengths)}: must fill {rounded}"):
-            split_by_size(
-                lengths, microbatch_size=microbatch_size, num_microbatches_multiple=multiple
-            )
-        return
-    found = split_by_size(
-        lengths, microbatch_size=microbatch_size, num_microbatches_multiple=multiple
-    )
+    least = min(least, len(lengths))
+    found = split_by_size(lengths, microbatch_size=microbatch_size, min_microbatches=least)
     assert_partition_in_length_order(found, lengths)
-    assert len(found.indices) == rounded
+    assert len(found.indices) == max(-(-len(lengths) // microbatch_size), least)
     assert max(sizes(found)) <= microbatch_size
     assert max(sizes(found)) - min(sizes(found)) <= 1
 
@@ -77,19 +74,14 @@ def cost(indices: torch.Tensor, lengths: list[int]) -> int:
     return len(indices) * max(lengths[index] for index in indices.tolist())
 
 
-@given(LENGTHS, st.integers(50, 300), st.integers(1, 4))
+@given(LENGTHS, st.integers(50, 300), st.integers(1, 24))
 def test_splitting_by_tokens_stays_within_the_budget(
-    lengths: list[int], max_tokens: int, multiple: int
+    lengths: list[int], max_tokens: int, least: int
 ) -> None:
-    fewest = len(split_by_tokens(lengths, max_tokens=max_tokens).indices)
-    needed = -(-fewest // multiple) * multiple
-    if needed > len(lengths):
-        with pytest.raises(ValueError, match=f"num_samples={len(lengths)}: must fill {needed} mic"):
-            split_by_tokens(lengths, max_tokens=max_tokens, num_microbatches_multiple=multiple)
-        return
-    found = split_by_tokens(lengths, max_tokens=max_tokens, num_microbatches_multiple=multiple)
+    least = min(least, len(lengths))
+    found = split_by_tokens(lengths, max_tokens=max_tokens, min_microbatches=least)
     assert_partition_in_length_order(found, lengths)
-    assert len(found.indices) == needed
+    assert len(found.indices) == max(fewest_by_tokens(lengths, max_tokens=max_tokens), least)
     assert max(cost(indices, lengths) for indices in found.indices) <= max_tokens
 
 
@@ -109,6 +101,19 @@ def test_no_other_cut_is_smaller_or_better_balanced(lengths: list[int], max_toke
     assert max(cost(indices, lengths) for indices in found.indices) == largest_costs[fewest]
 
 
-def test_one_sequence_above_the_token_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="max_tokens=10: must hold the longest sequence; it has 1"):
-        split_by_tokens([3, 11], max_tokens=10)
+@given(LENGTHS, st.integers(1, 4))
+def test_dealing_gives_every_rank_as_many_samples_and_nearly_as_many_tokens(
+    lengths: list[int], num_ranks: int
+) -> None:
+    share = -(-len(lengths) // num_ranks)
+    lengths += [1] * (share * num_ranks - len(lengths))
+    dealt = deal_by_tokens(lengths, num_ranks=num_ranks)
+    assert sorted(sample for own in dealt for sample in own) == list(range(len(lengths)))
+    assert {len(own) for own in dealt} == {share}
+    tokens = [sum(lengths[sample] for sample in own) for own in dealt]
+    assert max(tokens) - min(tokens) <= max(lengths)
+
+
+def test_dealing_by_hand() -> None:
+    # 9 | 7, then 6 joins 7 and 5 joins 9; 4 joins 13, which is less than 14; 1 takes what is left.
+    assert deal_by_tokens([1, 9, 4, 7, 5, 6], num_ranks=2) == [[0, 1, 4], [2, 3, 5]]
