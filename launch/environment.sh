@@ -90,3 +90,9 @@ interface_towards() {
     ip -o -4 route get "$address" 2>/dev/null |
         awk '{ for (i = 1; i < NF; i++) if ($i == "dev") { print $(i + 1); exit } }' || true
 }
+
+# Print the address of the network interface $1; nothing if unknown.
+address_of() {
+    command -v ip >/dev/null || return 0
+    ip -o -4 addr show dev "$1" 2>/dev/null | awk '{ sub("/.*", "", $4); print $4; exit }' || true
+}

@@ -118,10 +118,13 @@ if ((nodes == 1)); then
     rendezvous=(--standalone)
 else
     [[ $master == *:* ]] || master=$master:29400
-    # Said outright, because guessing whether this machine is the master costs a minute and more.
+    # Said outright: guessing whether this machine is the master costs a minute and more, and the
+    # others may not know its name.
     is_host=$( ((node_rank == 0)) && echo true || echo false)
     rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master"
         --rdzv-id "$run_id" --rdzv-conf "is_host=$is_host,join_timeout=$join_seconds")
+    address=$(address_of "${GLOO_SOCKET_IFNAME-}")
+    [[ -z $address ]] || rendezvous+=(--local-addr "$address")
 fi
 # shellcheck disable=SC2054 # the commas belong to the values
 command=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$ranks"

@@ -27,7 +27,13 @@ def test_one_machine_with_eight_hopper_gpus(launch, gpus, same_as_golden):
 
 def test_the_second_of_two_machines(launch, gpus, program, same_as_golden):
     gpus(8, "9.0")
-    program("ip", '[[ $* != *route* ]] || echo "127.0.0.1 via 10.0.0.1 dev ib3 src 10.0.0.7"')
+    program(
+        "ip",
+        """case "$*" in
+        *route*) echo "127.0.0.1 via 10.0.0.1 dev ib3 src 10.0.0.8" ;;
+        *'dev ib3'*) echo "3: ib3 inet 10.0.0.8/24 scope global ib3" ;;
+        esac""",
+    )
     done = launch("torchrun.sh", *TWO_NODES, "--node-rank", "1", "--exact", "--dry-run", "sft")
     same_as_golden(done.stdout, "two_machines_exact.txt")
 
