@@ -86,13 +86,14 @@ interface_towards() {
     address=$(getent ahostsv4 "$1" 2>/dev/null | awk 'NR == 1 { print $1 }') || true
     [[ -n $address ]] || return 0
     ip -o -4 addr show 2>/dev/null | awk -v address="$address" '
-        { split($4, parts, "/"); if (parts[1] == address) { print $2; exit } }' | grep . && return
+        { split($4, parts, "/"); if (parts[1] == address) found = $2 }
+        END { print found }' | grep . && return
     ip -o -4 route get "$address" 2>/dev/null |
-        awk '{ for (i = 1; i < NF; i++) if ($i == "dev") { print $(i + 1); exit } }' || true
+        awk '{ for (i = 1; i < NF; i++) if ($i == "dev") print $(i + 1) }' || true
 }
 
 # Print the address of the network interface $1; nothing if unknown.
 address_of() {
     command -v ip >/dev/null || return 0
-    ip -o -4 addr show dev "$1" 2>/dev/null | awk '{ sub("/.*", "", $4); print $4; exit }' || true
+    ip -o -4 addr show dev "$1" 2>/dev/null | awk 'NR == 1 { sub("/.*", "", $4); print $4 }' || true
 }

@@ -73,7 +73,8 @@ done
 gpus=0 capability=
 if [[ -z ${CUDA_VISIBLE_DEVICES+set} || -n $CUDA_VISIBLE_DEVICES ]] &&
     command -v nvidia-smi >/dev/null; then
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) || true
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
+    capability=${capability%%$'\n'*}
     [[ $capability =~ ^[0-9]+\.[0-9]+$ ]] || capability=
     if [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
         IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"

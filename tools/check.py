@@ -21,7 +21,15 @@ def main() -> int:
     parser.add_argument("extent", choices=["fast", "full"])
     extent = parser.parse_args().extent
     tests = ["tests/unit"] if extent == "fast" else []
-    scripts = [".ci/run", *map(str, sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh")]))]
+    scripts = [
+        ".ci/run",
+        *map(
+            str,
+            sorted(
+                [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh")]
+            ),
+        ),
+    ]
     checks = {
         "format": ["ruff", "format", "--check", "."],
         "lint": ["ruff", "check", "."],

@@ -106,7 +106,14 @@ def ranks_of(launcher):
 def test_two_machines_survive_a_kill_and_a_pulled_cable(inside, config, tmp_path, capsys):
     nodes = []
     for rank, name in enumerate("ab"):
-        command = ["bash", ROOT / "launch" / "torchrun.sh", "--nodes", "2", "--node-rank", str(rank)]
+        command = [
+            "bash",
+            ROOT / "launch" / "torchrun.sh",
+            "--nodes",
+            "2",
+            "--node-rank",
+            str(rank),
+        ]
         command += ["--ranks-per-node", "2", "--master", "10.9.0.1:29400", "--join-seconds", "60"]
         command += ["sft", "--config", config]
         environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
