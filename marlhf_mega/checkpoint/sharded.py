@@ -40,6 +40,8 @@ from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 
+Role = TrainState | Sequence[StageModel]
+"""A model that learns, or only its weights."""
 Tensors = dict[str, Any]
 """Nested dictionaries with Megatron's description of a piece of a tensor at the leaves."""
 
@@ -74,15 +76,20 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         )
 
 
-def save_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
-    """Write weights, master weights and moments into an existing folder. All ranks call it.
+def save_role(folder: Path, role: Role, mesh: Mesh) -> None:
+    """Write weights, and what the optimizer keeps of them, into an existing folder.
+
+    All ranks call it.
 
     Raises:
         CheckpointException: some rank could not write; the same on all ranks.
         OSError: the first rank could not write.
     """
-    optimizer_state.fill_empty(role)
-    tensors = _role_tensors(role, mesh, loading=False)
+    if isinstance(role, TrainState):
+        optimizer_state.fill_empty(role)
+        tensors = _role_tensors(role, mesh, loading=False)
+    else:
+        tensors = _model_tensors(role, mesh)
     force_all_tensors_to_non_fp8(tensors)
     apply_factories(tensors)
     strategy: Any = InProcessSave(*_FORMAT)
@@ -153,16 +160,17 @@ def compare_weights(folder: Path, chunks: Sequence[StageModel], mesh: Mesh) -> d
     return found
 
 
-def bytes_to_write(role: TrainState, mesh: Mesh) -> int:
+def bytes_to_write(role: Role, mesh: Mesh) -> int:
     """Return the bytes of the tensors of which this rank holds the copy that is written."""
     pieces = _pieces(_model_tensors(_chunks(role), mesh))
     mine = [piece.data for piece in pieces if is_main_replica(piece.replica_id)]
     # Next to the weight: a float32 master copy and two float32 moments.
-    return sum(tensor.numel() * (tensor.element_size() + 12) for tensor in mine)
+    more = 12 if isinstance(role, TrainState) else 0
+    return sum(tensor.numel() * (tensor.element_size() + more) for tensor in mine)
 
 
-def _chunks(role: TrainState) -> list[StageModel]:
-    return [wrapped.module for wrapped in role.chunks]
+def _chunks(role: Role) -> Sequence[StageModel]:
+    return [c.module for c in role.chunks] if isinstance(role, TrainState) else role
 
 
 def _vocab_size(chunks: Sequence[StageModel]) -> int:

@@ -35,6 +35,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+SCALAR_ROLES = ("reward", "critic")
+"""Roles whose models end in one number."""
 _FORMAT = 1
 _MARGIN_BYTES = 1 << 20
 """Tables, JSON and the file system's own blocks."""
@@ -43,7 +45,7 @@ _MARGIN_BYTES = 1 << 20
 def save(
     run_dir: Path,
     step: int,
-    roles: Mapping[str, TrainState],
+    roles: Mapping[str, sharded.Role],
     state: Mapping[str, Any],
     mesh: Mesh,
     *,
@@ -56,7 +58,7 @@ def save(
     Args:
         run_dir: the run directory, the same folder for all ranks.
         step: steps that are done.
-        roles: the trained models by name.
+        roles: the trained models by name; of one given as chunks only the weights are written.
         state: JSON values: data position, controllers, counters; the first rank's are written.
         mesh: where this rank stands.
         keep: newest checkpoints that stay.
@@ -98,7 +100,7 @@ def save(
     return target
 
 
-def check_space(run_dir: Path, roles: Mapping[str, TrainState], mesh: Mesh) -> None:
+def check_space(run_dir: Path, roles: Mapping[str, sharded.Role], mesh: Mesh) -> None:
     """Refuse if a checkpoint of these models does not fit on the disk. All ranks call it.
 
     Raises:
@@ -204,7 +206,7 @@ def load_weights(
         RuntimeError: there is no checkpoint, or it is damaged or lacks anything else.
     """
     folder = _resolve(source, mesh)
-    suitable = ("policy",) if chunks[0].head == "language" else ("reward", "critic", "policy")
+    suitable = ("policy",) if chunks[0].head == "language" else (*SCALAR_ROLES, "policy")
     wanted = suitable if role is None else (role,)
     held = _read_state(folder)["roles"]
     name = next((name for name in wanted if name in held), None)
@@ -261,7 +263,9 @@ class _Undertaking:
         )
 
 
-def _progress(role: TrainState, mesh: Mesh) -> dict[str, int]:
+def _progress(role: sharded.Role, mesh: Mesh) -> dict[str, int]:
+    if not isinstance(role, TrainState):
+        return {}
     # A rank of a small model may hold no optimizer state, and so no counter.
     steps = torch.tensor(optimizer_state.num_steps(role), device=mesh.device)
     return {

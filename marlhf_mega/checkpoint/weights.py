@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from marlhf_mega.algorithm.counter_rng import fold
 from marlhf_mega.checkpoint.hf.importer import import_weights
 from marlhf_mega.checkpoint.hf.parameters import find_shards, local_parameters
+from marlhf_mega.checkpoint.hf.reader import open_folder
 from marlhf_mega.checkpoint.hf.table import Layout, Piece, WeightTable
-from marlhf_mega.checkpoint.store import load_weights
+from marlhf_mega.checkpoint.store import SCALAR_ROLES, load_weights
 from marlhf_mega.config.origin import Origin
 from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.parallel.collectives import broadcast_from_first
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.vocab import padded_vocab_size
 
@@ -108,7 +111,27 @@ def _normal(bits: Tensor) -> Tensor:
     return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
 
 
-def fill_from(origin: Origin, chunks: Sequence[StageModel], mesh: Mesh, *, seed: int) -> list[str]:
+def has_scalar_head(origin: Origin, *, key: str) -> bool:
+    """Whether an origin holds a reward model or critic rather than a language model.
+
+    Raises:
+        ValueError: its weight files cannot be opened.
+    """
+    if not origin.is_run:
+        return "score.weight" in open_folder(origin.path, key=key).names
+    checkpoints = origin.path / "checkpoints"
+    return any((c / role).is_dir() for c in checkpoints.iterdir() for role in SCALAR_ROLES)
+
+
+def fill_from(
+    origin: Origin,
+    chunks: Sequence[StageModel],
+    mesh: Mesh,
+    *,
+    seed: int,
+    import_once: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
     """Fill a model from a run directory or a Hugging Face folder, at any layout.
 
     A scalar head that the origin does not have (a critic started from a policy) is drawn afresh.
@@ -118,6 +141,8 @@ def fill_from(origin: Origin, chunks: Sequence[StageModel], mesh: Mesh, *, seed:
         chunks: this rank's chunks of one model.
         mesh: where this rank stands.
         seed: of the run.
+        import_once: the first data-parallel replica reads a Hugging Face folder for the others.
+        progress: called with the number of bytes read from a Hugging Face folder.
 
     Returns:
         Names of the tensors that were freshly initialised, the same on every rank.
@@ -137,5 +162,12 @@ def fill_from(origin: Origin, chunks: Sequence[StageModel], mesh: Mesh, *, seed:
         table,
         layout_of(mesh, model.vocab_size),
         allow_fresh_head=chunks[0].head == "scalar",
+        broadcast=partial(_send_to_replicas, mesh=mesh) if import_once else None,
+        progress=progress,
     )
     return list(report.fresh)
+
+
+def _send_to_replicas(name: str, tensor: Tensor, *, mesh: Mesh) -> None:
+    is_expert = ".mlp.experts." in name
+    broadcast_from_first(tensor, mesh.groups.expt_dp if is_expert else mesh.groups.dp_cp)

@@ -384,6 +384,12 @@ class CheckpointConfig(Section):
     """Go on from `run.dir`'s newest checkpoint: if there is one, never, or else refuse to start."""
     export_hf: bool = True
     """Write a Hugging Face folder `run.dir`/hf at the end."""
+    export_from_first: bool = False
+    """The first rank writes exports alone: for file systems on which several hosts must not write
+    into one file (NFS, FUSE)."""
+    import_once: bool = False
+    """The first data-parallel replica reads Hugging Face files and sends the others their parts:
+    for slow file systems."""
 
 
 class LoggingConfig(Section):

@@ -123,13 +123,7 @@ class StageModel(LanguageModule):
             [2, batch, response], log-probs of the response tokens and entropies. Scalar head:
             float32 [batch, response].
         """
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        angles = rotation_angles(self.rotary_speeds, positions)[:, None, None, :]
-        hidden = self.decoder(
-            hidden_states=self.embed(batch.tokens) if self.pre_process else None,
-            attention_mask=None,
-            rotary_pos_emb=angles,
-        )
+        hidden = self._run_layers(batch)
         if not self.post_process:
             return hidden
         if self.head == "scalar":
@@ -146,6 +140,31 @@ class StageModel(LanguageModule):
             softcap=self.model.logits_softcap,
         )
         return torch.stack((batch.to_grid(logprobs), batch.to_grid(entropy)))
+
+    @torch.no_grad()
+    def logits(self, batch: SequenceBatch) -> Tensor:
+        """Run the chunk for a look at all logits, as other programs give them; never to train.
+
+        Returns:
+            Not the last chunk: activations. Last: float32 [batch, seq, vocab/tp], padding of the
+            vocabulary included.
+        """
+        hidden = self._run_layers(batch)
+        if not self.post_process:
+            return hidden
+        whole = self._gather_sequence(hidden, sum_gradients=False)
+        logits = torch.nn.functional.linear(whole, self.head_weight()).float().transpose(0, 1)
+        cap = self.model.logits_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _run_layers(self, batch: SequenceBatch) -> Tensor:
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        hidden: Tensor = self.decoder(
+            hidden_states=self.embed(batch.tokens) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=rotation_angles(self.rotary_speeds, positions)[:, None, None, :],
+        )
+        return hidden
 
     def head_weight(self) -> Tensor:
         """Return the language head's rows on this rank, [vocab/tp, hidden]."""

@@ -111,9 +111,9 @@ def broadcast_object(value: T | None) -> T:
     return received
 
 
-def broadcast_from_first(value: Tensor) -> Tensor:
-    """Overwrite a tensor of every rank with that of rank 0, in place."""
-    dist.broadcast(value, src=0)
+def broadcast_from_first(value: Tensor, group: Group | None = None) -> Tensor:
+    """Overwrite a tensor of every rank with that of the group's (or world's) first, in place."""
+    dist.broadcast(value, group_src=0, group=group)
     return value
 
 

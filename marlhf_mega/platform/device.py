@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import resource
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -147,6 +148,8 @@ def prepare() -> Platform:
         RuntimeError: psutil is missing, Megatron was imported too early, Transformer Engine is
             installed where there is no CUDA, or there are fewer visible GPUs than ranks.
     """
+    # What is missing beside Megatron is said by `marlhf doctor`, not at every import.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if importlib.util.find_spec("psutil") is None:
         raise RuntimeError(
             "platform.python=psutil: must be installed, because Megatron's checkpoint writers die "

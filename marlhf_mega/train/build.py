@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlhf_mega.checkpoint.reshard import connect
-from marlhf_mega.checkpoint.weights import fill_from, fill_random
+from marlhf_mega.checkpoint.weights import fill_from, fill_random, has_scalar_head
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
@@ -43,7 +43,8 @@ def build_model(
         fill_random(chunks, mesh, seed=config.run.seed)
         logger.info("%s: all weights are random (seed %d)", name, config.run.seed)
         return chunks
-    fresh = fill_from(origin, chunks, mesh, seed=config.run.seed)
+    once = config.checkpoint.import_once
+    fresh = fill_from(origin, chunks, mesh, seed=config.run.seed, import_once=once)
     logger.info(
         "%s: weights from %s; freshly initialised: %s",
         name,
@@ -70,7 +71,14 @@ def reward_origins(config: Config, tokenizer: Tokenizer) -> list[Origin]:
         ValueError: one is missing or does not fit the tokenizer.
     """
     terms = [term for term in config.reward.source if term.is_model]
-    return [origin_of(term.source, tokenizer, key="reward.source") for term in terms]
+    origins = [origin_of(term.source, tokenizer, key="reward.source") for term in terms]
+    for origin in origins:
+        if not has_scalar_head(origin, key="reward.source"):
+            raise ValueError(
+                f"reward.source={origin.path}: must be a reward model; it is a language model. "
+                "Train one from it with `marlhf reward`."
+            )
+    return origins
 
 
 def critic_origin(config: Config, tokenizer: Tokenizer, rewards: list[Origin]) -> Origin | None:

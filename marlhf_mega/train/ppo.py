@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -207,9 +208,10 @@ class PpoRun:
         """Export the models and end the rules' processes."""
         run_dir = self.config.run.dir
         if self.config.checkpoint.export_hf:
-            export_hf(self.policy, self.config, self.mesh, target=run_dir / "hf")
+            write = partial(export_hf, config=self.config, mesh=self.mesh, tokenizer=self.tokenizer)
+            write(self.policy, target=run_dir / "hf")
             critic = [ddp.module for ddp in self.roles.critic.chunks]
-            export_hf(critic, self.config, self.mesh, target=run_dir / "hf_critic")
+            write(critic, target=run_dir / "hf_critic")
         self.scorer.close()
         if self.evaluator is not None:
             self.evaluator.close()

@@ -109,7 +109,8 @@ def train_supervised(
                 progress = {"step": done, "stream": stream.state_dict()}
                 save(config.run.dir, done, roles, progress, mesh, keep=config.checkpoint.keep)
         if config.checkpoint.export_hf:
-            export_hf(chunks, config, mesh, target=config.run.dir / "hf")
+            target = config.run.dir / "hf"
+            export_hf(chunks, config, mesh, target=target, tokenizer=inputs.tokenizer)
         output.write_report()
     return dict(results)
 

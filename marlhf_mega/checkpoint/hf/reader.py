@@ -32,6 +32,11 @@ class HfReader:
         """Return the full shape of a tensor."""
         return tuple(self._slices[name].get_shape())
 
+    @property
+    def dtypes(self) -> set[str]:
+        """Number formats in the files, as safetensors calls them: F32, BF16."""
+        return {part.get_dtype() for part in self._slices.values()}
+
     def read(self, piece: Piece) -> Tensor:
         """Return one piece, on the CPU, in the number format of the file."""
         assert piece.name is not None, "padding is not read"

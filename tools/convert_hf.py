@@ -1,0 +1,361 @@
+"""Models in and out of Hugging Face folders.
+
+    python tools/convert_hf.py import HF_DIR RUN_DIR
+    python tools/convert_hf.py export RUN_DIR HF_DIR [--role policy|critic|reward]
+    python tools/convert_hf.py verify HF_DIR --tensor-size 2 --pipeline-size 2
+    python tools/convert_hf.py compare A B
+
+`import` writes a run directory that `model.init` or `reward.source` can name; `export` writes a
+role of a run's newest checkpoint; `verify` imports a folder at a layout, compares logits and greedy
+generation with transformers, exports and compares bit by bit; `compare` compares two checkpoints,
+each a Hugging Face folder or a run directory, tensor by tensor. The tool starts the ranks itself
+(processes with gloo on a CPU machine). The last line on stdout is one JSON object. Exit codes: 0
+done and equal, 1 failed or different, 2 wrong usage (nothing was started).
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from safetensors.torch import load_file, save_file
+
+from marlhf_mega.checkpoint.hf.reader import HfReader, check_tensors, open_folder
+from marlhf_mega.checkpoint.hf.table import Piece, WeightTable
+from marlhf_mega.config.checks import check_world
+from marlhf_mega.config.load import load_config
+from marlhf_mega.config.origin import Origin, find_origin
+from marlhf_mega.config.schema import Config
+from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.parallel.collectives import max_over_world
+from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh
+from marlhf_mega.train import convert
+from marlhf_mega.train.export import export_hf
+
+NEW_TOKENS = 12
+ROW_LENGTHS = (7, 16, 11)
+REFERENCE = Path(__file__).with_name("hf_reference.py")
+
+
+def main() -> int:
+    """Check the request and start the ranks; on a rank, do its part."""
+    options = _parser().parse_args()
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "import": _import,
+        "export": _export,
+        "verify": _verify,
+        "compare": _compare,
+    }
+    try:
+        return commands[options.command](options)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    layout = argparse.ArgumentParser(add_help=False)
+    for name in ("tensor", "pipeline", "virtual-pipeline", "expert"):
+        layout.add_argument(f"--{name}-size", type=int, default=1, metavar="N")
+    layout.add_argument("--sequence-parallel", action="store_true")
+    layout.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights")
+    layout.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    command = commands.add_parser("import", parents=[layout], help="Hugging Face folder to run")
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    command.add_argument("--tokenizer", type=Path, help="if the folder has none")
+    command = commands.add_parser("export", parents=[layout], help="run to Hugging Face folder")
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    command.add_argument("--role", choices=("policy", "critic", "reward"), default="policy")
+    command = commands.add_parser("verify", parents=[layout], help="compare with transformers")
+    command.add_argument("source", type=Path)
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest difference of logits, as a share of the largest logit above 1",
+    )
+    command = commands.add_parser("compare", help="compare two checkpoints tensor by tensor")
+    command.add_argument("first", type=Path)
+    command.add_argument("second", type=Path)
+    command.add_argument("--role", choices=("policy", "critic", "reward"), default="policy")
+    return parser
+
+
+def _import(options: argparse.Namespace) -> int:
+    target: Path = options.target
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target}: must be a new folder; it is not empty. Name another.")
+    config = _config(options, model=f"model.hf_path={options.source}", run_dir=target)
+    origin = find_origin(options.source, key="model.hf_path")
+    role = convert.role_of(origin, key="model.hf_path")
+    tokenizer: Path = options.tokenizer or options.source
+    _check_folder(origin, role)
+    Tokenizer.load(tokenizer)
+    if "RANK" not in os.environ:
+        return _show(_on_ranks(options, config))
+    with _mesh(options, config) as (mesh, report):
+        chunks = _read(origin, role, config, mesh, report)
+        with _timed(report, "write_seconds"):
+            convert.write_run(chunks, role, config, tokenizer, mesh)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    config = _config(options, model=f"model.init={options.source}", run_dir=options.source)
+    origin = find_origin(options.source, key="model.init")
+    if not origin.is_run:
+        raise ValueError(
+            f"{options.source}: must be a run directory; it is a Hugging Face folder. Name another."
+        )
+    if options.target.exists() and any(options.target.iterdir()):
+        raise ValueError(f"{options.target}: must be a new folder; it is not empty. Name another.")
+    if "RANK" not in os.environ:
+        return _show(_on_ranks(options, config))
+    with _mesh(options, config) as (mesh, report), _timed(report, "seconds"):
+        total = _num_bytes(origin, options.role) // mesh.world_size
+        with _progress(mesh, "export", total) as advance:
+            written = convert.export_run(
+                origin, options.role, config, mesh, target=options.target, progress=advance
+            )
+        report |= {"tensors": written.num_tensors, "bytes": written.num_bytes}
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    options.dtype = "float32"
+    config = _config(options, model=f"model.hf_path={options.source}", run_dir=Path("verify"))
+    origin = find_origin(options.source, key="model.hf_path")
+    role = convert.role_of(origin, key="model.hf_path")
+    if "RANK" in os.environ:
+        return _verify_rank(options, origin, role, config)
+    _check_folder(origin, role)
+    with tempfile.TemporaryDirectory() as scratch:
+        options.scratch = Path(scratch)
+        rows = _rows(origin)
+        questions = options.scratch / "questions.json"
+        questions.write_text(json.dumps({"rows": rows, "new_tokens": NEW_TOKENS}))
+        theirs = options.scratch / "theirs.safetensors"
+        _run([sys.executable, str(REFERENCE), str(options.source), str(questions), str(theirs)])
+        report = _on_ranks(options, config)
+        report |= _difference(load_file(options.scratch / "ours.safetensors"), load_file(theirs))
+        found = _compare_folders(options.source, options.scratch / "export")
+        report |= {"export_exact": not found["different"], "tensors": found["tensors"]}
+    return _show(report, good=_is_good(report, options.tolerance))
+
+
+def _verify_rank(options: argparse.Namespace, origin: Origin, role: str, config: Config) -> int:
+    questions = json.loads((options.scratch / "questions.json").read_text())
+    with _mesh(options, config) as (mesh, report):
+        chunks = _read(origin, role, config, mesh, report)
+        answers = convert.answer_ids(chunks, questions["rows"], mesh, new_tokens=NEW_TOKENS)
+        if mesh.is_reporter and mesh.dp_rank == 0:
+            save_file(answers, options.scratch / "ours.safetensors")
+        target, dtype = options.scratch / "export", _file_dtype(options.source)
+        total = _num_bytes(origin, role) // mesh.world_size
+        with _timed(report, "export_seconds"), _progress(mesh, "export", total) as advance:
+            export_hf(chunks, config, mesh, target=target, dtype=dtype, progress=advance)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Compare Hugging Face folders; a run directory is exported first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = []
+        for number, path in enumerate((options.first, options.second)):
+            origin = find_origin(path, key=f"checkpoint {number + 1}")
+            folder = path
+            if origin.is_run:
+                folder = Path(scratch) / str(number)
+                command = ["export", str(path), str(folder), "--role", options.role]
+                _run([sys.executable, __file__, *command])
+            folders.append(folder)
+        found = _compare_folders(*folders)
+    return _show(found, good=not found["different"])
+
+
+def _config(options: argparse.Namespace, *, model: str, run_dir: Path) -> Config:
+    overrides = [
+        model,
+        f"run.dir={run_dir}",
+        f"parallel.tensor_size={options.tensor_size}",
+        f"parallel.pipeline_size={options.pipeline_size}",
+        f"parallel.virtual_pipeline_size={options.virtual_pipeline_size}",
+        f"parallel.expert_size={options.expert_size}",
+        f"parallel.sequence_parallel={options.sequence_parallel}",
+        f"precision.dtype={options.dtype or 'auto'}",
+    ]
+    config = load_config(None, overrides)
+    check_world(config, _num_ranks(config))
+    return config
+
+
+def _num_ranks(config: Config) -> int:
+    parallel = config.parallel
+    return parallel.pipeline_size * math.lcm(parallel.tensor_size, parallel.expert_size)
+
+
+def _table(origin: Origin, role: str) -> WeightTable:
+    return WeightTable(origin.model, "causal_lm" if role == "policy" else "sequence_classification")
+
+
+def _check_folder(origin: Origin, role: str) -> None:
+    """Refuse a damaged folder before any rank is started."""
+    check_tensors(open_folder(origin.path), _table(origin, role).tensors)
+
+
+def _num_bytes(origin: Origin, role: str) -> int:
+    """Return about how many bytes the model's files have."""
+    elements = sum(math.prod(shape) for shape in _table(origin, role).tensors.values())
+    return elements * _file_dtype(origin.path).itemsize
+
+
+def _file_dtype(folder: Path) -> torch.dtype:
+    if not (folder / "config.json").is_file():
+        return torch.float32
+    names = open_folder(folder).dtypes
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(min(names), torch.float32)
+
+
+def _rows(origin: Origin) -> list[list[int]]:
+    """Return fixed token ids; not the padding id, at which transformers would not score."""
+    config = json.loads((origin.path / "config.json").read_text(encoding="utf-8"))
+    allowed = [i for i in range(origin.model.vocab_size or 1) if i != config.get("pad_token_id")]
+    return [
+        [allowed[(31 * k * k + 17 * k + 5 * row) % len(allowed)] for k in range(length)]
+        for row, length in enumerate(ROW_LENGTHS)
+    ]
+
+
+def _on_ranks(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Run this command on as many ranks as the layout has; return the first one's report."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options.scratch = options.scratch or Path(scratch)
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(_num_ranks(config))]
+        arguments = [*sys.argv[1:], "--scratch", str(options.scratch)]
+        _run([sys.executable, *launcher, __file__, *arguments])
+        report: dict[str, Any] = json.loads((options.scratch / "report.json").read_text())
+        return report
+
+
+def _run(command: Sequence[str]) -> None:
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    if subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode:
+        raise RuntimeError(f"{Path(command[1]).name} failed; its own message stands above.")
+
+
+@contextmanager
+def _mesh(options: argparse.Namespace, config: Config) -> Iterator[tuple[Mesh, dict[str, Any]]]:
+    """Join the ranks; leave the first rank's report behind."""
+    mesh = create_mesh(config.parallel)
+    report: dict[str, Any] = {"layout": mesh.describe()}
+    yield mesh, report
+    kilobytes = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    report["peak_memory_gib"] = round(int(max_over_world(kilobytes)) / 2**20, 3)
+    if mesh.rank == 0:
+        (options.scratch / "report.json").write_text(json.dumps(report))
+    destroy_mesh()
+
+
+def _read(
+    origin: Origin, role: str, config: Config, mesh: Mesh, report: dict[str, Any]
+) -> list[StageModel]:
+    total = _num_bytes(origin, role) // mesh.world_size
+    with _timed(report, "import_seconds"), _progress(mesh, "import", total) as advance:
+        return convert.import_model(origin, role, config, mesh, progress=advance)
+
+
+@contextmanager
+def _timed(report: dict[str, Any], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    report[name] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _progress(mesh: Mesh, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show the first rank's bytes, rate and time left on stderr."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(TextColumn(what), *columns, console=console, disable=mesh.rank != 0) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Compare answers of the same names."""
+    assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
+    numbers = [name for name in ours if not name.startswith("generated")]
+    texts = [name for name in ours if name.startswith("generated")]
+    return {
+        "max_logit_diff": max((ours[n] - theirs[n]).abs().max().item() for n in numbers),
+        "max_logit": max(theirs[n].abs().max().item() for n in numbers),
+        "generated_equal": all(ours[n].equal(theirs[n]) for n in texts) if texts else None,
+    }
+
+
+def _compare_folders(first: Path, second: Path) -> dict[str, Any]:
+    """Compare two Hugging Face folders tensor by tensor, holding one of each at a time."""
+    one, other = open_folder(first, key="checkpoint 1"), open_folder(second, key="checkpoint 2")
+    different = dict.fromkeys(one.names ^ other.names, "only in one")
+    num_bytes = 0
+    with Progress(console=Console(stderr=True)) as bar:
+        for name in bar.track(sorted(one.names & other.names), description="compare"):
+            left, right = _whole(one, name), _whole(other, name)
+            num_bytes += left.nbytes + right.nbytes
+            if left.shape != right.shape or left.dtype != right.dtype:
+                different[name] = (
+                    f"{left.dtype} {list(left.shape)} and {right.dtype} {list(right.shape)}"
+                )
+            elif not left.equal(right):
+                gap = (left.double() - right.double()).abs().max().item()
+                different[name] = f"largest difference {gap:.3g}"
+    return {"tensors": len(one.names | other.names), "bytes": num_bytes, "different": different}
+
+
+def _whole(reader: HfReader, name: str) -> torch.Tensor:
+    return reader.read(Piece(name, 0, 0, reader.shape(name)[0]))
+
+
+def _is_good(report: dict[str, Any], tolerance: float) -> bool:
+    close = report["max_logit_diff"] <= tolerance * max(1.0, report["max_logit"])
+    return close and report["generated_equal"] is not False and report["export_exact"]
+
+
+def _show(report: dict[str, Any], *, good: bool = True) -> int:
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
