@@ -107,7 +107,9 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Read the configuration in one process: torchrun would wrap a wrong key in a page of its own. The
 # dry run needs neither the data nor the models, so it only resolves it.
 config=
-if [[ $1 != doctor ]]; then
+if [[ $1 == doctor ]]; then
+    restarts=0 # what it finds is the answer
+else
     check=--check
     ! $dry_run || check=--print-config
     config=$(WORLD_SIZE=$((nodes * ranks)) "$python" -m marlhf_mega "$@" "$check") || exit

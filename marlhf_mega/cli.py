@@ -11,6 +11,7 @@ from typing import Any
 
 from marlhf_mega.config.load import dump_config, load_config
 from marlhf_mega.config.schema import Config
+from marlhf_mega.config.secrets import RedactingFormatter
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -23,6 +24,7 @@ COMMANDS = {
     "offline": "train the policy on given responses by their advantage (A-LoL)",
     "evaluate": "generate on held-out prompts and judge",
     "generate": "answer every prompt of a file, with scores",
+    "doctor": "what this machine has, and whether its ranks, network and disk work together",
 }
 
 
@@ -40,6 +42,8 @@ def run(arguments: Sequence[str]) -> int:
         if options.print_config:
             sys.stdout.write(dump_config(config))
             return 0
+        if options.command == "doctor":
+            return _doctor(config)
         job = _prepare(options.command, config)
         if options.check:
             sys.stdout.write(dump_config(config))
@@ -94,6 +98,15 @@ def _prepare(command: str, config: Config) -> Callable[[], int]:
     return lambda: _on_mesh(inputs.config, lambda mesh: run_job(inputs, mesh))
 
 
+def _doctor(config: Config) -> int:
+    from marlhf_mega.train.doctor import examine, table
+
+    findings = examine(config)
+    if _rank() == 0:
+        sys.stdout.write(table(findings))
+    return EXIT_FAILED if any(finding.status == "FAIL" for finding in findings) else 0
+
+
 def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
     from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
@@ -113,11 +126,9 @@ def _rank() -> int:
 
 def _set_up_logging() -> None:
     """Say what happens on rank 0, only warnings elsewhere."""
-    logging.basicConfig(
-        level=logging.INFO if _rank() == 0 else logging.WARNING,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)
     for noisy in ("py.warnings", "megatron", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -12,6 +12,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
+from marlhf_mega.config.secrets import redact
 
 
 class ConfigError(ValueError):
@@ -32,6 +33,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line for every unknown key, wrong value and broken rule.
     """
     values = _merge(_read(path), _parse_overrides(overrides))
+    if problems := list(_secrets_in(values)):
+        raise ConfigError("\n".join(problems))
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -117,6 +120,21 @@ def _merge(file: DictConfig, overrides: DictConfig) -> Any:
         raise ConfigError(
             "--config: an override cannot set a key inside a list of the file. Override the list."
         ) from None
+
+
+def _secrets_in(values: Any, where: str = "") -> Iterator[str]:
+    """Find secrets that `${oc.env:...}` or a careless hand has put into the configuration."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _secrets_in(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from _secrets_in(value, f"{where}.{index}")
+    elif isinstance(values, str) and redact(values) != values:
+        yield (
+            f"{where}={redact(values)}: must not hold a secret, which would be saved with the run; "
+            "it holds the value of an environment variable. Leave it in the environment."
+        )
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

@@ -121,3 +121,29 @@ def test_too_many_samples_without_a_score_stop_the_run(files, mesh, tmp_path, mo
     reward = {"source": "shaky:reward", "max_invalid_fraction": 0.0}
     with pytest.raises(RuntimeError, match=r"^reward\.max_invalid_fraction=0: "):
         metrics_of(files, mesh, tmp_path, reward=reward)
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_prompts_are_written_only_where_the_config_says_so(files, mesh, tmp_path, caplog, samples):
+    caplog.set_level("DEBUG")
+    run_dir = tmp_path / "run"
+    logging = {"samples": samples, "samples_interval": 1, "tensorboard": True}
+    metrics_of(
+        files,
+        mesh,
+        run_dir,
+        logging=logging,
+        data={"validation_path": files / "prompts.jsonl"},
+        evaluate={"num_prompts": 8, "batch_size": 8},
+    )
+    lines = (files / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"].splitlines()[0] for line in lines]
+    written = {
+        path.name
+        for path in run_dir.rglob("*")
+        if path.is_file()
+        for text in [path.read_bytes()]
+        if any(prompt.encode() in text for prompt in prompts)
+    }
+    assert written == ({"samples.jsonl", "report.html"} if samples else set())
+    assert not any(prompt in caplog.text for prompt in prompts)
