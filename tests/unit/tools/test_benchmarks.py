@@ -95,3 +95,22 @@ def test_geometric_lengths_keep_their_bounds_and_mean(common):
 def test_other_lengths_are_refused(common, text):
     with pytest.raises(ValueError, match=f"--lengths={text}: must be geometric:LOW:HIGH"):
         common.response_lengths(text, count=1, fixed=1, seed=0)
+
+
+def test_the_plan_of_a_70b_import_is_that_of_its_first_rank():
+    """2,270,756,864 parameters of two bytes; the largest slice is a share of the embedding."""
+    options = ["--plan", "--tensor-size", "8", "--pipeline-size", "4"]
+    found = json.loads(benchmark("conversion", *options).stdout)
+    assert found["parameters"] == 2_270_756_864
+    assert found["weights_bytes"] == 2 * 2_270_756_864
+    assert found["largest_slice_bytes"] == 2 * 128256 // 8 * 8192
+
+
+@pytest.mark.slow
+def test_conversion_compares_itself_with_the_disk(tmp_path):
+    options = ["--ranks", "2", "--tensor-size", "2", "--pipeline-size", "1", "--iters", "1"]
+    done = benchmark("conversion", *options, "--folder", str(tmp_path))
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bytes"] > 2 * 32 * 64
+    assert found["import_cold_of_disk_read"] > 0
+    assert not any(tmp_path.iterdir())
