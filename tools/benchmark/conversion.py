@@ -192,7 +192,7 @@ def plan(args: argparse.Namespace) -> int:
 def main() -> int:
     """Run the benchmark."""
     options = common.parser(__doc__.partition("\n")[0])
-    options.add_argument("--folder", type=Path, help="where to write; none: the temporary folder")
+    options.add_argument("--folder", help="where to write; none: the temporary folder")
     options.add_argument("--plan", action="store_true", help="compute what 70B needs; run nothing")
     options.set_defaults(
         hidden=2048, layers=16, heads=32, kv_heads=8, ffn=8192, vocab=32000, dtype="bfloat16",
