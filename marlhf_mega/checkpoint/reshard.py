@@ -68,4 +68,4 @@ def _described(chunks: Sequence[StageModel], mesh: Mesh) -> tuple[list[Block], l
     )
     parameters = local_parameters(chunks)
     blocks = describe(parameters, table, layout_of(mesh, model.vocab_size))
-    return blocks, [parameter.tensor.detach() for parameter in parameters]
+    return blocks, [parameter.tensor for parameter in parameters]
