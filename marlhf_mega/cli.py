@@ -15,6 +15,13 @@ from marlhf_mega.config.secrets import RedactingFormatter
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_PREEMPTED = 75
+EXIT_NO_PROGRESS = 76
+
+EXIT_CODE_FILE = "MARLHF_EXIT_CODE_FILE"
+"""Environment variable of launch/torchrun.sh: where ranks leave a code that torchrun must not see.
+
+torchrun restarts all ranks after any code but 0, and ends with 1 whatever theirs was."""
 
 COMMANDS = {
     "quickstart": "the whole story on built-in data: sft, reward model, macro ppo, a report",
@@ -30,11 +37,11 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and end the process with its exit code."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(_for_launcher(run(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns 0 done, 1 failed, 2 wrong usage or configuration."""
+    """Run one command; returns its exit code, see `marlhf --help`."""
     options = _parser().parse_args(arguments)
     _set_up_logging()
     try:
@@ -60,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="marlhf",
         description="Reinforcement learning from human feedback with macro actions on "
         "Megatron-Core. Every command runs on one rank, or on many under torchrun.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration (nothing started).",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration (nothing started), "
+        "75 pre-empted with a checkpoint (start it again), 76 no progress (do not).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
@@ -117,6 +125,15 @@ def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
         logging.getLogger(__name__).exception("rank %d failed: %s", mesh.rank, error)
         return EXIT_FAILED
     destroy_mesh()
+    return 0
+
+
+def _for_launcher(code: int) -> int:
+    """Leave a code that ends the run for good where the launcher finds it, and return 0 instead."""
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is None or code not in (EXIT_PREEMPTED, EXIT_NO_PROGRESS):
+        return code
+    Path(file).write_text(f"{code}\n")  # the same on every rank of this machine
     return 0
 
 

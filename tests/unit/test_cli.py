@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from marlhf_mega import cli
 from marlhf_mega.cli import run
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
@@ -253,3 +254,23 @@ def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys
     assert "vocab_size: 400" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert run([*arguments[:-1], "data.train_path=/nowhere.jsonl", "--check"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "own_code", "left"),
+    [(0, 0, ""), (1, 1, ""), (2, 2, ""), (75, 0, "75\n"), (76, 0, "76\n")],
+)
+def test_codes_that_end_a_run_for_good_are_left_for_the_launcher(
+    tmp_path, monkeypatch, code, own_code, left
+):
+    file = tmp_path / "code"
+    file.touch()
+    monkeypatch.setattr(cli, "run", lambda _: code)
+    monkeypatch.setenv("MARLHF_EXIT_CODE_FILE", str(file))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ppo"])
+    assert (stop.value.code, file.read_text()) == (own_code, left)
+    monkeypatch.delenv("MARLHF_EXIT_CODE_FILE")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ppo"])
+    assert stop.value.code == code
