@@ -1,6 +1,8 @@
 """PPO with a rule reward under every macro rule, in one process: the real loop, a tiny model."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch.distributed as dist
@@ -121,6 +123,31 @@ def test_too_many_samples_without_a_score_stop_the_run(files, mesh, tmp_path, mo
     reward = {"source": "shaky:reward", "max_invalid_fraction": 0.0}
     with pytest.raises(RuntimeError, match=r"^reward\.max_invalid_fraction=0: "):
         metrics_of(files, mesh, tmp_path, reward=reward)
+
+
+class HalfScores(BaseHTTPRequestHandler):
+    """A reward server that has no score for every second response."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        scores = [2.0 if index % 2 else None for index in range(len(body["responses"]))]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"scores": scores}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_scores_and_what_it_cannot_score_is_masked_and_counted(files, mesh, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HalfScores)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    reward = {"source": f"http://127.0.0.1:{server.server_port}/score"}
+    found = metrics_of(files, mesh, tmp_path, reward=reward)[-1]
+    server.shutdown()
+    server.server_close()
+    assert found["rollout/invalid_fraction"] == 0.5
+    assert found["rollout/score_mean"] == 2.0
 
 
 @pytest.mark.parametrize("samples", [0, 2])
