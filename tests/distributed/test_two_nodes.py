@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,15 +38,15 @@ exec sleep 600
 @pytest.fixture
 def inside():
     """Return the command prefix that enters the two machines' world; it ends with the test."""
-    try:
-        world = subprocess.Popen(
-            ["unshare", "--net", "--mount", "bash", "-c", CABLE],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    except FileNotFoundError:
-        pytest.skip("needs unshare(1)")
+    for program in ("unshare", "nsenter", "ip", "mount"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the program {program}")
+    world = subprocess.Popen(
+        ["unshare", "--net", "--mount", "bash", "-c", CABLE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if world.stdout.readline() != "ready\n":
         pytest.skip(f"no network namespaces here: {world.communicate()[1].strip()}")
     yield ["nsenter", "--target", str(world.pid), "--net", "--mount"]

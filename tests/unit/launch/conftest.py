@@ -58,6 +58,8 @@ def launch(programs: Path, tmp_path: Path) -> Run:
 
     def run(script: str, *arguments: str, timeout: float = 60, **environment: str):
         fixed = {"HOME": str(tmp_path), "PYTHON": sys.executable, "LC_ALL": "C"}
+        if not (programs / "nvidia-smi").exists():
+            fixed["CUDA_VISIBLE_DEVICES"] = ""
         path = f"{programs}{os.pathsep}/usr/sbin:/usr/bin:/sbin:/bin"
         return subprocess.run(
             ["bash", str(ROOT / "launch" / script), *arguments],
