@@ -149,14 +149,32 @@ trap 'rm -f -- "$MARLHF_EXIT_CODE_FILE"' EXIT
 # torchrun itself would kill the ranks soon after a signal, in the middle of a step: only the ranks
 # hear of it, and torchrun ends when they do.
 stop_requested=false
-# shellcheck disable=SC2329 # called by the trap
-ask_ranks_to_stop() {
-    local ranks
-    stop_requested=true
-    read -ra ranks -d '' < <(cat "/proc/$launcher/task"/*/children 2>/dev/null) || true
-    if ((${#ranks[@]})); then
-        kill -TERM "${ranks[@]}" 2>/dev/null || true
-    fi
+# shellcheck disable=SC2329 # these are called by the trap
+{
+    ranks_now() {
+        cat "/proc/$launcher/task"/*/children 2>/dev/null || true
+    }
+    ask_ranks_to_stop() {
+        local asked
+        read -ra asked -d '' < <(ranks_now) || true
+        ((${#asked[@]} == 0)) || kill -TERM "${asked[@]}" 2>/dev/null || true
+        if ! $stop_requested; then
+            stop_requested=true
+            end_if_restarted ${asked[@]+"${asked[@]}"} &>/dev/null &
+        fi
+    }
+    # Ranks that could not listen yet have died, and torchrun starts new ones: end it then.
+    end_if_restarted() {
+        local rank
+        while sleep 0.5 && kill -0 "$launcher"; do
+            for rank in $(ranks_now); do
+                if [[ " $* " != *" $rank "* ]]; then
+                    kill -TERM "$launcher"
+                    return
+                fi
+            done
+        done
+    }
 }
 trap ask_ranks_to_stop TERM INT USR1
 (

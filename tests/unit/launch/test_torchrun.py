@@ -179,22 +179,46 @@ pathlib.Path(os.environ["MARLHF_EXIT_CODE_FILE"]).write_text("75\\n")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_ranks_which_may_take_their_time(stand_in, tmp_path, number):
-    python = stand_in(SAVES_ON_SIGTERM.format(here=str(tmp_path)))
+def stopped_by(python, number, here):
+    """Start two ranks, signal their launcher twice once they are up; return its exit code."""
     process = subprocess.Popen(
-        ["bash", ROOT / "launch" / "torchrun.sh", "--ranks-per-node", "2", "ppo"],
+        [
+            "bash",
+            ROOT / "launch" / "torchrun.sh",
+            "--ranks-per-node",
+            "2",
+            "--restarts",
+            "20",
+            "ppo",
+        ],
         env=os.environ | {"PYTHON": python, "CUDA_VISIBLE_DEVICES": ""},
     )
     deadline = time.monotonic() + 60
-    while not all((tmp_path / f"up{rank}").exists() for rank in range(2)):
+    while not all((here / f"up{rank}").exists() for rank in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
     time.sleep(0.4)
     process.send_signal(number)
-    assert process.wait(timeout=30) == 75
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_which_may_take_their_time(stand_in, tmp_path, number):
+    python = stand_in(SAVES_ON_SIGTERM.format(here=str(tmp_path)))
+    assert stopped_by(python, number, tmp_path) == 75
     assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["2", "2"]
+
+
+def test_ranks_that_do_not_listen_end_and_are_not_restarted_for_long(stand_in, tmp_path):
+    python = stand_in(
+        "import os, pathlib, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "(here / f\"up{os.environ['RANK']}\").open('a').write('x')\n"
+        "time.sleep(600)\n"
+    )
+    assert stopped_by(python, signal.SIGTERM, tmp_path) == 75
+    assert len((tmp_path / "up0").read_text()) <= 3  # one, and one after each signal
 
 
 REJOINS = """
