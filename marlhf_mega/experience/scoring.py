@@ -1,4 +1,4 @@
-"""Scores of finished responses: learned reward models and rules, added by weight."""
+"""Scores of finished responses: learned reward models, rules and servers, added by weight."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ class Scorer:
         microbatch_tokens: int | None = None,
         key: str = "reward.source",
     ) -> None:
-        """Start the rules, on one rank of each replica.
+        """Start the rules and open the servers, on one rank of each replica.
 
         Args:
             terms: the config's sources.

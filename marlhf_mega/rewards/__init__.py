@@ -1,1 +1,1 @@
-"""Where the score of a response comes from: rules, and sums of several sources."""
+"""Where the score of a response comes from: rules, tests in a sandbox, servers, and their sum."""
