@@ -105,7 +105,27 @@ def _layout_problems(
             f"parallel.virtual_pipeline_size={parallel.virtual_pipeline_size}: needs "
             "parallel.pipeline_size > 1; it is 1. Set it to 1."
         )
+    if section == "parallel":
+        yield from _recompute_problems(config)
     yield from _expert_problems(config, parallel, section)
+
+
+def _recompute_problems(config: Config) -> Iterator[str]:
+    memory, parallel = config.memory, config.parallel
+    layers = memory.recompute_num_layers
+    if layers is None:
+        return
+    here = config.model.num_layers // (parallel.pipeline_size * parallel.virtual_pipeline_size)
+    if memory.recompute != "full":
+        yield (
+            f"memory.recompute_num_layers={layers}: needs memory.recompute=full; it is "
+            f"{memory.recompute}. Leave it out or set memory.recompute=full."
+        )
+    elif layers > here:
+        yield (
+            f"memory.recompute_num_layers={layers}: must not exceed the {here} layers of a "
+            "stage's chunk. Lower it, or leave it out for all of them."
+        )
 
 
 def _expert_problems(config: Config, parallel: ParallelConfig, section: str) -> Iterator[str]:

@@ -56,6 +56,16 @@ class PrecisionConfig(Section):
     """How FP8 scales are found; the default keeps no state between steps."""
 
 
+class MemoryConfig(Section):
+    """What is given up for device memory. No number of a run depends on it."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What of a layer is computed again in the backward pass of models that learn: nothing,
+    the inside of attention (of use with softcaps: fused kernels keep little), or all of it."""
+    recompute_num_layers: int | None = Field(None, gt=0)
+    """`full`: layers of each stage's chunk that are; none: all."""
+
+
 class TokenizerConfig(Section):
     """Text to token ids."""
 
@@ -412,6 +422,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    memory: MemoryConfig = MemoryConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     policy: OptimizerConfig = OptimizerConfig()

@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import PrecisionConfig
+from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
 from marlhf_mega.models.spec import block_spec, transformer_config
@@ -33,7 +33,14 @@ class StageModel(LanguageModule):
     rotary_speeds: Tensor
 
     def __init__(
-        self, model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, *, head: Head, chunk: int
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        mesh: Mesh,
+        *,
+        head: Head,
+        chunk: int,
+        memory: MemoryConfig,
     ) -> None:
         """Allocate parameters without filling them; `marlhf_mega.checkpoint.weights` does that.
 
@@ -43,9 +50,10 @@ class StageModel(LanguageModule):
             mesh: where this rank stands.
             head: `language` for policy and reference, `scalar` for critic and reward.
             chunk: which of this rank's virtual pipeline stages.
+            memory: what is computed again in the backward pass.
         """
         assert model.vocab_size is not None
-        config = transformer_config(model, precision, mesh)
+        config = transformer_config(model, precision, mesh, memory)
         super().__init__(config, mesh.groups)
         self.model, self.head = model, head
         self.model_type = ModelType.encoder_or_decoder
@@ -244,10 +252,19 @@ def _select(hidden: Tensor, batch: SequenceBatch, shift: int) -> Tensor:
 
 
 def build_chunks(
-    model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, *, head: Head
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    mesh: Mesh,
+    *,
+    head: Head,
+    memory: MemoryConfig | None = None,
 ) -> list[StageModel]:
-    """Build this rank's chunks of one model on its device, parameters not yet filled."""
+    """Build this rank's chunks of one model on its device, parameters not yet filled.
+
+    `memory` matters to models that learn only.
+    """
+    memory = memory or MemoryConfig()
     return [
-        StageModel(model, precision, mesh, head=head, chunk=chunk).to(mesh.device)
+        StageModel(model, precision, mesh, head=head, chunk=chunk, memory=memory).to(mesh.device)
         for chunk in range(mesh.num_chunks)
     ]

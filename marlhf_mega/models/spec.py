@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import PrecisionConfig
+from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.layers import PostNormRowParallelLinear, RMSNorm, SdpaAttention
 from marlhf_mega.parallel.mesh import Mesh
 
@@ -46,7 +46,7 @@ def uses_transformer_engine(model: ModelConfig, mesh: Mesh) -> bool:
 
 
 def transformer_config(
-    model: ModelConfig, precision: PrecisionConfig, mesh: Mesh
+    model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, memory: MemoryConfig
 ) -> TransformerConfig:
     """Translate our names to Megatron-Core's; fusions that need extra CUDA kernels stay off."""
     dtype = compute_dtype(precision, mesh)
@@ -98,6 +98,7 @@ def transformer_config(
         persist_layer_norm=False,
         **_expert_settings(model),
         **_fp8_settings(precision),
+        **_recompute_settings(memory),
     )
 
 
@@ -192,3 +193,17 @@ def _fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
     if precision.fp8 == "off":
         return {}
     return {"fp8": precision.fp8, "fp8_recipe": precision.fp8_recipe}
+
+
+def _recompute_settings(memory: MemoryConfig) -> dict[str, Any]:
+    match memory.recompute:
+        case "none":
+            return {}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    # `block`: so many of a chunk's layers, each on its own; `uniform`: all, in groups of so many.
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block" if memory.recompute_num_layers else "uniform",
+        "recompute_num_layers": memory.recompute_num_layers or 1,
+    }

@@ -38,7 +38,7 @@ def build_model(
     Returns:
         This rank's chunks.
     """
-    chunks = build_chunks(model, config.precision, mesh, head=head)
+    chunks = build_chunks(model, config.precision, mesh, head=head, memory=config.memory)
     if origin is None:
         fill_random(chunks, mesh, seed=config.run.seed)
         logger.info("%s: all weights are random (seed %d)", name, config.run.seed)

@@ -341,3 +341,27 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     data = {"max_prompt_tokens": 38}
     found = job_problems(job, ppo={"microbatch_tokens": 99}, parallel=parallel, data=data)
     assert [line.split(":")[0] for line in found] == ["ppo.microbatch_tokens=99"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "line"),
+    [
+        (
+            {"recompute_num_layers": 1},
+            "memory.recompute_num_layers=1: needs memory.recompute=full; it is none. Leave it out "
+            "or set memory.recompute=full.",
+        ),
+        (
+            {"recompute": "full", "recompute_num_layers": 3},
+            "memory.recompute_num_layers=3: must not exceed the 2 layers of a stage's chunk. Lower "
+            "it, or leave it out for all of them.",
+        ),
+    ],
+)
+def test_recompute_fits_the_layers_of_a_chunk(memory, line):
+    assert world_problems(2, memory=memory, parallel={"pipeline_size": 2}) == [line]
+
+
+def test_recompute_may_cover_every_layer_of_a_chunk():
+    memory = {"recompute": "full", "recompute_num_layers": 2}
+    assert check_world(make(memory=memory, parallel={"pipeline_size": 2}), 2) == 1
