@@ -100,6 +100,29 @@ def save(
     return target
 
 
+def check_writable(run_dir: Path, mesh: Mesh) -> None:
+    """Refuse if some rank cannot write into the folder of checkpoints. All ranks call it.
+
+    Raises:
+        RuntimeError: with the rank and what the system says.
+    """
+    root = run_dir / "checkpoints"
+    probe = root / f"probe_{mesh.rank}.tmp"
+    problem = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        durable.write(probe, "writable\n")
+        probe.unlink()
+    except OSError as error:
+        problem = _reason(error)
+    failed = agree_on_error(problem, mesh)
+    if failed is not None:
+        raise RuntimeError(
+            f"run.dir={run_dir}: must be a folder that every rank can write to; {failed}. "
+            "Mend it or use another folder."
+        )
+
+
 def check_space(run_dir: Path, roles: Mapping[str, sharded.Role], mesh: Mesh) -> None:
     """Refuse if a checkpoint of these models does not fit on the disk. All ranks call it.
 
@@ -142,6 +165,16 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
         f"{root}: must hold a checkpoint that is as it was written; {'; '.join(remarks)}. Restore "
         "a file from a copy, or use another run.dir to start afresh."
     )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state that was given to `save`. Does not communicate.
+
+    Args:
+        folder: from `find`, which has verified it.
+    """
+    state: dict[str, Any] = _read_state(folder)["state"]
+    return state
 
 
 def load(

@@ -392,6 +392,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on from `run.dir`'s newest checkpoint: if there is one, never, or else refuse to start."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys (`policy.lr`) or sections (`reward`) that may differ from the checkpoint's run."""
     export_hf: bool = True
     """Write a Hugging Face folder `run.dir`/hf at the end."""
     export_from_first: bool = False

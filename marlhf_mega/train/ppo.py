@@ -39,9 +39,12 @@ from marlhf_mega.train.evaluate import Evaluator, Judged, make_sample, prompt_ex
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import RunOutput
-from marlhf_mega.train.resume import resume
+from marlhf_mega.train.resume import CONFIG, resume, settings_of
 from marlhf_mega.update import ppo as update
 from marlhf_mega.update.ppo import local_indices, ppo_update
+
+_STATE = ("step", "stream", "kl_coef", "reward_moments", "first_scores")
+"""What a checkpoint holds besides the models and the configuration."""
 
 
 def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
@@ -200,6 +203,7 @@ class PpoRun:
             "kl_coef": self.kl_coef,
             "reward_moments": [moments.count, moments.mean, moments.square_deviation],
             "first_scores": self.first_scores,
+            CONFIG: settings_of(self.config),
         }
         keep = self.config.checkpoint.keep
         save(self.config.run.dir, done, self.trained, state, self.mesh, keep=keep)
@@ -217,7 +221,7 @@ class PpoRun:
             self.evaluator.close()
 
     def _resume(self) -> int:
-        state = resume(self.config, self.trained, self.mesh)
+        state = resume(self.config, "ppo", self.trained, self.mesh, required=_STATE)
         if state is None:
             return 0
         self.stream.load_state_dict(state["stream"])

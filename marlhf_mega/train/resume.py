@@ -1,23 +1,66 @@
-"""Go on from the newest checkpoint of the run directory, as the config says."""
+"""Go on from the newest checkpoint of the run directory, if it is of the same run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from marlhf_mega.checkpoint.store import find, load
+from marlhf_mega.checkpoint.store import check_space, check_writable, find, load, read_state
 from marlhf_mega.config.schema import Config
+from marlhf_mega.metrics.progress import Job
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "config"
+"""Key of the state that holds the settings of the run."""
 
-def resume(config: Config, roles: Mapping[str, TrainState], mesh: Mesh) -> dict[str, Any] | None:
+_SECTIONS: dict[Job, tuple[str, ...]] = {
+    "sft": ("policy", "sft"),
+    "reward": ("reward_model",),
+    "ppo": ("policy", "critic", "rollout", "macro", "ppo", "reward"),
+    "offline": ("policy", "critic", "offline"),
+}
+_SHARED = ("model", "precision", "tokenizer", "data")
+# The data file may move, since its hash is compared; the rest says how, not what, is computed.
+_FREE = {
+    "data.train_path",
+    "data.validation_path",
+    "rollout.slots",
+    "rollout.tensor_size",
+    "rollout.pipeline_size",
+}
+_FREE_NAMES = {"microbatch_size", "microbatch_tokens"}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the configuration as JSON values, to be saved with the state."""
+    return config.model_dump(mode="json")
+
+
+def resume(
+    config: Config,
+    job: Job,
+    roles: Mapping[str, TrainState],
+    mesh: Mesh,
+    *,
+    required: Sequence[str],
+) -> dict[str, Any] | None:
     """Restore the trained models and return the rest of the state; none for a fresh start.
 
+    Args:
+        config: of this run.
+        job: whose settings must be those of the checkpoint.
+        roles: the trained models, built as for a fresh start.
+        mesh: where this rank stands.
+        required: keys that the state must have.
+
     Raises:
-        RuntimeError: `checkpoint.resume=must` and there is nothing to go on from.
+        RuntimeError: checkpoints could not be written, there is nothing to go on from but
+            `checkpoint.resume=must`, or a setting or a part of the state is not as it must be.
     """
+    check_writable(config.run.dir, mesh)
+    check_space(config.run.dir, roles, mesh)
     if config.checkpoint.resume == "never":
         return None
     found = find(config.run.dir, mesh)
@@ -28,6 +71,46 @@ def resume(config: Config, roles: Mapping[str, TrainState], mesh: Mesh) -> dict[
                 "Set it to auto to start afresh."
             )
         return None
-    state = load(found, roles, mesh)
+    # Before the weights: a changed model is better named by its key than by a tensor's shape.
+    check_settings(read_state(found).get(CONFIG, {}), config, job)
+    state = load(found, roles, mesh, required=(*required, CONFIG))
     logger.info("going on from %s", found)
     return state
+
+
+def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:
+    """Refuse settings that make another run of it.
+
+    Args:
+        saved: what `settings_of` returned when the checkpoint was written.
+        config: of this run.
+        job: only the sections it reads are compared.
+
+    Raises:
+        RuntimeError: with each key that differs and both values.
+    """
+    present = settings_of(config)
+    allowed = config.checkpoint.allow_changed
+    different = [
+        f"{key}={new}: must be as in the checkpoint, {old}"
+        for key, old, new in _pairs(saved, present, (*_SHARED, *_SECTIONS[job]))
+        if old != new and key not in allowed and key.partition(".")[0] not in allowed
+    ]
+    if different:
+        raise RuntimeError(
+            f"{'; '.join(different)}. Set it back, name it in checkpoint.allow_changed, or use "
+            "another run.dir."
+        )
+
+
+def _pairs(
+    saved: Mapping[str, Any], present: Mapping[str, Any], sections: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the key, old and new value of every setting that both have."""
+    yield "run.seed", saved.get("run", present["run"])["seed"], present["run"]["seed"]
+    for section in sections:
+        old = saved.get(section, {})
+        for name, value in present[section].items():
+            key = f"{section}.{name}"
+            if name in old and key not in _FREE and name not in _FREE_NAMES:
+                yield key, old[name], value

@@ -20,7 +20,7 @@ from marlhf_mega.parallel.schedule import run_forward_backward
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.output import RunOutput
-from marlhf_mega.train.resume import resume
+from marlhf_mega.train.resume import CONFIG, resume, settings_of
 
 Example = TypeVar("Example")
 
@@ -88,7 +88,7 @@ def train_supervised(
         data_hash=inputs.data_hash,
     )
     roles = {spec.role: state}
-    restored = resume(config, roles, mesh)
+    restored = resume(config, spec.job, roles, mesh, required=("step", "stream"))
     first = 0
     if restored is not None:
         first = int(restored["step"])
@@ -106,7 +106,11 @@ def train_supervised(
                 metrics.update(results)
             output.finish_step(done, metrics)
             if _due(done, config.checkpoint.interval, steps):
-                progress = {"step": done, "stream": stream.state_dict()}
+                progress = {
+                    "step": done,
+                    "stream": stream.state_dict(),
+                    CONFIG: settings_of(config),
+                }
                 save(config.run.dir, done, roles, progress, mesh, keep=config.checkpoint.keep)
         if config.checkpoint.export_hf:
             target = config.run.dir / "hf"

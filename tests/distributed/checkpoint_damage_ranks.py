@@ -206,6 +206,12 @@ def failing(case, mesh, role):
             dist.barrier()
             if mesh.rank == 0:
                 subprocess.run(["umount", str(small)], check=True)
+    file = case.good.with_name("file")
+    if mesh.rank == 0:
+        file.write_text("in the way")
+    dist.barrier()
+    found["in the way"] = message(lambda: store.check_writable(file / "run", mesh))
+    found["good folder"] = message(lambda: store.check_writable(run, mesh))
     attempt("mended", run)
     return found
 

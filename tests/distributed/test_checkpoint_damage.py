@@ -108,6 +108,14 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(found):
     assert result["left"] == []
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_on_all_ranks(found):
+    first, second = found["failing"]["in the way"]
+    assert first == second
+    assert "must be a folder that every rank can write to; rank 0: Not a directory" in first
+    assert len(first.splitlines()) == 1
+    assert found["failing"]["good folder"] == ["not refused", "not refused"]
+
+
 def test_a_later_save_succeeds_where_one_failed(found):
     result = found["failing"]["mended"]
     assert result["messages"] == ["not refused", "not refused"]

@@ -230,6 +230,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(quickstart, tm
     assert numbers(resumed) == numbers(folder / "sft")
 
 
+def test_a_changed_setting_or_data_file_is_refused_with_both_values(quickstart, tmp_path):
+    folder = quickstart[0]
+    options = stage_options(folder, "sft")
+    resumed = tmp_path / "sft"
+    shutil.copytree(folder / "sft", resumed)
+    layout = ["parallel.tensor_size=1", "parallel.pipeline_size=1", f"run.dir={resumed}"]
+    done = marlhf("sft", *options, *layout, "sft.batch_size=4", check=False)
+    assert done.returncode == 1
+    assert "sft.batch_size=4: must be as in the checkpoint, 8" in done.stderr
+    data = tmp_path / "sft.jsonl"
+    rows = (folder / "data" / "sft.jsonl").read_text().splitlines()
+    data.write_text("\n".join(rows[::-1]))
+    done = marlhf("sft", *options, *layout, f"data.train_path={data}", check=False)
+    assert done.returncode == 1
+    assert re.search(
+        r"data.data_hash=[0-9a-f]{64}: must be as in the checkpoint, [0-9a-f]{64}", done.stderr
+    )
+
+
 def test_a_resume_that_must_be_is_refused_without_a_checkpoint(quickstart, tmp_path):
     options = stage_options(quickstart[0], "sft")
     layout = ["parallel.tensor_size=1", "parallel.pipeline_size=1"]
