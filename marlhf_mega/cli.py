@@ -9,19 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from marlhf_mega.config.exit_codes import (
+    EXIT_CODE_FILE,
+    EXIT_FAILED,
+    EXIT_NO_PROGRESS,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+)
 from marlhf_mega.config.load import dump_config, load_config
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import RedactingFormatter
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_PREEMPTED = 75
-EXIT_NO_PROGRESS = 76
-
-EXIT_CODE_FILE = "MARLHF_EXIT_CODE_FILE"
-"""Environment variable of launch/torchrun.sh: where ranks leave a code that torchrun must not see.
-
-torchrun restarts all ranks after any code but 0, and ends with 1 whatever theirs was."""
 
 COMMANDS = {
     "quickstart": "the whole story on built-in data: sft, reward model, macro ppo, a report",
@@ -117,15 +114,20 @@ def _doctor(config: Config) -> int:
 
 def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
     from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+    from marlhf_mega.train.stop import EarlyEndError
 
     mesh = create_mesh(config.parallel)
+    code = 0
     try:
         work(mesh)
+    except EarlyEndError as end:
+        logging.getLogger(__name__).info("%s", end)
+        code = end.code
     except (RuntimeError, ValueError) as error:
         logging.getLogger(__name__).exception("rank %d failed: %s", mesh.rank, error)
         return EXIT_FAILED
     destroy_mesh()
-    return 0
+    return code
 
 
 def _for_launcher(code: int) -> int:

@@ -21,6 +21,12 @@ class RunConfig(Section):
     """Every random draw is a function of (seed, step, global sample index)."""
     steps: int | None = Field(None, gt=0)
     """Optimizer steps (sft, reward) or PPO steps; none: one pass over the training data."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Optimizer steps with a gradient that is not finite, in a row, before the run stops."""
+    max_hours: float | None = Field(None, gt=0)
+    """Save and end with code 75 at the first step that ends after this time; none: no limit."""
+    max_attempts: int = Field(5, gt=0)
+    """Starts by a launcher from the same step before the run ends with code 76: no progress."""
 
 
 class ParallelConfig(Section):

@@ -1,5 +1,6 @@
 """A model that learns: data-parallel chunks, optimizer and learning-rate schedule."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from marlhf_mega.config.schema import OptimizerConfig
@@ -25,6 +27,8 @@ class StepResult:
     """Global, before clipping."""
     lr: float
     """Learning rate of the step just taken."""
+    skipped: bool = False
+    """The gradient was not finite: nothing has changed on any rank."""
 
 
 class TrainState:
@@ -81,6 +85,8 @@ class TrainState:
             wd_incr_steps=1,
             wd_incr_style="constant",
         )
+        self.num_skipped = 0
+        """Steps skipped in a row."""
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = None
@@ -95,9 +101,31 @@ class TrainState:
         self.optimizer.zero_grad()
 
     def step(self) -> StepResult:
-        """Move the schedule on, clip, update."""
+        """Move the schedule on, clip, update; do nothing if the gradient is not finite.
+
+        The norm is a sum over all ranks, so one bad number anywhere is seen everywhere.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            self.num_skipped += 1
+            return StepResult(grad_norm=grad_norm, lr=0.0, skipped=True)
+        self.num_skipped = 0
         # The schedule moves first: warm-up step k of n uses lr * k / n, and no step is lost to 0.
         self.schedule.step(increment=1)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(grad_norm=float(grad_norm), lr=lr)
+        self._clip(grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return StepResult(grad_norm=grad_norm, lr=lr)
+
+    def _clip(self, grad_norm: float) -> None:
+        """Scale all gradients so that their global norm is at most `grad_clip`."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            parameters = [] if part.is_stub_optimizer else part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    part.config.clip_grad,
+                    grad_norm,
+                    part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )

@@ -40,6 +40,7 @@ from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, resume, settings_of
+from marlhf_mega.train.stop import StopRequest, count_attempt
 from marlhf_mega.update import ppo as update
 from marlhf_mega.update.ppo import local_indices, ppo_update
 
@@ -74,6 +75,8 @@ def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[
     run = PpoRun(inputs, mesh)
     config, first = inputs.config, run.first_step
     before: dict[str, float] = {}
+    count_attempt(config, first, mesh)
+    request = StopRequest(config, mesh)
     with run.output as output:
         if first == 0:
             before = run.evaluate(step=0)
@@ -84,8 +87,12 @@ def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[
             if last or (config.evaluate.interval and done % config.evaluate.interval == 0):
                 metrics |= run.evaluate(step=done)
             output.finish_step(done, metrics)
-            if last or (config.checkpoint.interval and done % config.checkpoint.interval == 0):
+            stopping = request.is_made() and not last
+            interval = config.checkpoint.interval
+            if stopping or last or (interval and done % interval == 0):
                 run.save(done)
+            if stopping:
+                raise request.end(done)
         run.close()
         output.write_report()
     return before, run.last_results

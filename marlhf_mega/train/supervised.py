@@ -21,6 +21,8 @@ from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, resume, settings_of
+from marlhf_mega.train.stop import StopRequest, count_attempt
+from marlhf_mega.update.skipped import keep_skipped
 
 Example = TypeVar("Example")
 
@@ -94,10 +96,12 @@ def train_supervised(
         first = int(restored["step"])
         stream.load_state_dict(restored["stream"])
     results: Mapping[str, float] = {}
+    count_attempt(config, first, mesh)
+    request = StopRequest(config, mesh)
     with RunOutput(spec.job, inputs, mesh, num_steps=steps, first_step=first) as output:
         for step in range(first, steps):
             with output.timers("step"):
-                metrics = _step(spec, inputs, state, stream, mesh, output)
+                metrics = _step(spec, inputs, state, stream, mesh, output, step)
             seconds = output.timers.seconds("step")
             metrics["perf/tokens_per_second"] = metrics.pop("tokens") / seconds
             done = step + 1
@@ -105,13 +109,16 @@ def train_supervised(
                 results = spec.evaluate(state, inputs.validation)
                 metrics.update(results)
             output.finish_step(done, metrics)
-            if _due(done, config.checkpoint.interval, steps):
+            stopping = request.is_made() and done < steps
+            if stopping or _due(done, config.checkpoint.interval, steps):
                 progress = {
                     "step": done,
                     "stream": stream.state_dict(),
                     CONFIG: settings_of(config),
                 }
                 save(config.run.dir, done, roles, progress, mesh, keep=config.checkpoint.keep)
+            if stopping:
+                raise request.end(done)
         if config.checkpoint.export_hf:
             target = config.run.dir / "hf"
             export_hf(chunks, config, mesh, target=target, tokenizer=inputs.tokenizer)
@@ -130,6 +137,7 @@ def _step(
     stream: SampleStream | WeightedStream,
     mesh: Mesh,
     output: RunOutput,
+    step: int,
 ) -> dict[str, float]:
     """Take one optimizer step; returns the reduced metrics."""
     job, prefix = spec.job, spec.optimizer_prefix
@@ -137,13 +145,21 @@ def _step(
     share = len(batch) // mesh.dp_size
     own = batch[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
     state.zero_grad()
+    microbatches = spec.cut(own)
     losses = run_forward_backward(
-        state.chunks, spec.cut(own), lambda chunk, m: spec.run(chunk, m.batch), spec.loss
+        state.chunks, microbatches, lambda chunk, m: spec.run(chunk, m.batch), spec.loss
     )
     result = state.step()
+    if result.skipped:
+        tokens = {f"{i}.tokens": m.batch.tokens for i, m in enumerate(microbatches)}
+        keep_skipped(state, tokens, inputs.config, mesh, role=prefix, step=step)
     names = [f"{job}/loss", *(f"{job}/{n}" for n in spec.metric_names)]
-    sums = MetricSums(mean=[*names, f"{prefix}/lr", f"{prefix}/grad_norm"], total=["tokens"])
+    names += [f"{prefix}/{n}" for n in ("lr", "grad_norm", "skipped_fraction")]
+    sums = MetricSums(mean=names, total=["tokens"])
     if mesh.is_reporter:
+        sums.add_total("tokens", torch.tensor(sum(map(spec.num_tokens, own))))
+        sums.add_means({f"{prefix}/skipped_fraction": float(result.skipped)}, count=1)
+    if mesh.is_reporter and not result.skipped:
         for loss in losses:
             sums.add_means({f"{job}/loss": loss.loss_sum}, count=loss.count)
             for name, (total, count) in loss.metrics.items():
@@ -151,5 +167,4 @@ def _step(
         sums.add_means(
             {f"{prefix}/lr": result.lr, f"{prefix}/grad_norm": result.grad_norm}, count=1
         )
-        sums.add_total("tokens", torch.tensor(sum(map(spec.num_tokens, own))))
     return output.reduce(sums)

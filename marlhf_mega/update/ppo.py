@@ -26,6 +26,7 @@ from marlhf_mega.models.roles import LogprobStep, Roles, value_step
 from marlhf_mega.models.train_state import StepResult, TrainState
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.update.skipped import keep_skipped
 
 MEANS = (
     "policy/loss",
@@ -34,11 +35,13 @@ MEANS = (
     "policy/ratio",
     "policy/grad_norm",
     "policy/lr",
+    "policy/skipped_fraction",
     "critic/loss",
     "critic/clip_fraction",
     "critic/value",
     "critic/grad_norm",
     "critic/lr",
+    "critic/skipped_fraction",
 )
 
 UPDATE_STREAM = 2
@@ -88,11 +91,16 @@ def ppo_update(
         keys = fold(config.run.seed, step, UPDATE_STREAM, epoch, torch.arange(len(minibatches)))
         for number in keys.argsort().tolist() if len(minibatches) > 1 else [0]:
             microbatches = _microbatches(experience, minibatches[number], config, mesh)
+            keep = partial(keep_skipped, config=config, mesh=mesh, step=step)
             with timers("critic"):
-                update_critic(roles.critic, microbatches, config, mesh, sums=sums)
+                result = update_critic(roles.critic, microbatches, config, mesh, sums=sums)
+            if result.skipped:
+                keep(roles.critic, _by_name(microbatches), role="critic")
             if step >= config.critic.warmup_ppo_steps:
                 with timers("policy"):
-                    update_policy(roles.policy, microbatches, config, mesh, sums=sums)
+                    result = update_policy(roles.policy, microbatches, config, mesh, sums=sums)
+                if result.skipped:
+                    keep(roles.policy, _by_name(microbatches), role="policy")
 
 
 def update_policy(
@@ -102,7 +110,7 @@ def update_policy(
     mesh: Mesh,
     *,
     sums: MetricSums,
-) -> None:
+) -> StepResult:
     """Take one optimizer step on the clipped surrogate."""
     run = LogprobStep(config.rollout.temperature)
     policy.zero_grad()
@@ -112,7 +120,9 @@ def update_policy(
         lambda chunk, microbatch: run(chunk, microbatch.batch),
         partial(policy_objective, config=config),
     )
-    _report(sums, "policy", losses, policy.step(), mesh)
+    result = policy.step()
+    _report(sums, "policy", losses, result, mesh)
+    return result
 
 
 def update_critic(
@@ -122,7 +132,7 @@ def update_critic(
     mesh: Mesh,
     *,
     sums: MetricSums,
-) -> None:
+) -> StepResult:
     """Take one optimizer step on the value loss."""
     critic.zero_grad()
     losses = run_forward_backward(
@@ -131,7 +141,9 @@ def update_critic(
         lambda chunk, microbatch: value_step(chunk, microbatch.batch),
         partial(critic_objective, config=config),
     )
-    _report(sums, "critic", losses, critic.step(), mesh)
+    result = critic.step()
+    _report(sums, "critic", losses, result, mesh)
+    return result
 
 
 def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Config) -> LossOutput:
@@ -238,10 +250,36 @@ def _take(experience: Experience, rows: Tensor, batch: SequenceBatch) -> PpoMicr
     )
 
 
+def _by_name(microbatches: Sequence[PpoMicrobatch]) -> dict[str, Tensor]:
+    """Return all tensors of a minibatch, named by the number of their microbatch."""
+    found: dict[str, Tensor] = {}
+    for number, microbatch in enumerate(microbatches):
+        batch = microbatch.batch
+        lengths = {
+            "prompt_lengths": batch.prompt_lengths,
+            "response_lengths": batch.response_lengths,
+        }
+        tensors = {
+            "tokens": batch.tokens,
+            **lengths,
+            "macro_action_ids": microbatch.actions.ids,
+            "old_logprobs": microbatch.old_logprobs,
+            "ref_logprobs": microbatch.ref_logprobs,
+            "old_values": microbatch.old_values,
+            "advantages": microbatch.advantages,
+            "returns": microbatch.returns,
+        }
+        found |= {f"{number}.{name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
 def _report(
     sums: MetricSums, role: str, losses: Sequence[LossOutput], result: StepResult, mesh: Mesh
 ) -> None:
     if not mesh.is_reporter:
+        return
+    sums.add_means({f"{role}/skipped_fraction": float(result.skipped)}, count=1)
+    if result.skipped:
         return
     for loss in losses:
         sums.add_means({f"{role}/loss": loss.loss_sum}, count=loss.count)

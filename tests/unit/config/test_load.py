@@ -80,7 +80,7 @@ def test_the_dumped_tree_loads_as_the_same_configuration(yaml_file):
             "reward.source=[{source: 'a:b', weigth: 1}]",
             "reward.source.0.weigth: unknown key. Did you mean reward.source.0.weight?",
         ),
-        ("run.qqqq=1", "run.qqqq: unknown key. Known keys: name, dir, seed, steps."),
+        ("tokenizer.qqqq=1", "tokenizer.qqqq: unknown key. Known keys: path."),
     ],
 )
 def test_an_unknown_key_names_the_nearest_or_all(override, message):
