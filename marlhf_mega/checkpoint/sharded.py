@@ -36,6 +36,7 @@ from torch.futures import Future
 
 from marlhf_mega.checkpoint import optimizer_state
 from marlhf_mega.checkpoint.metadata import read_shapes
+from marlhf_mega.models.fp8 import exact_value
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
@@ -247,5 +248,9 @@ def _read(folder: Path, tensors: Tensors, mesh: Mesh) -> Tensors:
 
 def _put_weights(chunks: Sequence[StageModel], loaded: Tensors) -> None:
     for index, chunk in enumerate(chunks):
+        weights = loaded.get(f"model{index}", {})
+        for name, parameter in chunk.named_parameters():
+            if name in weights and (exact := exact_value(parameter)) is not parameter:
+                exact.copy_(weights[name])
         # Not strict: objects are not in checkpoints, and names were compared before.
-        chunk.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
+        chunk.load_state_dict(weights, strict=False)

@@ -15,6 +15,7 @@ from marlhf_mega.checkpoint.hf.reader import open_folder
 from marlhf_mega.checkpoint.hf.table import Layout, Piece, WeightTable
 from marlhf_mega.checkpoint.store import SCALAR_ROLES, load_weights
 from marlhf_mega.config.origin import Origin
+from marlhf_mega.models.fp8 import round_weights
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import broadcast_from_first
 from marlhf_mega.parallel.mesh import Mesh
@@ -76,6 +77,7 @@ def fill_random(
                 target = parameter.narrow(piece.dim, done, piece.size)
                 _draw_piece(target, piece, table, std=std, seed=seed)
                 done += piece.size
+    round_weights(chunks)
 
 
 def _standard_deviation(name: str, chunk: StageModel) -> float:
@@ -165,6 +167,7 @@ def fill_from(
         broadcast=partial(_send_to_replicas, mesh=mesh) if import_once else None,
         progress=progress,
     )
+    round_weights(chunks)
     return list(report.fresh)
 
 

@@ -107,7 +107,66 @@ def _layout_problems(
         )
     if section == "parallel":
         yield from _recompute_problems(config)
+        yield from _fp8_problems(config)
+    yield from _fp8_width_problems(config, parallel, section)
     yield from _expert_problems(config, parallel, section)
+
+
+def _fp8_problems(config: Config) -> Iterator[str]:
+    """Rules that hold on every GPU; whether this one can is asked of the platform."""
+    precision, parallel, model = config.precision, config.parallel, config.model
+    if precision.fp8 == "off":
+        return
+    if precision.dtype == "float32":
+        yield (
+            "precision.dtype=float32: FP8 needs bfloat16 beside it. Set it to bfloat16, or "
+            "precision.fp8=off."
+        )
+    if model.post_norms or model.attention_softcap is not None:
+        yield (
+            f"precision.fp8={precision.fp8}: Transformer Engine has neither softcaps nor post "
+            f"norms; model.architecture={model.architecture} has. Set it to off."
+        )
+    edge, here = precision.fp8_edge_layers_bf16, model.num_layers // parallel.pipeline_size
+    if edge and precision.fp8_recipe == "delayed":
+        yield (
+            f"precision.fp8_edge_layers_bf16={edge}: delayed scaling covers all layers. Set it "
+            "to 0, or another precision.fp8_recipe."
+        )
+    elif edge > here:
+        yield (
+            f"precision.fp8_edge_layers_bf16={edge}: must not exceed the {here} layers of a "
+            "pipeline stage. Lower it."
+        )
+    if precision.fp8_param_gather and config.rollout_parallel != parallel:
+        yield (
+            "precision.fp8_param_gather=true: weights in FP8 cannot move to the rollout's own "
+            "layout. Set it to false, or leave out rollout.tensor_size and rollout.pipeline_size."
+        )
+
+
+def _fp8_width_problems(config: Config, parallel: ParallelConfig, section: str) -> Iterator[str]:
+    """Rows and columns of a rank's matrices; experts are not cut by tensor parallelism."""
+    if config.precision.fp8 == "off":
+        return
+    model, tensor = config.model, parallel.tensor_size
+    heads, groups = model.num_attention_heads, model.query_groups
+    # With more ranks than groups every rank holds one group whole.
+    widths = {
+        "hidden_size": model.hidden_size,
+        "num_attention_heads * head size": heads * model.kv_channels / tensor,
+        "num_query_groups * head size": groups * model.kv_channels / min(tensor, groups),
+        "ffn_hidden_size": model.ffn_hidden_size / tensor,
+        "expert_ffn_hidden_size": model.expert_ffn_hidden_size or 0,
+        "shared_expert_ffn_hidden_size": (model.shared_expert_ffn_hidden_size or 0) / tensor,
+    }
+    for key, width in widths.items():
+        if width % config.precision.fp8_alignment:
+            yield (
+                f"model.{key}: precision.fp8_recipe={config.precision.fp8_recipe} needs a multiple "
+                f"of {config.precision.fp8_alignment} on every rank; {section}.tensor_size="
+                f"{tensor} leaves {width:g}. Use another recipe or layout, or precision.fp8=off."
+            )
 
 
 def _recompute_problems(config: Config) -> Iterator[str]:

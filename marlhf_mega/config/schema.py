@@ -60,6 +60,24 @@ class PrecisionConfig(Section):
     """Matrix products in FP8 through Transformer Engine; `hybrid`: e5m2 gradients."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 scales are found; the default keeps no state between steps."""
+    fp8_param_gather: bool = False
+    """Weights of models that learn live and travel in FP8; only their float32 masters are exact."""
+    fp8_edge_layers_bf16: int = Field(0, ge=0)
+    """So many of the first and of the last layers stay in bfloat16; not with `delayed`."""
+    fp8_frozen: bool = False
+    """Reference and reward models run in FP8 too; otherwise in `dtype`."""
+
+    @property
+    def fp8_alignment(self) -> int:
+        """FP8 matrix products take rows and columns in multiples of this; 1 without FP8."""
+        if self.fp8 == "off":
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
+
+    def frozen(self) -> Self:
+        """Return the formats of a model that does not learn."""
+        fp8 = self.fp8 if self.fp8_frozen else "off"
+        return self.model_copy(update={"fp8": fp8, "fp8_param_gather": False})
 
 
 class MemoryConfig(Section):

@@ -56,6 +56,10 @@ class StageModel(LanguageModule):
         config = transformer_config(model, precision, mesh, memory)
         super().__init__(config, mesh.groups)
         self.model, self.head = model, head
+        # FP8 products need aligned rows on every rank that shares a sequence.
+        self.row_multiple = precision.fp8_alignment
+        if config.sequence_parallel:
+            self.row_multiple *= mesh.tp_size
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = chunk if mesh.num_chunks > 1 else None
         self.pre_process = mesh.is_first_stage and chunk == 0
@@ -161,18 +165,25 @@ class StageModel(LanguageModule):
         if not self.post_process:
             return hidden
         whole = self._gather_sequence(hidden, sum_gradients=False)
+        whole = whole[: batch.tokens.shape[1]]
         logits = torch.nn.functional.linear(whole, self.head_weight()).float().transpose(0, 1)
         cap = self.model.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _run_layers(self, batch: SequenceBatch) -> Tensor:
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        tokens = self._aligned(batch.tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden: Tensor = self.decoder(
-            hidden_states=self.embed(batch.tokens) if self.pre_process else None,
+            hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=rotation_angles(self.rotary_speeds, positions)[:, None, None, :],
         )
         return hidden
+
+    def _aligned(self, tokens: Tensor) -> Tensor:
+        """Pad [batch, seq] on the right to the rows that the products take; no token sees it."""
+        missing = -tokens.shape[1] % self.row_multiple if self.row_multiple > 1 else 0
+        return torch.nn.functional.pad(tokens, (0, missing)) if missing else tokens
 
     def head_weight(self) -> Tensor:
         """Return the language head's rows on this rank, [vocab/tp, hidden]."""

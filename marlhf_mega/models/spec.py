@@ -97,7 +97,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **_expert_settings(model),
-        **_fp8_settings(precision),
+        **fp8_settings(precision),
         **_recompute_settings(memory),
     )
 
@@ -189,10 +189,19 @@ def _expert_settings(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    """Translate the FP8 keys to fields of Megatron-Core's transformer config."""
     if precision.fp8 == "off":
         return {}
-    return {"fp8": precision.fp8, "fp8_recipe": precision.fp8_recipe}
+    edge = precision.fp8_edge_layers_bf16
+    return {
+        "fp8": precision.fp8,
+        "fp8_recipe": precision.fp8_recipe,
+        "fp8_param": precision.fp8_param_gather,
+        "first_last_layers_bf16": edge > 0,
+        "num_layers_at_start_in_bf16": edge,
+        "num_layers_at_end_in_bf16": edge,
+    }
 
 
 def _recompute_settings(memory: MemoryConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel
@@ -31,6 +32,42 @@ class StepResult:
     """The gradient was not finite: nothing has changed on any rank."""
 
 
+def ddp_config(config: TransformerConfig) -> DistributedDataParallelConfig:
+    """Translate a model's number formats to those of its gradient and weight buffers."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        fp8_param_gather=config.fp8_param,
+        reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(config),
+    )
+
+
+def optimizer_config(
+    optimizer: OptimizerConfig, config: TransformerConfig
+) -> MegatronOptimizerConfig:
+    """Translate our names and a model's number formats to Megatron-Core's optimizer."""
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.grad_clip,
+        bf16=config.params_dtype == torch.bfloat16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=True,
+        fp8_recipe=config.fp8_recipe if config.fp8 else None,
+        reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(config),
+    )
+
+
+def _shares_buffer(config: TransformerConfig) -> bool:
+    """Whether weights travel through the gradients' memory: mxfp8 has no buffer for it."""
+    return bool(config.fp8_param) and config.fp8_recipe == "mxfp8"
+
+
 class TrainState:
     """Owns the weights that change. All ranks call every method."""
 
@@ -45,32 +82,12 @@ class TrainState:
             total_steps: optimizer steps of the whole run, which decide the decay.
         """
         config = chunks[0].config
-        fp8 = config.fp8 is not None
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            fp8_param_gather=fp8,
-        )
+        ddp = ddp_config(config)
         self.chunks = [
             DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
         ]
-        bf16 = config.params_dtype == torch.bfloat16
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=optimizer.lr,
-                min_lr=optimizer.min_lr,
-                weight_decay=optimizer.weight_decay,
-                adam_beta1=optimizer.beta1,
-                adam_beta2=optimizer.beta2,
-                adam_eps=optimizer.eps,
-                clip_grad=optimizer.grad_clip,
-                bf16=bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-                **({"fp8_recipe": config.fp8_recipe} if fp8 else {}),
-            ),
-            self.chunks,
+            optimizer_config(optimizer, config), self.chunks
         )
         self.schedule = OptimizerParamScheduler(
             self.optimizer,

@@ -51,12 +51,15 @@ class Platform:
         """The device's product name, `cpu` on the CPU."""
         return torch.cuda.get_device_name(self.device) if self.name == "cuda" else "cpu"
 
-    def supports_fp8(self) -> Support:
-        """Say whether FP8 can be used here, and what is missing if not."""
+    def supports_fp8(self, recipe: str = "tensorwise") -> Support:
+        """Say whether an FP8 recipe can be used here, and what is missing if not."""
         if self.name == "cpu":
             return Support(False, "there is no CUDA device")
         return fp8_support(
-            torch.cuda.get_device_capability(self.device), self.has_transformer_engine
+            torch.cuda.get_device_capability(self.device),
+            self.has_transformer_engine,
+            recipe,
+            cuda=torch.version.cuda or "0.0",
         )
 
     def synchronize(self) -> None:
@@ -126,16 +129,30 @@ def check_local_rank(local_rank: int, num_gpus: int) -> None:
         )
 
 
-def fp8_support(capability: tuple[int, int], has_transformer_engine: bool) -> Support:
-    """Say whether a GPU of this compute capability can use FP8 through Transformer Engine."""
-    if capability < (8, 9):
-        major, minor = capability
-        return Support(
-            False, f"the GPU has compute capability {major}.{minor}, FP8 needs at least 8.9"
-        )
-    if not has_transformer_engine:
-        return Support(False, "transformer_engine cannot be imported")
-    return Support(True, "")
+def fp8_support(
+    capability: tuple[int, int], has_transformer_engine: bool, recipe: str, *, cuda: str
+) -> Support:
+    """Say whether a GPU can use an FP8 recipe through Transformer Engine, by the engine's rules.
+
+    Args:
+        capability: compute capability.
+        has_transformer_engine: whether it can be imported.
+        recipe: tensorwise, delayed, blockwise or mxfp8.
+        cuda: the CUDA version torch was built for.
+    """
+    least = {"blockwise": (9, 0), "mxfp8": (10, 0)}.get(recipe, (8, 9))
+    here, needed = (".".join(map(str, x)) for x in (capability, least))
+    if capability < least:
+        reason = f"the GPU has compute capability {here}, {recipe} FP8 needs at least {needed}"
+    elif recipe == "mxfp8" and capability >= (12, 0):
+        reason = f"the GPU has compute capability {here}, mxfp8 FP8 needs one below 12.0"
+    elif recipe == "blockwise" and tuple(map(int, cuda.split("."))) < (12, 9):
+        reason = f"torch was built for CUDA {cuda}, blockwise FP8 needs at least 12.9"
+    elif not has_transformer_engine:
+        reason = "transformer_engine cannot be imported"
+    else:
+        return Support(True, "")
+    return Support(False, reason)
 
 
 def prepare() -> Platform:

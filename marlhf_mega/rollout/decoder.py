@@ -5,10 +5,12 @@ cannot drift apart; only attention is arranged differently. Keys are cached rota
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,6 +62,9 @@ class ChunkDecoder:
         assert config.kv_channels is not None
         self.chunk = chunk
         groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+        # Room for the rows that only fill a matrix product up; see `_aligned`.
+        sizes = (_round_up(n, chunk.row_multiple) for n in (num_slots, max_tokens))
+        num_slots, max_tokens = sizes
         shape = (len(chunk.decoder.layers), 2, num_slots, groups, max_tokens, config.kv_channels)
         device = chunk.rotary_speeds.device
         self.cache = torch.zeros(shape, dtype=config.params_dtype, device=device)
@@ -91,8 +96,13 @@ class ChunkDecoder:
             [seq, batch, hidden] for the next chunk; on the last one the normed states from which
             the next tokens follow, [batch, hidden].
         """
+        seq, batch = work.tokens.shape[1], len(work.tokens)
+        work = _aligned(work, self.chunk.row_multiple)
+        more = (work.tokens.shape[1] - seq, len(work.tokens) - batch)
         if hidden is None:
             hidden = self.chunk.embed(work.tokens)
+        elif any(more):
+            hidden = F.pad(hidden, (0, 0, 0, more[1], 0, more[0]))
         if isinstance(work, Prefill):
             positions = torch.arange(work.tokens.shape[1], device=hidden.device)[:, None]
         else:
@@ -101,17 +111,20 @@ class ChunkDecoder:
         cos, sin = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
         masks = _masks(work, [a.window for a in self.attentions])
         for index, layer in enumerate(self.chunk.decoder.layers):
-            normed = layer.input_layernorm(hidden)
-            query, key, value = layer.self_attention.get_query_key_value_tensors(normed, None)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-            attention = self.attentions[index]
-            context = self._attend(index, query, key, value, work, masks[attention.window])
-            hidden = hidden + layer.self_attention.linear_proj(context)[0]
-            hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+            with self._precision(layer):
+                normed = layer.input_layernorm(hidden)
+                query, key, value = layer.self_attention.get_query_key_value_tensors(normed, None)
+                query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+                attention = self.attentions[index]
+                context = self._attend(index, query, key, value, work, masks[attention.window])
+                hidden = hidden + layer.self_attention.linear_proj(context)[0]
+                hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+        if any(more):
+            hidden = hidden[:seq, :batch]
         if not self.chunk.post_process:
             return hidden
         if isinstance(work, Prefill):
-            rows = torch.arange(hidden.shape[1], device=hidden.device)
+            rows = torch.arange(batch, device=hidden.device)
             hidden = hidden[work.lengths - 1, rows]
         else:
             hidden = hidden[0]
@@ -125,6 +138,15 @@ class ChunkDecoder:
             return hidden.new_full((len(hidden), 1), -torch.inf, dtype=torch.float32)
         logits = F.linear(hidden, self.chunk.head_weight()[: shard.num_real]).float()
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _precision(self, layer: Any) -> AbstractContextManager[None]:
+        """Return FP8 as it trains; but delayed scaling would count these passes in its history."""
+        if self.chunk.config.fp8_recipe == "delayed":
+            return nullcontext()
+        context: AbstractContextManager[None] = get_fp8_context(
+            self.chunk.config, layer.layer_number - 1
+        )
+        return context
 
     def _attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, work: Work, mask: Tensor | None
@@ -144,6 +166,27 @@ class ChunkDecoder:
             k, v = keys[:batch, :, : work.longest], values[:batch, :, : work.longest]
         context = self.attentions[index].attend(q, k, v, mask=mask)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _aligned(work: Work, multiple: int) -> Work:
+    """Fill up to the rows that FP8 products take: longer prompts, or tokens for free slots.
+
+    Nothing reads what they leave in the cache: it lies behind the prompts' ends, or where the
+    next prompt of the slot will be written.
+    """
+    batch, seq = work.tokens.shape
+    if isinstance(work, Prefill):
+        missing = -seq % multiple
+        return replace(work, tokens=F.pad(work.tokens, (0, missing))) if missing else work
+    missing = -batch % multiple
+    if not missing:
+        return work
+    tokens = F.pad(work.tokens, (0, 0, 0, missing))
+    return replace(work, tokens=tokens, positions=F.pad(work.positions, (0, missing)))
 
 
 def _masks(work: Work, windows: list[int | None]) -> dict[int | None, Tensor | None]:
@@ -196,7 +239,10 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
             config.sequence_parallel = False
         for chunk in chunks:
             chunk.eval()
-        with torch.inference_mode():
+            # Transformer Engine must not use weights in FP8 that are older than the last update.
+            chunk.set_is_first_microbatch()
+        # Training could not use the weights in FP8 that inference mode leaves behind.
+        with torch.no_grad() if chunks[0].config.fp8 else torch.inference_mode():
             yield
     finally:
         for module, name in switched:

@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(
-    model: ModelConfig, config: Config, mesh: Mesh, *, head: Head, origin: Origin | None, name: str
+    model: ModelConfig,
+    config: Config,
+    mesh: Mesh,
+    *,
+    head: Head,
+    origin: Origin | None,
+    name: str,
+    frozen: bool = False,
 ) -> list[StageModel]:
     """Build a role on this rank and fill it.
 
@@ -34,11 +41,13 @@ def build_model(
         head: language or scalar.
         origin: where the weights come from; none: random ones.
         name: of the role, for the report of fresh tensors.
+        frozen: it will not learn.
 
     Returns:
         This rank's chunks.
     """
-    chunks = build_chunks(model, config.precision, mesh, head=head, memory=config.memory)
+    precision = config.precision.frozen() if frozen else config.precision
+    chunks = build_chunks(model, precision, mesh, head=head, memory=config.memory)
     if origin is None:
         fill_random(chunks, mesh, seed=config.run.seed)
         logger.info("%s: all weights are random (seed %d)", name, config.run.seed)
@@ -110,14 +119,16 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_s
     critic = critic_origin(config, tokenizer, rewards)
     policy = build_model(config.model, config, mesh, head="language", origin=start, name="policy")
     reference = build_model(
-        config.model, config, mesh, head="language", origin=start, name="reference"
+        config.model, config, mesh, head="language", origin=start, name="reference", frozen=True
     )
     critic_model = config.model if critic is None else critic.model
     critic_chunks = build_model(
         critic_model, config, mesh, head="scalar", origin=critic, name="critic"
     )
     models = [
-        build_model(origin.model, config, mesh, head="scalar", origin=origin, name="reward")
+        build_model(
+            origin.model, config, mesh, head="scalar", origin=origin, name="reward", frozen=True
+        )
         for origin in rewards
     ]
     for chunks in (reference, *models):

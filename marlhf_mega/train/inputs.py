@@ -122,11 +122,11 @@ def origin_of(path: str, tokenizer: Tokenizer, *, key: str) -> Origin:
 def _check_fp8(config: Config) -> None:
     if config.precision.fp8 == "off":
         return
-    support = platform.current().supports_fp8()
+    support = platform.current().supports_fp8(config.precision.fp8_recipe)
     if not support:
         raise ConfigError(
             f"precision.fp8={config.precision.fp8}: cannot be used here; {support.reason}. "
-            "Set it to off."
+            "Set it to off, or choose another precision.fp8_recipe."
         )
 
 

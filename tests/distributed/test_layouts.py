@@ -25,6 +25,9 @@ LAYOUTS = {
     "PP4": (4, {"pipeline_size": 4}, 1),
     "DP4": (4, {}, 2),
     "PP2 VPP2 DP2": (4, PP2 | VPP2, 2),
+    # Without Transformer Engine only the rows are as FP8 needs them, 16 on every rank.
+    "TP1 FP8 rows": (1, {}, 4),
+    "TP2 PP2 SP FP8 rows": (4, TP2 | PP2 | SP, 4),
     "EP2": (2, EP2, 2),
     "TP2 SP EP2": (2, TP2 | SP | EP2, 4),
     "PP2 EP2": (4, PP2 | EP2, 2),
@@ -61,7 +64,7 @@ EXPERTS = {
 # Model and the layouts it is run at.
 MODELS = {
     "untied": (QWEN, DENSE + TOKENS),
-    "tied": (QWEN | {"tied_embeddings": True}, DENSE),
+    "tied": (QWEN | {"tied_embeddings": True}, [name for name in DENSE if "FP8" not in name]),
     "qk norm": (
         {"architecture": "qwen3", "qk_norm": True},
         ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4"],
@@ -87,6 +90,7 @@ def results(tmp_path_factory):
                 "parallel": LAYOUTS[layout][1],
                 "microbatch": microbatch(LAYOUTS[layout][2]),
                 "model": MODELS[model][0],
+                "fp8": "hybrid" if "FP8" in layout else "off",
                 "weights": str(folder / f"{model} {layout}"),
             }
             for model, layout in names

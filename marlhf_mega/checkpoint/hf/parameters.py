@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from marlhf_mega.checkpoint.hf.table import Layout, Shard, WeightTable
+from marlhf_mega.models.fp8 import exact_value
 
 _LAYER = re.compile(r"decoder\.layers\.\d+")
 
@@ -36,7 +37,7 @@ def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
             if match:
                 module = chunk.get_submodule(match[0])
                 layer = int(module.layer_number) - 1  # type: ignore[arg-type]
-            found.append(LocalParameter(name, layer, tensor))
+            found.append(LocalParameter(name, layer, exact_value(tensor)))
     return found
 
 

@@ -365,3 +365,70 @@ def test_recompute_fits_the_layers_of_a_chunk(memory, line):
 def test_recompute_may_cover_every_layer_of_a_chunk():
     memory = {"recompute": "full", "recompute_num_layers": 2}
     assert check_world(make(memory=memory, parallel={"pipeline_size": 2}), 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "model", "line"),
+    [
+        (
+            {"dtype": "float32"},
+            {},
+            "precision.dtype=float32: FP8 needs bfloat16 beside it. Set it to bfloat16, or "
+            "precision.fp8=off.",
+        ),
+        (
+            {},
+            {"attention_softcap": 50.0},
+            "precision.fp8=hybrid: Transformer Engine has neither softcaps nor post norms; "
+            "model.architecture=llama has. Set it to off.",
+        ),
+        (
+            {"fp8_recipe": "delayed", "fp8_edge_layers_bf16": 1},
+            {},
+            "precision.fp8_edge_layers_bf16=1: delayed scaling covers all layers. Set it to 0, or "
+            "another precision.fp8_recipe.",
+        ),
+        (
+            {"fp8_edge_layers_bf16": 3},
+            {},
+            "precision.fp8_edge_layers_bf16=3: must not exceed the 2 layers of a pipeline stage. "
+            "Lower it.",
+        ),
+        (
+            {"fp8_recipe": "mxfp8"},
+            {"ffn_hidden_size": 96, "head_dim": 32},
+            "model.ffn_hidden_size: precision.fp8_recipe=mxfp8 needs a multiple of 32 on every "
+            "rank; parallel.tensor_size=2 leaves 48. Use another recipe or layout, or "
+            "precision.fp8=off.",
+        ),
+        (
+            {},
+            {"head_dim": 8},
+            "model.num_query_groups * head size: precision.fp8_recipe=tensorwise needs a multiple "
+            "of 16 on every rank; parallel.tensor_size=2 leaves 8. Use another recipe or layout, "
+            "or precision.fp8=off.",
+        ),
+    ],
+)
+def test_fp8_suits_the_model(precision, model, line):
+    parallel = {"tensor_size": 2, "pipeline_size": 2}
+    problems = world_problems(
+        4,
+        precision={"fp8": "hybrid"} | precision,
+        model={"hidden_size": 64} | model,
+        parallel=parallel,
+    )
+    assert problems == [line]
+
+
+def test_weights_in_fp8_stay_at_the_training_layout():
+    problems = world_problems(
+        2,
+        precision={"fp8": "hybrid", "fp8_param_gather": True},
+        model={"hidden_size": 64},
+        rollout={"tensor_size": 2},
+    )
+    assert problems == [
+        "precision.fp8_param_gather=true: weights in FP8 cannot move to the rollout's own "
+        "layout. Set it to false, or leave out rollout.tensor_size and rollout.pipeline_size."
+    ]

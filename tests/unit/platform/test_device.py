@@ -58,17 +58,24 @@ def test_seed_takes_64_bit_numbers():
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_engine", "reason"),
+    ("capability", "has_engine", "recipe", "cuda", "reason"),
     [
-        ((8, 0), True, "the GPU has compute capability 8.0, FP8 needs at least 8.9"),
-        ((9, 0), False, "transformer_engine cannot be imported"),
-        ((8, 9), True, ""),
-        ((10, 0), True, ""),
+        ((8, 0), True, "tensorwise", "12.9", "compute capability 8.0, tensorwise FP8 needs at l"),
+        ((8, 9), True, "blockwise", "12.9", "compute capability 8.9, blockwise FP8 needs at le"),
+        ((9, 0), True, "mxfp8", "12.9", "the GPU has compute capability 9.0, mxfp8 FP8 needs at"),
+        ((12, 0), True, "mxfp8", "12.9", "compute capability 12.0, mxfp8 FP8 needs one below 1"),
+        ((9, 0), True, "blockwise", "12.8", "torch was built for CUDA 12.8, blockwise FP8 needs"),
+        ((9, 0), False, "tensorwise", "12.9", "transformer_engine cannot be imported"),
+        ((8, 9), True, "delayed", "12.4", ""),
+        ((9, 0), True, "blockwise", "13.0", ""),
+        ((10, 0), True, "mxfp8", "12.8", ""),
     ],
 )
-def test_fp8_needs_a_capable_gpu_and_transformer_engine(capability, has_engine, reason):
-    support = fp8_support(capability, has_engine)
-    assert support.reason == reason
+def test_fp8_needs_a_capable_gpu_and_transformer_engine(
+    capability, has_engine, recipe, cuda, reason
+):
+    support = fp8_support(capability, has_engine, recipe, cuda=cuda)
+    assert reason in support.reason
     assert bool(support) == (reason == "")
 
 
