@@ -17,18 +17,18 @@ def replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     write(temporary, text)
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename within a folder and wait until the folder is on the disk."""
     source.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -46,7 +46,7 @@ def commit(folder: Path, text: str) -> None:
     temporary = temporary_of(folder)
     durable.write(temporary / manifest.FILE, text)
     for part in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
-        durable.sync_folder(part)
+        durable.sync(part)
     if folder.exists():
         # The step is done again after an older checkpoint was used. `candidates` knows both names.
         durable.rename(folder, folder.with_name(folder.name + ".old"))

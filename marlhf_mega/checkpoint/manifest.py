@@ -22,13 +22,6 @@ def facts(path: Path) -> Facts:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def list_files(folder: Path) -> list[str]:
-    """Return the relative paths of all files below a folder, the largest first."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    files.sort(key=lambda path: (-path.stat().st_size, path))
-    return [str(path.relative_to(folder)) for path in files]
-
-
 def make(files: Mapping[str, Facts], **about: Any) -> str:
     """Return a manifest's text.
 

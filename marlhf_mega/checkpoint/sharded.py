@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -28,13 +28,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as save_planned
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from marlhf_mega.checkpoint import optimizer_state
+from marlhf_mega.checkpoint import durable, optimizer_state
+from marlhf_mega.checkpoint.metadata import FILE as CONTENTS
 from marlhf_mega.checkpoint.metadata import read_shapes
 from marlhf_mega.models.fp8 import exact_value
 from marlhf_mega.models.gpt import StageModel
@@ -50,41 +54,112 @@ HEAD = "output_layer.weight"
 _FORMAT = ("torch_dist", 1)
 
 
-class _Writer(FileSystemWriter):
-    """Torch's writer, raising the system's error where torch hides it behind one of its own."""
+class Staged(FileSystemWriter):
+    """One role's save in two parts: torch plans it, and what this rank shall write is noted.
+
+    Then `write` writes this rank's file, at any time and on any thread, and the first rank's
+    `write_tables` adds what makes a checkpoint of all ranks' files.
+    """
+
+    def __init__(self, folder: Path, *, copy: bool) -> None:
+        """Take an existing folder; a copy in host memory is not touched by what comes after."""
+        # Torch would copy from a GPU on the thread that writes, with that thread's default device.
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0 if copy else 10_000_000)
+        self.folder = folder
+        self._copy = copy
+        self._plan: SavePlan | None = None
+        self._metadata: Metadata | None = None
+        self._data: dict[MetadataIndex, Tensor] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file."""
+        """Note what is to be written."""
+        self._plan = plan
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor), item
+            self._data[item.index] = tensor.detach().to("cpu", copy=True) if self._copy else tensor
+        nothing: Future[list[WriteResult]] = Future()
+        nothing.set_result([])
+        return nothing
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Note the table of contents, on the first rank, but for where the tensors will be."""
+        self._metadata = metadata
+
+    def write(self) -> list[WriteResult]:
+        """Write this rank's file; returns where in it the tensors are.
+
+        Raises:
+            OSError: the system's error, where torch hides it behind one of its own.
+        """
+        assert self._plan is not None
+        if not self._plan.items:
+            return []
         try:
-            return super().write_data(plan, planner)
+            return super().write_data(self._plan, _Noted(self._data)).value()
         except RuntimeError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error from None
+        finally:
+            self._data.clear()
+
+    def write_tables(self, results: list[list[WriteResult]]) -> list[Path]:
+        """Write what readers need besides the ranks' files, and return the paths.
+
+        The first rank calls it with what `write` returned on all ranks.
+        """
+        assert self._metadata is not None
+        super().finish(self._metadata, results)
+        save_config(CheckpointingConfig(*_FORMAT), str(self.folder))
+        tables = [self.folder / CONTENTS, self.folder / CONFIG_FNAME]
+        durable.sync(tables[1])
+        return tables
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
+class _Noted(DefaultSavePlanner):
+    """Gives torch's writer what was noted."""
+
+    def __init__(self, data: Mapping[MetadataIndex, Tensor]) -> None:
+        super().__init__()
+        self._data = data
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the tensor of an item of the plan."""
+        return self._data[write_item.index]
+
+
+class _Plan(TorchDistSaveShardedStrategy):
     """Megatron's format, written by the rank itself instead of by processes that it starts."""
 
+    def __init__(self, writer: Staged) -> None:
+        super().__init__(*_FORMAT)
+        self._writer = writer
+
     def save(self, sharded_state_dict: Tensors, checkpoint_dir: Path) -> None:
-        """Write this rank's pieces; the first rank also writes the table of contents."""
+        """Plan who writes what."""
         pieces, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         save_planned(
             mcore_to_pyt_state_dict(pieces),
-            storage_writer=_Writer(checkpoint_dir, sync_files=True),
+            storage_writer=self._writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
 
-def save_role(folder: Path, role: Role, mesh: Mesh) -> None:
-    """Write weights, and what the optimizer keeps of them, into an existing folder.
+def stage_role(folder: Path, role: Role, mesh: Mesh, *, copy: bool) -> Staged:
+    """Plan to write weights, and what the optimizer keeps of them, into an existing folder.
 
     All ranks call it.
 
+    Args:
+        folder: of the role.
+        role: what is written.
+        mesh: where this rank stands.
+        copy: into host memory; else the role must not change before it is written.
+
     Raises:
-        CheckpointException: some rank could not write; the same on all ranks.
-        OSError: the first rank could not write.
+        CheckpointException: some rank could not plan; the same on all ranks.
     """
     if isinstance(role, TrainState):
         optimizer_state.fill_empty(role)
@@ -93,12 +168,12 @@ def save_role(folder: Path, role: Role, mesh: Mesh) -> None:
         tensors = _model_tensors(role, mesh)
     force_all_tensors_to_non_fp8(tensors)
     apply_factories(tensors)
-    strategy: Any = InProcessSave(*_FORMAT)
+    staged = Staged(folder, copy=copy)
+    strategy: Any = _Plan(staged)
     if mesh.groups.dp_cp.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, mesh.groups.dp_cp)
     strategy.save(tensors, folder)
-    if mesh.rank == 0:
-        save_config(CheckpointingConfig(*_FORMAT), str(folder))
+    return staged
 
 
 def load_role(folder: Path, role: TrainState, mesh: Mesh) -> None:

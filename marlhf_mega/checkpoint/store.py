@@ -1,4 +1,4 @@
-"""Checkpoints of a run: sharded by Megatron, verified by checksums, committed by one rename.
+"""Checkpoints of a run, found and loaded; `marlhf_mega.checkpoint.saver` writes them.
 
 `step_000012/` holds one folder per trained model, `state.json` with everything else a run consists
 of, and `manifest.json` with the size and sha256 of every file. It is written as `step_000012.tmp`
@@ -8,26 +8,19 @@ run is killed, the folder that `latest` names, or the one that it named before, 
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from marlhf_mega.checkpoint import durable, folders, manifest, optimizer_state, sharded
+from marlhf_mega.checkpoint import folders, manifest, optimizer_state, sharded
+from marlhf_mega.checkpoint.together import first_problem, reason
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.collectives import (
-    WorldPeers,
-    agree_on_error,
-    max_over_world,
-    share_from_first,
-    sum_over_world,
-)
+from marlhf_mega.parallel.collectives import share_from_first
 from marlhf_mega.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -37,108 +30,7 @@ logger = logging.getLogger(__name__)
 STATE = "state.json"
 SCALAR_ROLES = ("reward", "critic")
 """Roles whose models end in one number."""
-_FORMAT = 1
-_MARGIN_BYTES = 1 << 20
-"""Tables, JSON and the file system's own blocks."""
-
-
-def save(
-    run_dir: Path,
-    step: int,
-    roles: Mapping[str, sharded.Role],
-    state: Mapping[str, Any],
-    mesh: Mesh,
-    *,
-    keep: int,
-    keep_every: int = 0,
-    config_hash: str = "",
-) -> Path:
-    """Write one checkpoint and make it the latest. All ranks call it.
-
-    Args:
-        run_dir: the run directory, the same folder for all ranks.
-        step: steps that are done.
-        roles: the trained models by name; of one given as chunks only the weights are written.
-        state: JSON values: data position, controllers, counters; the first rank's are written.
-        mesh: where this rank stands.
-        keep: newest checkpoints that stay.
-        keep_every: checkpoints of steps that are a multiple stay too; 0: none.
-        config_hash: of the configuration, noted in the manifest.
-
-    Returns:
-        The folder.
-
-    Raises:
-        RuntimeError: there is no room, or writing failed on some rank; earlier checkpoints are
-            untouched.
-    """
-    root = run_dir / "checkpoints"
-    target = folders.path_of(root, step)
-    temporary = folders.temporary_of(target)
-    text = json.dumps(
-        {
-            "format": _FORMAT,
-            "step": step,
-            "roles": {name: _progress(role, mesh) for name, role in roles.items()},
-            "state": state,
-        },
-        indent=1,
-    )
-    together = _Undertaking(target, mesh)
-    together.on_first(lambda: folders.remove_leftovers(root))
-    check_space(run_dir, roles, mesh)
-    together.on_first(lambda: folders.begin(target, [*roles]))
-    for name, role in roles.items():
-        together.on_all(partial(sharded.save_role, temporary / name, role, mesh))
-    together.on_first(lambda: durable.write(temporary / STATE, text))
-    files = together.on_all(lambda: _hash_share(temporary, mesh))
-    facts = {name: fact for part in WorldPeers(mesh).gather(files) for name, fact in part.items()}
-    about = {"format": _FORMAT, "step": step, "layout": mesh.describe(), "config": config_hash}
-    together.on_first(lambda: folders.commit(target, manifest.make(facts, **about)))
-    if mesh.rank == 0:
-        folders.rotate(root, step, keep=keep, keep_every=keep_every)
-    return target
-
-
-def check_writable(run_dir: Path, mesh: Mesh) -> None:
-    """Refuse if some rank cannot write into the folder of checkpoints. All ranks call it.
-
-    Raises:
-        RuntimeError: with the rank and what the system says.
-    """
-    root = run_dir / "checkpoints"
-    probe = root / f"probe_{mesh.rank}.tmp"
-    problem = None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        durable.write(probe, "writable\n")
-        probe.unlink()
-    except OSError as error:
-        problem = _reason(error)
-    failed = agree_on_error(problem, mesh)
-    if failed is not None:
-        raise RuntimeError(
-            f"run.dir={run_dir}: must be a folder that every rank can write to; {failed}. "
-            "Mend it or use another folder."
-        )
-
-
-def check_space(run_dir: Path, roles: Mapping[str, sharded.Role], mesh: Mesh) -> None:
-    """Refuse if a checkpoint of these models does not fit on the disk. All ranks call it.
-
-    Raises:
-        RuntimeError: with both numbers.
-    """
-    mine = sum(sharded.bytes_to_write(role, mesh) for role in roles.values())
-    needed = int(sum_over_world(torch.tensor(mine, device=mesh.device))) + _MARGIN_BYTES
-    existing = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if share_from_first(free < needed, mesh):
-        raise RuntimeError(
-            f"run.dir={run_dir}: must have room for a checkpoint of {_megabytes(needed)}; "
-            f"{_megabytes(share_from_first(free, mesh))} are free. Free space or use another disk; "
-            "earlier checkpoints are intact."
-        )
+FORMAT = 1
 
 
 def find(run_dir: Path, mesh: Mesh) -> Path | None:
@@ -153,7 +45,7 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
     root = run_dir / "checkpoints"
     names, remarks = share_from_first(folders.candidates(root), mesh)
     for name in names:
-        problem = _agree(manifest.find_damage(root / name, _share(mesh)), mesh)
+        problem = first_problem(manifest.find_damage(root / name, _share(mesh)), mesh)
         if problem is None:
             if remarks and mesh.rank == 0:
                 logger.warning("%s: %s; using %s", root, "; ".join(remarks), name)
@@ -168,7 +60,7 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state that was given to `save`. Does not communicate.
+    """Return the state that was given to `Saver.save`. Does not communicate.
 
     Args:
         folder: from `find`, which has verified it.
@@ -192,7 +84,7 @@ def load(
         required: keys that the state must have.
 
     Returns:
-        The state that was given to `save`.
+        The state that was given to `Saver.save`.
 
     Raises:
         RuntimeError: a model, a tensor or a key is missing, or was never part of this model.
@@ -266,56 +158,10 @@ def load_weights(
     return sorted(absent)
 
 
-class _Undertaking:
-    """Steps of a save that all ranks take or give up together."""
-
-    def __init__(self, target: Path, mesh: Mesh) -> None:
-        self._target, self._mesh = target, mesh
-
-    def on_first(self, work: Callable[[], None]) -> None:
-        """Do something on the first rank while the others wait."""
-        self.on_all(work if self._mesh.rank == 0 else lambda: None)
-
-    def on_all(self, work: Callable[[], T]) -> T:
-        """Do something on every rank."""
-        error, result = None, None
-        try:
-            result = work()
-        except OSError as problem:
-            error = f"rank {self._mesh.rank}: {_reason(problem)}"
-        except CheckpointException as problem:
-            error = _reason(problem)
-        failed = _agree(error, self._mesh)
-        if failed is None:
-            return cast(T, result)
-        if self._mesh.rank == 0:
-            shutil.rmtree(folders.temporary_of(self._target), ignore_errors=True)
-        raise RuntimeError(
-            f"{self._target}: could not be written; {failed}. Mend the disk or free space; earlier "
-            "checkpoints are intact."
-        )
-
-
-def _progress(role: sharded.Role, mesh: Mesh) -> dict[str, int]:
-    if not isinstance(role, TrainState):
-        return {}
-    # A rank of a small model may hold no optimizer state, and so no counter.
-    steps = torch.tensor(optimizer_state.num_steps(role), device=mesh.device)
-    return {
-        "optimizer_steps": int(max_over_world(steps)),
-        "schedule_steps": role.schedule.num_steps,
-    }
-
-
-def _hash_share(folder: Path, mesh: Mesh) -> dict[str, manifest.Facts]:
-    names = manifest.list_files(folder)
-    return {name: manifest.facts(folder / name) for name in names[_share(mesh)]}
-
-
 def _resolve(source: Path, mesh: Mesh) -> Path:
     """Return the verified checkpoint that a run directory or a checkpoint folder stands for."""
     if share_from_first((source / manifest.FILE).is_file(), mesh):
-        problem = _agree(manifest.find_damage(source, _share(mesh)), mesh)
+        problem = first_problem(manifest.find_damage(source, _share(mesh)), mesh)
         if problem is not None:
             raise RuntimeError(
                 f"{source}: must be as it was written; {problem}. Use another checkpoint."
@@ -331,9 +177,9 @@ def _resolve(source: Path, mesh: Mesh) -> Path:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     whole: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if whole["format"] != _FORMAT:
+    if whole["format"] != FORMAT:
         raise RuntimeError(
-            f"{folder}: must have format {_FORMAT}; it has {whole['format']}. Use the version of "
+            f"{folder}: must have format {FORMAT}; it has {whole['format']}. Use the version of "
             "this program that wrote it."
         )
     return whole
@@ -342,7 +188,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _check_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
     """Refuse a folder that does not hold just the tensors of a model."""
     problem, needed, held = _readable(folder, lambda: sharded.compare_role(folder, role, mesh))
-    problem = _agree(problem, mesh)
+    problem = first_problem(problem, mesh)
     unused = held.difference(*_gather(needed, mesh))
     if problem is None and unused:
         problem = f"also holds {min(unused)}"
@@ -358,35 +204,15 @@ def _readable(folder: Path, read: Callable[[], T]) -> T:
         return read()
     except CheckpointException as error:
         raise RuntimeError(
-            f"{folder}: must be readable; {_reason(error)}. Use another checkpoint."
+            f"{folder}: must be readable; {reason(error)}. Use another checkpoint."
         ) from None
-
-
-def _reason(error: BaseException) -> str:
-    """Say in one line why torch could not write or read: its own message has tracebacks in it."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = min(error.failures.items())
-        return f"rank {rank}: {_reason(inner)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _share(mesh: Mesh) -> slice:
     return slice(mesh.rank, None, mesh.world_size)
 
 
-def _agree(problem: str | None, mesh: Mesh) -> str | None:
-    """Return the first rank's problem on all ranks; which rank saw it does not matter."""
-    first = agree_on_error(problem, mesh)
-    return None if first is None else first.partition(": ")[2]
-
-
 def _gather(value: T, mesh: Mesh) -> list[T]:
     parts: list[T] = [value] * mesh.world_size
     dist.all_gather_object(parts, value)
     return parts
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

@@ -414,6 +414,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: int = Field(2, gt=0)
     """Newest checkpoints that stay."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints after a multiple of this many steps stay too; 0: none."""
+    async_save: bool = False
+    """Write while the next steps run, from a copy in host memory: as much as a checkpoint has."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on from `run.dir`'s newest checkpoint: if there is one, never, or else refuse to start."""
     allow_changed: tuple[str, ...] = ()

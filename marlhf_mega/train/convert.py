@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.checkpoint.hf.exporter import ExportReport
-from marlhf_mega.checkpoint.store import load_weights, save
+from marlhf_mega.checkpoint.saver import save
+from marlhf_mega.checkpoint.store import load_weights
 from marlhf_mega.checkpoint.weights import fill_from, has_scalar_head
 from marlhf_mega.config.origin import Origin
 from marlhf_mega.config.schema import Config

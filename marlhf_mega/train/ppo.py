@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
-from marlhf_mega.checkpoint.store import save
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.stream import SampleStream
@@ -39,7 +38,7 @@ from marlhf_mega.train.evaluate import Evaluator, Judged, make_sample, prompt_ex
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import RunOutput
-from marlhf_mega.train.resume import CONFIG, resume, settings_of
+from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
 from marlhf_mega.train.stop import StopRequest, count_attempt
 from marlhf_mega.update import ppo as update
 from marlhf_mega.update.ppo import local_indices, ppo_update
@@ -89,8 +88,12 @@ def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[
             output.finish_step(done, metrics)
             stopping = request.is_made() and not last
             interval = config.checkpoint.interval
-            if stopping or last or (interval and done % interval == 0):
-                run.save(done)
+            with output.timers("checkpoint"):
+                run.saver.poll()
+                if stopping or last or (interval and done % interval == 0):
+                    run.save(done)
+                if stopping or last:
+                    run.saver.finish()
             if stopping:
                 raise request.end(done)
         run.close()
@@ -141,6 +144,7 @@ class PpoRun:
         self.first_scores: list[float] | None = None
         self.last_results: dict[str, float] = {}
         self.trained = {"policy": self.roles.policy, "critic": self.roles.critic}
+        self.saver = make_saver(config, mesh)
         self.first_step = self._resume()
         self.output = RunOutput(
             "ppo", inputs, mesh, num_steps=self.num_steps, first_step=self.first_step
@@ -156,6 +160,7 @@ class PpoRun:
         )
         with timers("rollout"):
             prompts, rollout = self._rollout(step)
+        self.saver.poll()
         with timers("experience"):
             experience, scores = self.builder.build(
                 rollout,
@@ -164,6 +169,7 @@ class PpoRun:
                 kl_coef=self.kl_coef,
                 sums=sums,
             )
+        self.saver.poll()
         with timers("update"):
             ppo_update(
                 self.roles,
@@ -212,8 +218,7 @@ class PpoRun:
             "first_scores": self.first_scores,
             CONFIG: settings_of(self.config),
         }
-        keep = self.config.checkpoint.keep
-        save(self.config.run.dir, done, self.trained, state, self.mesh, keep=keep)
+        self.saver.save(done, self.trained, state)
 
     def close(self) -> None:
         """Export the models and end the rules' processes."""

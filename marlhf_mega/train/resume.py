@@ -4,7 +4,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from marlhf_mega.checkpoint.store import check_space, check_writable, find, load, read_state
+from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable
+from marlhf_mega.checkpoint.store import find, load, read_state
 from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.progress import Job
 from marlhf_mega.models.train_state import TrainState
@@ -36,6 +37,18 @@ _FREE_NAMES = {"microbatch_size", "microbatch_tokens"}
 def settings_of(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON values, to be saved with the state."""
     return config.model_dump(mode="json")
+
+
+def make_saver(config: Config, mesh: Mesh) -> Saver:
+    """Return what writes this run's checkpoints."""
+    settings = config.checkpoint
+    return Saver(
+        config.run.dir,
+        mesh,
+        keep=settings.keep,
+        keep_every=settings.keep_every,
+        background=settings.async_save,
+    )
 
 
 def resume(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput
-from marlhf_mega.checkpoint.store import save
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.data.stream import SampleStream, WeightedStream
 from marlhf_mega.metrics.progress import Job
@@ -20,7 +19,7 @@ from marlhf_mega.parallel.schedule import run_forward_backward
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.output import RunOutput
-from marlhf_mega.train.resume import CONFIG, resume, settings_of
+from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
 from marlhf_mega.train.stop import StopRequest, count_attempt
 from marlhf_mega.update.skipped import keep_skipped
 
@@ -96,6 +95,7 @@ def train_supervised(
         first = int(restored["step"])
         stream.load_state_dict(restored["stream"])
     results: Mapping[str, float] = {}
+    saver = make_saver(config, mesh)
     count_attempt(config, first, mesh)
     request = StopRequest(config, mesh)
     with RunOutput(spec.job, inputs, mesh, num_steps=steps, first_step=first) as output:
@@ -110,13 +110,13 @@ def train_supervised(
                 metrics.update(results)
             output.finish_step(done, metrics)
             stopping = request.is_made() and done < steps
-            if stopping or _due(done, config.checkpoint.interval, steps):
-                progress = {
-                    "step": done,
-                    "stream": stream.state_dict(),
-                    CONFIG: settings_of(config),
-                }
-                save(config.run.dir, done, roles, progress, mesh, keep=config.checkpoint.keep)
+            with output.timers("checkpoint"):
+                saver.poll()
+                if stopping or _due(done, config.checkpoint.interval, steps):
+                    progress = {"step": done, "stream": stream.state_dict()}
+                    saver.save(done, roles, progress | {CONFIG: settings_of(config)})
+                if stopping or done == steps:
+                    saver.finish()
             if stopping:
                 raise request.end(done)
         if config.checkpoint.export_hf:

@@ -8,13 +8,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import checkpoint_model as tiny
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from marlhf_mega.checkpoint import manifest, sharded, store
+from marlhf_mega.checkpoint import manifest, saver, sharded, store
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
@@ -114,8 +115,7 @@ def forge(root, change):
     folder = root / "step_000004"
     path = folder / "policy" / ".metadata"
     path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
-    files = {n: manifest.facts(folder / n) for n in manifest.list_files(folder)}
-    del files[manifest.FILE]
+    files = {n: manifest.facts(folder / n) for n in manifest.read(folder)["files"]}
     (folder / manifest.FILE).write_text(manifest.make(files))
 
 
@@ -161,15 +161,29 @@ def message(action):
     return every
 
 
+def until_committed(writer, run):
+    """Take steps, as it were, until the save in progress is committed or has failed."""
+    for _ in range(1000):
+        writer.poll()
+        if (run / "checkpoints" / "latest").read_text() == "step_000006\n":
+            return
+        time.sleep(0.01)
+    raise AssertionError
+
+
 def failing(case, mesh, role):
     """Saves that cannot be finished: the messages and what is left."""
     found = {}
 
-    def attempt(name, run):
+    def attempt(name, run, background=False):
+        writer = saver.Saver(run, mesh, keep=1, background=background)
+        begun = message(lambda: writer.save(6, {"policy": role}, STATE))
         found[name] = {
-            "messages": message(lambda: store.save(run, 6, {"policy": role}, STATE, mesh, keep=1)),
+            "messages": message(lambda: until_committed(writer, run)) if background else begun,
             "left": sorted(p.name for p in (run / "checkpoints").glob("*")),
         }
+        if background:
+            assert begun == ["not refused"] * 2
         latest = store.find(run, mesh)
         found[name]["latest"] = latest and latest.name
 
@@ -178,18 +192,23 @@ def failing(case, mesh, role):
     if mesh.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     attempt("disk fills on rank 1", run)
+    attempt("disk fills on rank 1 in the background", run, background=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    original = sharded.save_role
+    original = sharded.stage_role
 
-    def vanish(folder, role, mesh):
-        original(folder, role, mesh)
+    def vanish(folder, *arguments, **options):
+        staged = original(folder, *arguments, **options)
         if mesh.rank == 0:
             shutil.rmtree(folder.parent)
+        dist.barrier()
+        return staged
 
-    sharded.save_role = vanish
+    sharded.stage_role = vanish
     attempt("folder vanishes", case.copy(lambda root: None))
-    sharded.save_role = original
+    other = case.copy(lambda root: None)
+    attempt("folder vanishes in the background", other, background=True)
+    sharded.stage_role = original
 
     small = case.good.with_name("small")
     mounted = False
@@ -210,9 +229,10 @@ def failing(case, mesh, role):
     if mesh.rank == 0:
         file.write_text("in the way")
     dist.barrier()
-    found["in the way"] = message(lambda: store.check_writable(file / "run", mesh))
-    found["good folder"] = message(lambda: store.check_writable(run, mesh))
+    found["in the way"] = message(lambda: saver.check_writable(file / "run", mesh))
+    found["good folder"] = message(lambda: saver.check_writable(run, mesh))
     attempt("mended", run)
+    attempt("mended in the background", other, background=True)
     return found
 
 
@@ -223,7 +243,7 @@ def main():
     good = root / "good"
     for step in (2, 4):
         tiny.train(policy, mesh, [step])
-        store.save(good, step, {"policy": policy, "critic": critic}, STATE, mesh, keep=2)
+        saver.save(good, step, {"policy": policy, "critic": critic}, STATE, mesh, keep=2)
     case = Case(good, mesh)
     found = {
         "damaged": damaged(case),

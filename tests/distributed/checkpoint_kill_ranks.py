@@ -7,11 +7,12 @@ import os
 import shutil
 import stat
 import sys
+from functools import partial
 from pathlib import Path
 
 import checkpoint_model as tiny
 
-from marlhf_mega.checkpoint import store
+from marlhf_mega.checkpoint import saver, store
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
@@ -69,7 +70,7 @@ def lose_half(descriptor):
         os.truncate(f"/proc/self/fd/{descriptor}", facts.st_size // 2)
 
 
-def survive(prepared, work, mesh, *, step, role, keep):
+def survive(prepared, work, mesh, *, step, role, keep, background):
     """Kill `save(step)` everywhere on copies of `prepared`; return what a resume finds."""
     old, new = tiny.make_role(mesh, seed=99), role
     before = store.find(prepared, mesh)
@@ -78,7 +79,9 @@ def survive(prepared, work, mesh, *, step, role, keep):
 
     def save(run, number):
         name = known[tiny.digests(new)[0]]
-        store.save(run, number, {"policy": new}, {"marker": name}, mesh, keep=keep)
+        writer = saver.Saver(run, mesh, keep=keep, background=background)
+        writer.save(number, {"policy": new}, {"marker": name})
+        writer.finish()
 
     run = work / "whole"
     shutil.copytree(prepared, run)
@@ -111,15 +114,16 @@ def main():
     role = tiny.make_role(mesh)
     first, two = root / "first", root / "two"
     tiny.train(role, mesh, [0])
-    store.save(two, 1, {"policy": role}, {"marker": "older"}, mesh, keep=2)
+    saver.save(two, 1, {"policy": role}, {"marker": "older"}, mesh, keep=2)
     tiny.train(role, mesh, [1])
     for run in (first, two):
-        store.save(run, 2, {"policy": role}, {"marker": "old"}, mesh, keep=2)
+        saver.save(run, 2, {"policy": role}, {"marker": "old"}, mesh, keep=2)
     tiny.train(role, mesh, [2])
-    found = {
-        "next step": survive(two, root / "a", mesh, step=3, role=role, keep=2),
-        "same step": survive(first, root / "b", mesh, step=2, role=role, keep=1),
-    }
+    found = {}
+    for where in ("", " in the background"):
+        survivors = partial(survive, mesh=mesh, role=role, background=bool(where))
+        found[f"next step{where}"] = survivors(two, root / f"a{where}", step=3, keep=2)
+        found[f"same step{where}"] = survivors(first, root / f"b{where}", step=2, keep=1)
     out.write_text(json.dumps(found))
     destroy_mesh()
 

@@ -2,13 +2,14 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import checkpoint_model as tiny
 import torch
 import torch.distributed as dist
 
-from marlhf_mega.checkpoint import store
+from marlhf_mega.checkpoint import manifest, saver, sharded, store
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
@@ -17,7 +18,13 @@ STATE = {"stream": {"num_consumed": 16}, "kl_coef": 0.1, "moments": [3, 0.1 + 0.
 
 
 def save(run_dir, step, role, mesh, name="policy"):
-    return store.save(run_dir, step, {name: role}, STATE, mesh, keep=3)
+    return saver.save(run_dir, step, {name: role}, STATE, mesh, keep=3)
+
+
+def content_of(folder):
+    """Sizes and checksums but of the tables of contents, in which torch notes the path."""
+    files = manifest.read(folder)["files"]
+    return {name: facts for name, facts in files.items() if not name.endswith(".metadata")}
 
 
 def resume_exactly(run_dir, layout, options):
@@ -26,9 +33,20 @@ def resume_exactly(run_dir, layout, options):
     role = tiny.make_role(mesh, **options)
     tiny.train(role, mesh, [0, 1])
     at_save = tiny.digests(role)
-    save(run_dir, 2, role, mesh)
+    twin = save(run_dir.with_name(f"{run_dir.name}_twin"), 2, role, mesh)
     untouched = tiny.digests(role)
-    expected = tiny.train(role, mesh, [2, 3])
+    # The checkpoint that is resumed is written after the next steps were taken.
+    gate, write = threading.Event(), sharded.Staged.write
+    sharded.Staged.write = lambda staged: gate.wait(60) and write(staged)
+    writer = saver.Saver(run_dir, mesh, keep=3, background=True)
+    folder = writer.save(2, {"policy": role}, STATE)
+    expected = tiny.train(role, mesh, [2])
+    writer.poll()
+    expected += tiny.train(role, mesh, [3])
+    early = folder.exists()
+    gate.set()
+    writer.finish()
+    sharded.Staged.write = write
     at_end = tiny.digests(role)
     other = tiny.make_role(mesh, **options | {"seed": 99})
     fresh = tiny.digests(other)
@@ -43,6 +61,8 @@ def resume_exactly(run_dir, layout, options):
     destroy_mesh(leave_world=False)
     return {
         "state": state,
+        "early": early,
+        "files": [content_of(twin), content_of(folder)],
         "dtypes": dtypes,
         "digests": [fresh, at_save, untouched, at_load, at_end, resumed],
         "expected": expected,

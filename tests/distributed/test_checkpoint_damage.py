@@ -86,8 +86,9 @@ def test_a_forged_table_is_refused_before_it_is_read(found, case, expected):
         ("folder vanishes", "step_000006: could not be written; rank 0: No such file or directory"),
     ],
 )
-def test_a_save_that_fails_on_one_rank_fails_on_all_and_harms_nothing(found, case, expected):
-    result = found["failing"][case]
+@pytest.mark.parametrize("where", ["", " in the background"])
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_harms_nothing(found, case, where, expected):
+    result = found["failing"][case + where]
     first, second = result["messages"]
     assert first == second
     assert expected in first
@@ -116,7 +117,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_on_all_ranks(found):
     assert found["failing"]["good folder"] == ["not refused", "not refused"]
 
 
-def test_a_later_save_succeeds_where_one_failed(found):
-    result = found["failing"]["mended"]
+@pytest.mark.parametrize("case", ["mended", "mended in the background"])
+def test_a_later_save_succeeds_where_one_failed(found, case):
+    result = found["failing"][case]
     assert result["messages"] == ["not refused", "not refused"]
     assert result["left"] == ["latest", "step_000006"]

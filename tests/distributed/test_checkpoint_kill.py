@@ -3,7 +3,8 @@
 import pytest
 from ranks import run_ranks
 
-CASES = ["next step", "same step"]
+WHERE = ["", " in the background"]
+CASES = [f"{case}{where}" for case in ("next step", "same step") for where in WHERE]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,11 @@ def test_all_kinds_of_file_operations_were_hit(found, case):
     assert len(log) > 20
 
 
-def test_the_next_save_removes_what_a_killed_one_left(found):
-    for *_, left in found["next step"]["results"]:
+@pytest.mark.parametrize("where", WHERE)
+def test_the_next_save_removes_what_a_killed_one_left(found, where):
+    for *_, left in found[f"next step{where}"]["results"]:
         assert left[0] == "latest"
         assert left[-1] == "step_000004"
         assert len(left) == 3
-    for *_, left in found["same step"]["results"]:
+    for *_, left in found[f"same step{where}"]["results"]:
         assert left == ["latest", "step_000003"]

@@ -45,6 +45,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(found, case):
 
 
 @pytest.mark.parametrize("case", EXACT)
+def test_what_is_written_while_training_goes_on_is_what_was_saved_at_once(found, case):
+    result = found["exact"][case]
+    at_once, later = result["files"]
+    assert at_once == later
+    assert any(name.endswith(".distcp") for name in later)
+    assert not result["early"], "the folder had its name before it was written"
+
+
+@pytest.mark.parametrize("case", EXACT)
 def test_the_state_comes_back_as_it_was_given(found, case):
     assert found["exact"][case]["state"] == {
         "stream": {"num_consumed": 16},

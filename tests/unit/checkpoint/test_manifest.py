@@ -14,7 +14,8 @@ def folder(tmp_path):
     (tmp_path / "policy" / "a.bin").write_bytes(b"x" * 1000)
     (tmp_path / "policy" / ".hidden").write_bytes(b"")
     (tmp_path / "state.json").write_text("{}")
-    facts = {name: manifest.facts(tmp_path / name) for name in manifest.list_files(tmp_path)}
+    names = ("policy/a.bin", "policy/.hidden", "state.json")
+    facts = {name: manifest.facts(tmp_path / name) for name in names}
     text = manifest.make(facts, layout="1 rank", config="abc", step=3)
     (tmp_path / "manifest.json").write_text(text)
     return tmp_path
