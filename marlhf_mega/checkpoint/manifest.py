@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "manifest.json"
+STATE = "state.json"
+"""Everything but the models."""
 
 Facts = dict[str, Any]
 """`bytes` and `sha256` of one file."""
@@ -65,11 +67,14 @@ def find_damage(folder: Path, share: slice = slice(None)) -> str | None:
         files = read(folder)["files"]
     except ValueError as error:
         return str(error)
-    for name in _by_size(files)[share]:
-        problem = _compare(folder / name, files[name])
-        if problem is not None:
-            return f"{name} {problem}"
-    return None
+    problems = (check_file(folder, name, files[name]) for name in _by_size(files)[share])
+    return next(filter(None, problems), None)
+
+
+def check_file(folder: Path, name: str, expected: Facts) -> str | None:
+    """Say what is wrong with a file of a checkpoint, with its name; none if it is as expected."""
+    problem = _compare(folder / name, expected)
+    return None if problem is None else f"{name} {problem}"
 
 
 def _by_size(files: Mapping[str, Facts]) -> list[str]:

@@ -5,6 +5,7 @@ machine below takes the few instructions such a table is made of and builds iner
 nothing is imported or called. Only a file that passes may be given to torch.
 """
 
+import math
 import pickletools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,8 +69,26 @@ class _Record:
 _MARK = object()
 
 
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a table says of a tensor as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the global shape of every tensor in a sharded checkpoint, by name.
+    """Return the global shape of every tensor in a sharded checkpoint, see `read_tensors`."""
+    return {name: facts.shape for name, facts in read_tensors(folder).items()}
+
+
+def read_tensors(folder: Path) -> dict[str, TensorFacts]:
+    """Return the global shape and number format of every tensor in a sharded checkpoint, by name.
 
     Args:
         folder: holds `.metadata` and the files it lists.
@@ -80,13 +99,13 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     path = folder / FILE
     try:
-        shapes, files = _contents(_interpret(path.read_bytes()))
+        tensors, files = _contents(_interpret(path.read_bytes()))
         for file in files:
             if Path(file).name != file:
                 raise RefusedTableError(f"points to {file}")
             if not (folder / file).is_file():
                 raise RefusedTableError(f"lists {file}, which is missing")
-        return shapes
+        return tensors
     except RefusedTableError as error:
         raise RuntimeError(
             f"{path}: must be a plain table of tensors; it {error}. It was not read; do not use "
@@ -184,17 +203,25 @@ def _allowed(name: str) -> _Name:
     return _Name(name)
 
 
-def _contents(table: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return the tensors' shapes and the names of the files that hold them."""
+def _contents(table: Any) -> tuple[dict[str, TensorFacts], set[str]]:
+    """Return the tensors' facts and the names of the files that hold them."""
     state = _expect(_Record, table).state
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, TensorFacts] = {}
     for key, entry in _expect(dict, state.get("state_dict_metadata")).items():
         facts = _expect(_Record, entry)
         if facts.name != f"{_DCP}.metadata.TensorStorageMetadata":
             raise RefusedTableError(f"lists {key}, which is not a tensor")
         (size,) = _expect(_Record, facts.state.get("size")).arguments
-        shapes[_expect(str, key)] = tuple(_expect(int, n) for n in _expect(tuple, size))
+        shape = tuple(_expect(int, n) for n in _expect(tuple, size))
+        tensors[_expect(str, key)] = TensorFacts(shape, _dtype(facts.state.get("properties")))
     places = [_expect(_Record, p).state for p in _expect(dict, state.get("storage_data")).values()]
     if any(place.get("transform_descriptors") for place in places):
         raise RefusedTableError("asks for the files to be transformed")
-    return shapes, {_expect(str, place.get("relative_path")) for place in places}
+    return tensors, {_expect(str, place.get("relative_path")) for place in places}
+
+
+def _dtype(properties: Any) -> torch.dtype:
+    """Return the number format of a tensor's properties, which torch keeps as a plain tuple."""
+    values = _expect(_Record, properties).state.get("")
+    name = _expect(_Name, _expect(tuple, values)[0]).name
+    return _expect(torch.dtype, getattr(torch, name.removeprefix("torch."), None))

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.storage import WriteResult
 
 from marlhf_mega.checkpoint import durable, folders, manifest, optimizer_state, sharded
-from marlhf_mega.checkpoint.store import FORMAT, STATE
+from marlhf_mega.checkpoint.store import FORMAT
 from marlhf_mega.checkpoint.together import Together, reason
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import (
@@ -168,8 +168,8 @@ class Saver:
         target = folders.path_of(self._root, begun.step)
         temporary = folders.temporary_of(target)
         files = {name: facts for part in parts for name, facts in part.facts.items()}
-        tables = [temporary / STATE]
-        durable.write(temporary / STATE, begun.state)
+        tables = [temporary / manifest.STATE]
+        durable.write(temporary / manifest.STATE, begun.state)
         for name, role in begun.roles.items():
             tables += role.write_tables([part.results[name] for part in parts])
         files |= {str(table.relative_to(temporary)): manifest.facts(table) for table in tables}

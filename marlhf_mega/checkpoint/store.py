@@ -27,7 +27,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.json"
 SCALAR_ROLES = ("reward", "critic")
 """Roles whose models end in one number."""
 FORMAT = 1
@@ -176,7 +175,7 @@ def _resolve(source: Path, mesh: Mesh) -> Path:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    whole: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    whole: dict[str, Any] = json.loads((folder / manifest.STATE).read_text(encoding="utf-8"))
     if whole["format"] != FORMAT:
         raise RuntimeError(
             f"{folder}: must have format {FORMAT}; it has {whole['format']}. Use the version of "

@@ -1,9 +1,15 @@
 """A resumed run is the uninterrupted one, bit for bit at its layout, resharded at another."""
 
 import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+
+TOOL = Path(__file__).parents[2] / "tools" / "checkpoint.py"
 
 TP2_PP2 = {"tensor_size": 2, "pipeline_size": 2}
 EXACT = {
@@ -26,8 +32,12 @@ RESHARD = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    root = tmp_path_factory.mktemp("resume")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def found(root):
     cases = json.dumps({"exact": EXACT, "reshard": RESHARD})
     return run_ranks("checkpoint_resume_ranks.py", 4, root / "out.json", str(root), cases)
 
@@ -131,3 +141,90 @@ def test_what_does_not_fit_is_named(found, case, expected):
     message = found["weights"]["refused"][case]
     assert expected in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """tools/checkpoint.py: arguments to exit code and the lines on stdout and stderr."""
+    main = runpy.run_path(str(TOOL))["main"]
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        code = main()
+        done = capsys.readouterr()
+        return code, (done.out + done.err).splitlines()
+
+    return call
+
+
+def test_the_tool_says_how_to_use_it(tool, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        tool("--help")
+    assert "Exit codes" in capsys.readouterr().out
+
+
+def test_the_tool_shows_where_a_checkpoint_comes_from_and_its_tensors(found, tool, root):
+    code, lines = tool("inspect", root / "exact4")
+    folder = root / "exact4" / "checkpoints" / "step_000002"
+    assert code == 0
+    assert lines[0].startswith(f"{folder}: step 2, ")
+    assert lines[1].startswith("  written at 4 ranks: TP2 x PP1 x DP2 (gloo, cpu), with python 3.")
+    assert lines[2] == "  state: stream, kl_coef, moments"
+    assert lines[3].startswith("policy: 40 tensors, ")
+    assert lines[3].endswith(", 2 optimizer steps")
+    rows = [line.split() for line in lines[4:]]
+    assert ["decoder.layers.mlp.linear_fc1.weight", "bfloat16", "4x128x32", "32", "KiB"] in rows
+    assert ["optimizer.state.exp_avg.output_layer.weight", "float32", "64x32", "8", "KiB"] in rows
+    assert lines[-1] == f"{folder.parent} has step_000002"
+
+
+def test_the_tool_names_every_fault_in_a_line(found, tool, root, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(root / "exact0", run)
+    good = run / "checkpoints" / "step_000002"
+    assert tool("verify", run) == (0, [f"{good}: 7 files, 1.106 MiB, are as they were written"])
+    bad = good.with_name("step_000004")
+    shutil.copytree(good, bad)
+    (bad / "state.json").unlink()
+    data = bad / "policy" / "__1_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    (run / "checkpoints" / "latest").write_text("nonsense")
+    code, lines = tool("verify", run)
+    assert code == 1
+    assert lines[0] == f"{good.parent}: latest names no checkpoint ('nonsense')"
+    assert lines[1].startswith(f"{good}: 7 files")
+    assert lines[2].startswith(f"{bad}: policy/__1_0.distcp has ")
+    assert lines[3:] == [f"{bad}: state.json is missing"]
+    code, lines = tool("verify", bad, "--json")
+    assert code == 1
+    assert len(json.loads(lines[0])["checkpoints"][str(bad)]["faults"]) == 2
+    code, lines = tool("inspect", bad)
+    assert (code, lines) == (
+        1,
+        [f"{bad}: must be as it was written; state.json is missing. Use another checkpoint."],
+    )
+
+
+@pytest.mark.parametrize("index", range(len(RESHARD)))
+def test_the_tool_finds_no_difference_between_layouts(found, tool, root, index):
+    """The rows of the vocabulary are padded to 64 at TP2 and TP4, and to 48 at TP1."""
+    code, lines = tool("compare", root / "exact0", root / f"reshard{index}")
+    assert (code, lines) == (0, ["policy: 40 of 40 tensors are the same"])
+
+
+def test_the_tool_names_what_is_different(found, tool, root, tmp_path):
+    one, other = root / "exact0", root / "never"
+    code, lines = tool("compare", one, other, "--json")
+    report = json.loads(lines[0])
+    assert code == 1
+    assert report["roles"] == {"policy": {"tensors": 40, "different": 40}}
+    different = report["different"]
+    assert different["policy.output_layer.weight"].startswith("largest difference ")
+    assert different["policy.optimizer_steps"] == "2 and 0"
+    assert different["step"] == "2 and 0"
+    code, lines = tool("compare", one, root / "reward")
+    assert code == 1
+    assert lines[:2] == ["policy: only in one", "reward: only in one"]
+    code, lines = tool("compare", one, tmp_path)
+    assert code == 2
+    assert lines[0].startswith(f"{tmp_path}: must be a run directory or a checkpoint; ")

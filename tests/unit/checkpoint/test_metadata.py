@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from marlhf_mega.checkpoint.metadata import read_shapes
+from marlhf_mega.checkpoint.metadata import TensorFacts, read_shapes, read_tensors
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def test_torchs_table_gives_names_and_shapes(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64, torch.float8_e4m3fn])
 def test_number_formats_are_known(tmp_path, dtype):
     write(tmp_path, {"w": torch.zeros(2, 2, dtype=dtype)})
-    assert read_shapes(tmp_path) == {"w": (2, 2)}
+    assert read_tensors(tmp_path) == {"w": TensorFacts((2, 2), dtype)}
+    assert read_tensors(tmp_path)["w"].num_bytes == 4 * dtype.itemsize
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
