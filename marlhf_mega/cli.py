@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Reinforcement learning from human feedback with macro actions on "
         "Megatron-Core. Every command runs on one rank, or on many under torchrun.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration (nothing started), "
-        "75 pre-empted with a checkpoint (start it again), 76 no progress (do not).",
+        "70 a rank hung or was lost, 75 pre-empted with a checkpoint (start it again), "
+        "76 no progress (do not).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():

@@ -2,6 +2,8 @@
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_HUNG = 70
+"""A phase took longer than its limit (`watchdog`), or a rank was gone: torchrun starts again."""
 EXIT_PREEMPTED = 75
 """Stopped by a signal or a time limit, with a checkpoint: start it again."""
 EXIT_NO_PROGRESS = 76

@@ -435,6 +435,34 @@ class CheckpointConfig(Section):
     for slow file systems."""
 
 
+class WatchdogConfig(Section):
+    """The longest that each phase may take before the run is taken to hang, and ended."""
+
+    seconds: float | None = Field(1800, gt=0)
+    """Any phase that has no limit of its own here; none: no limit."""
+    rollout_seconds: float | None = Field(None, gt=0)
+    """Generation; none, as below: `watchdog.seconds`."""
+    experience_seconds: float | None = Field(None, gt=0)
+    """Scores, log-probs, values and advantages."""
+    update_seconds: float | None = Field(None, gt=0)
+    """The optimizer steps; sft, reward, offline: one."""
+    evaluate_seconds: float | None = Field(None, gt=0)
+    """One evaluation."""
+    checkpoint_seconds: float | None = Field(None, gt=0)
+    """One save."""
+    export_seconds: float | None = Field(None, gt=0)
+    """Writing Hugging Face folders at the end."""
+
+    def limit_of(self, phase: str) -> tuple[str, float | None]:
+        """Return the key that limits a phase, and the limit in seconds."""
+        own = getattr(self, f"{phase}_seconds", None)
+        return (
+            ("watchdog.seconds", self.seconds)
+            if own is None
+            else (f"watchdog.{phase}_seconds", own)
+        )
+
+
 class LoggingConfig(Section):
     """What is written besides checkpoints."""
 
@@ -469,6 +497,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

@@ -11,9 +11,20 @@ class PhaseTimers:
     Phases may nest; a phase entered twice is added up.
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        """Take the platform's `synchronize`: a GPU's work is done when its clock is read."""
+    def __init__(
+        self,
+        synchronize: Callable[[], None] = lambda: None,
+        observe: Callable[[str | None], None] = lambda phase: None,
+    ) -> None:
+        """Take what is called at every boundary.
+
+        Args:
+            synchronize: the platform's: a GPU's work is done when its clock is read.
+            observe: gets the innermost phase that is open from here on; none: none is.
+        """
         self._synchronize = synchronize
+        self._observe = observe
+        self._open: list[str] = []
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -21,11 +32,15 @@ class PhaseTimers:
         """Time a `with` block as part of `phase`, also when it raises."""
         self._synchronize()
         start = time.perf_counter()
+        self._open.append(phase)
         try:
+            self._observe(phase)
             yield
-        finally:
             self._synchronize()
+        finally:
+            self._open.pop()
             self._seconds[phase] = self.seconds(phase) + time.perf_counter() - start
+        self._observe(self._open[-1] if self._open else None)
 
     def seconds(self, phase: str) -> float:
         """Return the seconds of a phase so far."""

@@ -4,7 +4,8 @@ import logging
 import platform as machine
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,9 @@ from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.metrics.writers import MetricsWriter, Sample, SamplesWriter
 from marlhf_mega.parallel.collectives import max_over_world, sum_over_world
 from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.train.faults import Faults
 from marlhf_mega.train.inputs import Inputs
+from marlhf_mega.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +38,16 @@ TOKENIZER_FILES = (
 
 
 class RunOutput:
-    """Writers and clocks of one job. All ranks hold one; rank 0 writes."""
+    """Writers, clocks and watchdog of one job. All ranks hold one; rank 0 writes."""
 
     def __init__(
         self, job: Job, inputs: Inputs[Any], mesh: Mesh, *, num_steps: int, first_step: int
     ) -> None:
         self.mesh = mesh
         self.config = inputs.config
-        self.timers = PhaseTimers(mesh.platform.synchronize)
+        self.timers = PhaseTimers(mesh.platform.synchronize, self._enter_phase)
+        self._faults = Faults(mesh.rank, self.config.run.dir)
+        self._watchdog = Watchdog(self.config, mesh, step=first_step)
         self._writer: MetricsWriter | None = None
         self._samples: SamplesWriter | None = None
         self._progress: Progress | None = None
@@ -66,6 +71,18 @@ class RunOutput:
         logger.info("%s: %s, %d steps into %s", job, mesh.describe(), num_steps, run_dir)
         show_batch_arithmetic(batch_arithmetic(config, job, data_size=mesh.dp_size))
 
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Time a step, and let the watchdog know it by its number in metrics.jsonl."""
+        self._watchdog.step = number
+        with self.timers("step"):
+            yield
+
+    def _enter_phase(self, phase: str | None) -> None:
+        self._watchdog.enter(phase)
+        if phase is not None:
+            self._faults.enter(self._watchdog.step, phase)
+
     def reduce(self, sums: MetricSums) -> dict[str, float]:
         """Combine all ranks' metrics; every rank calls it and gets the values."""
         device = self.mesh.device
@@ -82,9 +99,10 @@ class RunOutput:
         self._progress.update(done - 1, everything)
 
     def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write held-out results between steps; rank 0 acts."""
+        """Write held-out results between steps, and the time they took; rank 0 acts."""
+        times = self.timers.drain()
         if self._writer is not None:
-            self._writer.write(step, metrics)
+            self._writer.write(step, {**metrics, **times})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
             logger.info("held-out at step %d: %s", step, shown)
 
@@ -101,6 +119,7 @@ class RunOutput:
         return out
 
     def __enter__(self) -> Self:
+        self._watchdog.__enter__()
         if self._progress is not None:
             self._progress.__enter__()
         return self
@@ -117,6 +136,7 @@ class RunOutput:
             self._writer.close()
         if self._samples is not None:
             self._samples.close()
+        self._watchdog.__exit__(kind, error, traceback)
 
 
 def write_run_directory(

@@ -80,7 +80,7 @@ def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[
         if first == 0:
             before = run.evaluate(step=0)
         for step in range(first, run.num_steps):
-            with output.timers("step"):
+            with output.step(step + 1):
                 metrics = run.step(step)
             done, last = step + 1, step + 1 == run.num_steps
             if last or (config.evaluate.interval and done % config.evaluate.interval == 0):
@@ -200,7 +200,8 @@ class PpoRun:
         """Judge the policy on held-out prompts and note it; nothing without a validation file."""
         if self.evaluator is None:
             return {}
-        judged = self.evaluator.judge(self.policy, self.roles.reference)
+        with self.output.timers("evaluate"):
+            judged = self.evaluator.judge(self.policy, self.roles.reference)
         results = judged.metrics | self._win_rate(judged)
         self.last_results = results
         if step == 0:
@@ -225,9 +226,10 @@ class PpoRun:
         run_dir = self.config.run.dir
         if self.config.checkpoint.export_hf:
             write = partial(export_hf, config=self.config, mesh=self.mesh, tokenizer=self.tokenizer)
-            write(self.policy, target=run_dir / "hf")
             critic = [ddp.module for ddp in self.roles.critic.chunks]
-            write(critic, target=run_dir / "hf_critic")
+            with self.output.timers("export"):
+                write(self.policy, target=run_dir / "hf")
+                write(critic, target=run_dir / "hf_critic")
         self.scorer.close()
         if self.evaluator is not None:
             self.evaluator.close()

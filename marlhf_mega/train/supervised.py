@@ -100,13 +100,14 @@ def train_supervised(
     request = StopRequest(config, mesh)
     with RunOutput(spec.job, inputs, mesh, num_steps=steps, first_step=first) as output:
         for step in range(first, steps):
-            with output.timers("step"):
+            with output.step(step + 1), output.timers("update"):
                 metrics = _step(spec, inputs, state, stream, mesh, output, step)
             seconds = output.timers.seconds("step")
             metrics["perf/tokens_per_second"] = metrics.pop("tokens") / seconds
             done = step + 1
             if inputs.validation and _due(done, config.evaluate.interval, steps):
-                results = spec.evaluate(state, inputs.validation)
+                with output.timers("evaluate"):
+                    results = spec.evaluate(state, inputs.validation)
                 metrics.update(results)
             output.finish_step(done, metrics)
             stopping = request.is_made() and done < steps
@@ -121,7 +122,8 @@ def train_supervised(
                 raise request.end(done)
         if config.checkpoint.export_hf:
             target = config.run.dir / "hf"
-            export_hf(chunks, config, mesh, target=target, tokenizer=inputs.tokenizer)
+            with output.timers("export"):
+                export_hf(chunks, config, mesh, target=target, tokenizer=inputs.tokenizer)
         output.write_report()
     return dict(results)
 

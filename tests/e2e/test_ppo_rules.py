@@ -37,6 +37,9 @@ def files(tmp_path_factory):
         "        raise RuntimeError('no')\n"
         "    return float('nan') if number == 1 else 1.0\n"
     )
+    (folder / "endless.py").write_text(
+        "def reward(prompt, response):\n    while 'hill' in prompt:\n        pass\n    return 1.0\n"
+    )
     return folder
 
 
@@ -116,6 +119,23 @@ def test_a_sample_without_a_score_is_masked_and_counted(files, mesh, tmp_path, m
     found = metrics_of(files, mesh, tmp_path, reward=reward)[-1]
     assert 0 < found["rollout/invalid_fraction"] < 1
     assert found["rollout/score_mean"] == 1.0
+
+
+def test_an_endless_loop_in_a_rule_only_masks_its_sample(files, mesh, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(files))
+    term = {"source": "endless:reward", "timeout_seconds": 0.5}
+    found = metrics_of(
+        files,
+        mesh,
+        tmp_path,
+        run={"steps": 1},
+        data={"shuffle": False},
+        reward={"source": [term], "max_invalid_fraction": 1.0},
+    )[-1]
+    prompts = [prompt["prompt"] for prompt in toy.generate_prompts(0, 32)][:8]
+    looping = sum("hill" in prompt for prompt in prompts)
+    assert found["rollout/invalid_fraction"] == looping / 8
+    assert 0 < looping < 8
 
 
 def test_too_many_samples_without_a_score_stop_the_run(files, mesh, tmp_path, monkeypatch):

@@ -39,3 +39,14 @@ def test_the_device_is_waited_for_before_each_reading_of_the_clock():
     with timers("rollout"):
         assert waits == ["wait"]
     assert waits == ["wait", "wait"]
+
+
+def test_an_observer_hears_of_the_innermost_phase():
+    heard = []
+    timers = PhaseTimers(observe=heard.append)
+    with timers("step"):
+        with timers("rollout"):
+            pass
+        with pytest.raises(ZeroDivisionError), timers("update"):
+            raise ZeroDivisionError
+    assert heard == ["step", "rollout", "step", "update", None]

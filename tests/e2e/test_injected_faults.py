@@ -1,0 +1,101 @@
+"""Faults in the middle of a run: the real launcher, real ranks, one fault after another."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marlhf_mega.data import toy
+from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.train_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+NUM_RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Return the command of a tiny PPO run that saves after every step."""
+    folder = tmp_path_factory.mktemp("faults")
+    train_tokenizer(toy.tokenizer_text(0, 300), folder / "tok", vocab_size=400)
+    write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 64))
+    return [
+        *("bash", str(ROOT / "launch" / "torchrun.sh"), "--ranks-per-node", str(NUM_RANKS)),
+        *("--restarts", "25", "ppo", f"tokenizer.path={folder / 'tok'}"),
+        *(f"data.train_path={folder / 'prompts.jsonl'}", "data.max_prompt_tokens=64"),
+        *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"),
+        *("rollout.batch_size=4", "rollout.max_response_tokens=12"),
+        *("ppo.minibatch_size=4", "ppo.microbatch_size=2", "policy.lr=1e-3"),
+        *("reward.source=marlhf_mega.data.toy:gold_reward", "reward.normalize=running"),
+        *("checkpoint.interval=1", "checkpoint.export_hf=false", "logging.tensorboard=false"),
+    ]
+
+
+def start(job, run_dir, *options, faults="", timeout=300):
+    """Run the job to its end; return what it wrote to the terminal."""
+    done = subprocess.run(
+        [*job, f"run.dir={run_dir}", *options],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+        | {"MARLHF_FAULT": faults},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stderr
+
+
+def numbers(run_dir):
+    """Return the metrics that do not measure time."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time/", "perf/")) and "_per_s" not in k
+        }
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """Return the metrics of four steps without a fault."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    start(job, run_dir, "run.steps=4")
+    return numbers(run_dir)
+
+
+def test_a_rank_that_stops_or_loops_is_named_in_time_and_the_run_goes_on(job, whole, tmp_path):
+    limit = 10
+    said = start(
+        job,
+        tmp_path,
+        *("run.steps=4", f"watchdog.seconds={limit}"),
+        faults="rank=1,step=2,phase=update,kind=stop;rank=0,step=3,phase=experience,kind=hang",
+    )
+    assert "rank 1 was last seen in step 2, update; no answer: stopped, or the machine" in said
+    found = re.search(r"rank 0 has been in step 3, experience, for [\d.]+ s at (.*)\. All", said)
+    assert found is not None
+    assert "train/faults.py" in found[1]
+    assert numbers(tmp_path) == whole
+    stopped, looping = sorted((tmp_path / "stacks").iterdir())
+    assert {f.name for f in stopped.iterdir()} == {"rank_00000.txt", "summary.txt"}
+    assert {f.name for f in looping.iterdir()} == {
+        "rank_00000.txt",
+        "rank_00001.txt",
+        "summary.txt",
+    }
+    assert "all_reduce" in (looping / "rank_00001.txt").read_text()
+    assert "_happen_once" in (looping / "rank_00000.txt").read_text()
+    for number, folder in enumerate((stopped, looping)):
+        fault = (tmp_path / "faults" / f"{number:03d}").stat().st_mtime
+        seconds = (folder / "summary.txt").stat().st_mtime - fault
+        print(f"named {seconds - limit:.1f} s after the limit of {limit} s")
+        assert limit <= seconds < limit + 5
