@@ -117,6 +117,13 @@ def broadcast_from_first(value: Tensor, group: Group | None = None) -> Tensor:
     return value
 
 
+def gather_over_world(row: Tensor, mesh: Mesh) -> Tensor:
+    """Stack every rank's equally shaped tensor, [*shape] -> [world, *shape] on the CPU."""
+    parts = [torch.empty_like(row, device=mesh.device) for _ in range(mesh.world_size)]
+    dist.all_gather(parts, row.to(mesh.device))
+    return torch.stack(parts).cpu()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()

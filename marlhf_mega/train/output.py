@@ -24,6 +24,7 @@ from marlhf_mega.parallel.collectives import max_over_world, sum_over_world
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.train.faults import Faults
 from marlhf_mega.train.inputs import Inputs
+from marlhf_mega.train.stragglers import Stragglers
 from marlhf_mega.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class RunOutput:
         self.config = inputs.config
         self.timers = PhaseTimers(mesh.platform.synchronize, self._enter_phase)
         self._faults = Faults(mesh.rank, self.config.run.dir)
+        self._stragglers = Stragglers(mesh)
         self._watchdog = Watchdog(self.config, mesh, step=first_step)
         self._writer: MetricsWriter | None = None
         self._samples: SamplesWriter | None = None
@@ -89,12 +91,16 @@ class RunOutput:
         return reduce_metrics(sums, sum_over_world, max_over_world, device=device)
 
     def finish_step(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Write and show a step, with its times, under the number of steps done; rank 0 acts."""
+        """Write and show a step, with its times, under the number of steps done; rank 0 acts.
+
+        All ranks call it and say how long they took, without waiting for each other.
+        """
+        times, waited = self.timers.drain(), self._watchdog.drain_waited()
+        times |= self._stragglers.report(times, waited, step=done)
         if self._writer is None or self._progress is None:
-            self.timers.drain()
             return
         peak = self.mesh.platform.memory_peak() / 2**30
-        everything = {**metrics, **self.timers.drain(), "perf/peak_memory_gib": peak}
+        everything = {**metrics, **times, "perf/peak_memory_gib": peak}
         self._writer.write(done, everything)
         self._progress.update(done - 1, everything)
 

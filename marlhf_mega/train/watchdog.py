@@ -13,9 +13,10 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from marlhf_mega.config.exit_codes import EXIT_HUNG
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 BETWEEN = "between phases"
 POLL_SECONDS = 0.5
+SAMPLE_SECONDS = 0.05
+"""Between two looks at whether the main thread waits for other ranks."""
 ANSWER_SECONDS = 3.0
 """Time to write stacks after the alarm; a rank that takes longer does not answer."""
 FAILED_SECONDS = 10.0
@@ -57,6 +60,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._count = 0
+        self._waited: defaultdict[str, float] = defaultdict(float)
 
     def __enter__(self) -> Self:
         self._note_path(0).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,15 @@ class Watchdog:
             )
         )
 
+    def drain_waited(self) -> dict[str, float]:
+        """Return the seconds of each phase spent waiting for other ranks; start from zero.
+
+        They are found by looking at the main thread now and then. On GPUs it is the device that
+        waits, which is not seen here.
+        """
+        waited, self._waited = self._waited, defaultdict(float)
+        return dict(waited)
+
     def _put(self, note: Note) -> None:
         self._note = note
         note.write(self._note_path(note.rank))
@@ -103,9 +116,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Poll until the run ends or hangs."""
-        seen, since = self._next_note(), time.monotonic()
-        while not self._ended.wait(POLL_SECONDS):
-            note, now = self._next_note(), time.monotonic()
+        seen, since = None, time.monotonic()
+        looked = sampled = since
+        while not self._ended.wait(SAMPLE_SECONDS):
+            now = time.monotonic()
+            if _waits(_main_frame()):
+                self._waited[self._note.phase] += now - sampled
+            sampled = now
+            if now - looked < POLL_SECONDS:
+                continue
+            note, looked = self._next_note(), now
             if note != seen:
                 seen, since = note, now
             if (
@@ -155,7 +175,7 @@ class Watchdog:
         os._exit(EXIT_HUNG)
 
     def _write_stacks(self) -> None:
-        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        frame = _main_frame()
         file = Path(frame.f_code.co_filename)
         answer = Answer(
             rank=self._mesh.rank,
@@ -164,7 +184,7 @@ class Watchdog:
             phase=self._note.phase,
             seconds=round(time.monotonic() - self._since, 1),
             where=f"{'/'.join(file.parts[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}",
-            waits=file.name in _WAITING_FILES,
+            waits=_waits(frame),
         )
         target = self._stack_path(self._mesh.rank)
         partial = target.with_suffix(".tmp")
@@ -180,3 +200,11 @@ class Watchdog:
         missing = [rank for rank in ranks if not self._stack_path(rank).is_file()]
         notes = [Note.read(self._note_path(rank), self._session) for rank in missing]
         return [note for note in notes if note is not None and note.state != "ended"]
+
+
+def _main_frame() -> FrameType:
+    return sys._current_frames()[threading.main_thread().ident or 0]
+
+
+def _waits(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.endswith(_WAITING_FILES)

@@ -35,13 +35,16 @@ def job(tmp_path_factory):
     ]
 
 
+def environment(**more):
+    here = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    return os.environ | here | more
+
+
 def start(job, run_dir, *options, faults="", timeout=300):
     """Run the job to its end; return what it wrote to the terminal."""
     done = subprocess.run(
         [*job, f"run.dir={run_dir}", *options],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
-        | {"MARLHF_FAULT": faults},
+        env=environment(MARLHF_FAULT=faults),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -99,3 +102,21 @@ def test_a_rank_that_stops_or_loops_is_named_in_time_and_the_run_goes_on(job, wh
         seconds = (folder / "summary.txt").stat().st_mtime - fault
         print(f"named {seconds - limit:.1f} s after the limit of {limit} s")
         assert limit <= seconds < limit + 5
+
+
+def test_a_slow_rank_is_named_and_a_gradient_of_one_rank_stops_all(job, tmp_path):
+    said = start(
+        job,
+        tmp_path,
+        *("run.steps=7", "checkpoint.interval=0"),
+        faults="rank=1,step=1,phase=update,kind=slow,seconds=2;rank=1,step=7,phase=update,kind=nan",
+    )
+    named = re.findall(r"rank 1 is slow: in update it took \S+ s in step (\d)", said)
+    assert named == ["5"]
+    assert "rank 0 is slow" not in said
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["time/update_slowest_rank"] == 1
+        assert line["time/update_max_seconds"] > 1.5
+        assert line["time/update_max_seconds"] - line["time/update_min_seconds"] > 1
+    assert [line["critic/skipped_fraction"] for line in lines] == [0, 0, 0, 0, 0, 0, 1]
