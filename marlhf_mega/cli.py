@@ -19,6 +19,7 @@ from marlhf_mega.config.exit_codes import (
 from marlhf_mega.config.load import dump_config, load_config
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import RedactingFormatter
+from marlhf_mega.plan.command import add_options, run_plan
 
 COMMANDS = {
     "quickstart": "the whole story on built-in data: sft, reward model, macro ppo, a report",
@@ -28,6 +29,7 @@ COMMANDS = {
     "offline": "train the policy on given responses by their advantage (A-LoL)",
     "evaluate": "generate on held-out prompts and judge",
     "generate": "answer every prompt of a file, with scores",
+    "plan": "memory, time and checkpoints of a job on a cluster, without running it",
     "doctor": "what this machine has, and whether its ranks, network and disk work together",
 }
 
@@ -42,12 +44,15 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     _set_up_logging()
     try:
-        config = load_config(options.config, options.overrides)
+        planned = options.command == "plan"
+        config = load_config(options.config, options.overrides, need_weights=not planned)
         if options.print_config:
             sys.stdout.write(dump_config(config))
             return 0
         if options.command == "doctor":
             return _doctor(config)
+        if planned:
+            return run_plan(config, options)
         job = _prepare(options.command, config)
         if options.check:
             sys.stdout.write(dump_config(config))
@@ -80,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--check", action="store_true", help="the same once all that ranks would read is valid"
         )
+        if name == "plan":
+            add_options(command)
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="dotted keys, such as ppo.epochs=2"
         )

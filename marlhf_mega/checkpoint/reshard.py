@@ -7,9 +7,10 @@ from torch import Tensor
 from marlhf_mega.checkpoint.hf.parameters import LocalParameter, find_shards, local_parameters
 from marlhf_mega.checkpoint.hf.table import Layout, WeightTable
 from marlhf_mega.checkpoint.weights import layout_of
+from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.transfer import BUCKET_BYTES, Mover
+from marlhf_mega.parallel.transfer import Mover
 from marlhf_mega.parallel.transfer_plan import Block
 
 
@@ -48,7 +49,7 @@ def connect(
     source: tuple[Sequence[StageModel], Mesh],
     target: tuple[Sequence[StageModel], Mesh],
     *,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int = MOVE_BUCKET_BYTES,
 ) -> Mover:
     """Plan how to fill one model from another of the same shape. All ranks call it.
 

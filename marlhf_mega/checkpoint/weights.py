@@ -14,12 +14,12 @@ from marlhf_mega.checkpoint.hf.parameters import find_shards, local_parameters
 from marlhf_mega.checkpoint.hf.reader import open_folder
 from marlhf_mega.checkpoint.hf.table import Layout, Piece, WeightTable
 from marlhf_mega.checkpoint.store import SCALAR_ROLES, load_weights
+from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.config.origin import Origin
 from marlhf_mega.models.fp8 import round_weights
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import broadcast_from_first
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.vocab import padded_vocab_size
 
 _BLOCK = 1 << 22
 """Elements drawn at a time, so that a large matrix needs little extra memory."""

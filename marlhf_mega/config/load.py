@@ -19,12 +19,16 @@ class ConfigError(ValueError):
     """The user's configuration cannot be used; the message holds one line per problem."""
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), *, need_weights: bool = True
+) -> Config:
     """Read a YAML file, apply `key=value` overrides, validate.
 
     Args:
         path: a YAML file that holds only what differs from the defaults; none: defaults alone.
         overrides: dotted assignments such as `rollout.top_k=50`; values are YAML.
+        need_weights: refuse where the model's folder is missing; plans do with the shape that the
+            file gives.
 
     Returns:
         The resolved configuration; with `model.hf_path` the model section is that of the folder.
@@ -40,14 +44,17 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_lines(error))) from None
     try:
-        return _with_origin(config)
+        return _with_origin(config, need_weights=need_weights)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def _with_origin(config: Config) -> Config:
+def _with_origin(config: Config, *, need_weights: bool) -> Config:
     """Take the architecture from where the weights come from."""
     model = config.model
+    folder = model.hf_path or Path(model.init)
+    if not need_weights and not folder.exists() and "num_layers" in model.model_fields_set:
+        return config
     if model.hf_path is not None:
         if model.init not in ("auto", "random"):
             raise ValueError(

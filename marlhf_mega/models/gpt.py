@@ -16,13 +16,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
 from marlhf_mega.models.spec import block_spec, transformer_config
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.vocab import VocabShard, padded_vocab_size, vocab_parallel_logprobs
+from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
 Head = Literal["language", "scalar"]
 

@@ -87,7 +87,7 @@ class TrainState:
             DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
         ]
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            optimizer_config(optimizer, config), self.chunks
+            optimizer_config(optimizer, config), self.chunks, use_gloo_process_groups=False
         )
         self.schedule = OptimizerParamScheduler(
             self.optimizer,

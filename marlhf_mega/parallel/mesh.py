@@ -124,6 +124,8 @@ def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) ->
         expert_model_parallel_size=parallel.expert_size,
         # Experts are spread whole: gloo cannot gather the uneven pieces of a tensor-split expert.
         expert_tensor_parallel_size=1,
+        # Only checkpoint formats that are not ours would use them.
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
     )
     # Megatron forks this generator around the embedding; nothing of ours draws from it.

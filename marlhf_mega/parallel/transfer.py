@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.transfer_plan import (
     Block,
@@ -17,10 +18,6 @@ from marlhf_mega.parallel.transfer_plan import (
     plan_transfers,
     schedule_rounds,
 )
-
-BUCKET_BYTES = 1 << 27
-"""Memory that a rank spends on a move besides the weights: buckets to send and to receive, two of
-each, so that one round is packed while another travels."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Mover:
         targets: tuple[Sequence[Block], Sequence[Tensor]],
         mesh: Mesh,
         *,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int = MOVE_BUCKET_BYTES,
     ) -> None:
         """Plan the move; every rank gets to know what all ranks hold and need.
 

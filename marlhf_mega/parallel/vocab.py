@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from marlhf_mega.config.limits import LOGITS_CHUNK_ELEMENTS
 from marlhf_mega.parallel.mesh import Group, Mesh
-
-CHUNK_ELEMENTS = 1 << 24
-"""Logits in flight on one rank: 64 MiB of float32 whatever the vocabulary is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +36,6 @@ class VocabShard:
         return VocabShard(
             group=mesh.groups.tp, start=start, num_real=num_real, num_total=vocab_size
         )
-
-
-def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
-    """Round up so that every rank's shard is a multiple of 16 rows (FP8 needs that)."""
-    multiple = 16 * tensor_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def vocab_parallel_logprobs(
@@ -79,7 +71,7 @@ def vocab_parallel_logprobs(
 
 
 def _chunk_tokens(shard: VocabShard) -> int:
-    return max(16, CHUNK_ELEMENTS // max(shard.num_real, 1))
+    return max(16, LOGITS_CHUNK_ELEMENTS // max(shard.num_real, 1))
 
 
 def _scaled_logits(

@@ -49,7 +49,7 @@ def install() -> None:
         )
     _patches.install()
     # Megatron's optimizers ask for 'torch.cuda.FloatTensor' by name.
-    _patches.replace(torch.Tensor, "type", _tensor_type)
+    _patches.replace(torch.Tensor, "type", tensor_type)
     # Tied embeddings across pipeline stages and checkpoint exchange call it without asking.
     _patches.replace(torch.Tensor, "cuda", _tensor_cuda)
     _RNG_LOGGER.addFilter(_is_not_rng_warning)
@@ -67,6 +67,12 @@ def uninstall() -> None:
 def installed() -> bool:
     """Say whether the shim is active in this process."""
     return _patches.installed
+
+
+def cuda_of_megatron() -> ModuleType:
+    """Return what Megatron modules see as `torch.cuda`."""
+    view: ModuleType = _torch.cuda
+    return view
 
 
 def _on_import(patches: PatchSet, module: ModuleType) -> None:
@@ -200,13 +206,14 @@ def _is_not_rng_warning(record: logging.LogRecord) -> bool:
 
 
 class _TypeName(str):
-    """A CPU tensor type's name that also equals the name of its CUDA twin.
+    """A CPU or meta tensor type's name that also equals the name of its CUDA twin.
 
     It prints and hashes as what it is, so code outside Megatron sees no difference.
     """
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) or str.__eq__("torch.cuda." + self[len("torch.") :], other)
+        kind = self.removeprefix("torch.").removeprefix("meta.")
+        return str.__eq__(self, other) or str.__eq__("torch.cuda." + kind, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -217,7 +224,8 @@ class _TypeName(str):
 _original_type = torch.Tensor.type
 
 
-def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> str | torch.Tensor:
+def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> str | torch.Tensor:
+    """Do what `Tensor.type` does, but give a name that passes for a CUDA tensor's."""
     result = _original_type(self, *args, **kwargs)
     return _TypeName(result) if isinstance(result, str) else result
 

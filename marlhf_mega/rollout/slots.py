@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from marlhf_mega.config.limits import PREFILL_TOKENS
 from marlhf_mega.rollout.decoder import Decode, Prefill, Work
-
-PREFILL_TOKENS = 1 << 14
-"""Prompt tokens in one prefill: bounds its activations whatever the batch is."""
 
 
 @dataclass

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     0: ["config", "algorithm", "platform"],
     1: ["parallel"],
-    2: ["models", "data", "metrics", "plan"],
-    3: ["rollout", "rewards", "checkpoint"],
+    2: ["models", "data", "metrics"],
+    3: ["rollout", "rewards", "checkpoint", "plan"],
     4: ["experience"],
     5: ["update"],
     6: ["train", "cli", "__main__"],

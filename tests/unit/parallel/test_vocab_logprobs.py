@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.parallel import vocab
-from marlhf_mega.parallel.vocab import VocabShard, padded_vocab_size, vocab_parallel_logprobs
+from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
 TOKENS, HIDDEN, VOCAB = 11, 6, 23
 
@@ -41,7 +42,7 @@ def whole(hidden, weight, targets, temperature, softcap):
 def test_values_and_gradients_are_those_of_the_whole_softmax(
     shard, monkeypatch, chunk_elements, temperature, softcap
 ):
-    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(vocab, "LOGITS_CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, targets, pull = case()
     expected = whole(hidden, weight, targets, temperature, softcap)
     wanted = torch.autograd.grad((torch.stack(expected) * pull).sum(), (hidden, weight))

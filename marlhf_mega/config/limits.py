@@ -1,0 +1,17 @@
+"""Sizes that the code holds itself to, where the planner must count with the same ones."""
+
+LOGITS_CHUNK_ELEMENTS = 1 << 24
+"""Logits in flight on one rank: 64 MiB of float32 whatever the vocabulary is."""
+
+PREFILL_TOKENS = 1 << 14
+"""Prompt tokens in one prefill: bounds its activations whatever the batch is."""
+
+MOVE_BUCKET_BYTES = 1 << 27
+"""Memory that a rank spends on a move of weights besides the weights: buckets to send and to
+receive, two of each, so that one round is packed while another travels."""
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
+    """Round up so that every rank's shard is a multiple of 16 rows (FP8 needs that)."""
+    multiple = 16 * tensor_size
+    return -(-vocab_size // multiple) * multiple

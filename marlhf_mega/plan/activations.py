@@ -1,0 +1,247 @@
+"""Bytes that forward and backward passes hold, per token, by what each operator keeps.
+
+Two families of layers: our local ones (CPU, Gemma-2, GPUs without Transformer Engine) and those of
+Transformer Engine, which fuses norms into the matrix behind them. Local figures are checked against
+autograd and the allocator by a test; Transformer Engine's are read from its source, not measured.
+"""
+
+from dataclasses import dataclass
+
+from marlhf_mega.config.limits import LOGITS_CHUNK_ELEMENTS
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.schema import MemoryConfig
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.parameters import Head
+from marlhf_mega.plan.workload import Microbatch
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formats:
+    """Number formats that decide sizes."""
+
+    element: int
+    """Bytes of a weight or activation: 4 or 2."""
+    has_engine: bool
+    """Layers come from Transformer Engine."""
+    fp8: bool
+    """Inputs of matrix products are kept in one byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Widths on one rank of a layer that works on a microbatch."""
+
+    model: ModelConfig
+    layout: Layout
+    microbatch: Microbatch
+    formats: Formats
+
+    @property
+    def tokens(self) -> int:
+        """Tokens inside attention and feed-forward."""
+        return self.microbatch.tokens
+
+    @property
+    def residual(self) -> int:
+        """Elements of the residual stream."""
+        return self.tokens // self.layout.sequence_share * self.model.hidden_size
+
+    @property
+    def query(self) -> int:
+        """Elements of the queries."""
+        return self.tokens * self.model.num_attention_heads * self.model.kv_channels // self._tp
+
+    @property
+    def key(self) -> int:
+        """Elements of the keys; as many values."""
+        groups = max(1, self.model.query_groups // self._tp)
+        return self.tokens * groups * self.model.kv_channels
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.model.num_attention_heads // self._tp
+
+    @property
+    def scores(self) -> int:
+        """Elements of the attention matrix, which only softcaps need whole."""
+        return self.microbatch.rows * self.heads * self.microbatch.seq**2
+
+    @property
+    def _tp(self) -> int:
+        return self.layout.tensor
+
+
+def layer_kept(shape: LayerShape, memory: MemoryConfig) -> int:
+    """Return the bytes that one layer keeps for its backward pass, if it is not recomputed."""
+    model, e = shape.model, shape.formats.element
+    norms = 2 * _normed_input(shape)
+    if model.post_norms:
+        norms += 2 * _post_norm(shape)
+    return (
+        norms
+        + _attention_kept(shape, selective=memory.recompute == "selective")
+        + (_experts_kept(shape) if model.num_experts else _gated_kept(shape, _ffn_width(shape)))
+        + (_head_norms(shape) if model.qk_norm else 0)
+        + 4 * shape.microbatch.seq * (model.kv_channels * e)
+    )
+
+
+def chunk_kept(
+    shape: LayerShape, memory: MemoryConfig, *, first: bool, last: bool, head: Head
+) -> int:
+    """Return the bytes that one chunk keeps for one microbatch.
+
+    Args:
+        shape: of its layers.
+        memory: what is recomputed.
+        first: it embeds tokens; others keep what they were sent.
+        last: it holds the final norm and the head; others keep what they send.
+        head: of the model.
+    """
+    model, layout, e = shape.model, shape.layout, shape.formats.element
+    layers = model.num_layers // (layout.pipeline * layout.chunks)
+    again = 0
+    if memory.recompute == "full":
+        again = min(memory.recompute_num_layers or layers, layers)
+    kept = again * shape.residual * e + (layers - again) * layer_kept(shape, memory)
+    kept += 8 * shape.tokens if first else shape.residual * e
+    if not last:
+        return kept + shape.residual * e
+    kept += _normed_input(shape, is_product_input=False)
+    selected = shape.microbatch.response_tokens
+    state = _FLOAT32 if head == "scalar" else e
+    return kept + selected * (model.hidden_size * state + 32)
+
+
+def layer_workspace(shape: LayerShape) -> int:
+    """Return the bytes that a layer's backward pass holds beside what was kept.
+
+    The gradients of the widest tensors and of the largest matrix, before it is added to the buffer.
+    """
+    e = shape.formats.element
+    width = _ffn_width(shape)
+    inner = shape.tokens * width * (4 if shape.model.num_experts is None else 4 * _top_k(shape))
+    matrix = 2 * width * shape.model.hidden_size
+    gathered = shape.tokens * shape.model.hidden_size
+    attention = 3 * shape.query + 2 * shape.key
+    if shape.model.attention_softcap is not None:
+        attention += 3 * shape.scores
+    return (max(inner, attention) + 2 * gathered + matrix) * e
+
+
+def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:
+    """Return the bytes that log-probs hold beside their inputs: one chunk of logits at a time."""
+    model, e = shape.model, shape.formats.element
+    selected = shape.microbatch.response_tokens
+    hidden = shape.tokens * model.hidden_size * e
+    if head == "scalar":
+        return hidden + selected * model.hidden_size * _FLOAT32
+    assert model.vocab_size is not None
+    columns = -(-model.vocab_size // shape.layout.tensor)
+    rows = min(selected, max(16, LOGITS_CHUNK_ELEMENTS // columns))
+    capped = 2 if model.logits_softcap is not None else 0
+    if not backward:
+        return hidden + rows * columns * _FLOAT32 * (2 + capped)
+    # The matrix's gradient is summed over the chunks in float32 and rounded once.
+    matrix = columns * model.hidden_size * (_FLOAT32 + e)
+    logits = rows * columns * _FLOAT32 * (3 + capped)
+    return hidden + selected * model.hidden_size * e + matrix + logits
+
+
+def forward_workspace(shape: LayerShape) -> int:
+    """Return the bytes that a layer holds when nothing is kept for a backward pass."""
+    e, width = shape.formats.element, _ffn_width(shape)
+    residual = 3 * shape.residual + shape.tokens * shape.model.hidden_size
+    factor = 1 if shape.model.num_experts is None else _top_k(shape)
+    feed_forward = 5 * shape.tokens * width * factor
+    attention = 3 * shape.query + 3 * shape.key
+    if shape.model.attention_softcap is not None:
+        attention += 2 * shape.scores + 2 * shape.query
+    return (residual + max(feed_forward, attention)) * e
+
+
+def in_flight(layout: Layout, *, stage: int, num_microbatches: int) -> int:
+    """Return for how many microbatches a stage keeps one chunk's activations at the same time.
+
+    One forward, one backward in turn: the first stage runs ahead by the stages behind it; with
+    several chunks by what the interleaved schedule warms up with.
+    """
+    ahead = layout.pipeline - stage - 1
+    if layout.chunks > 1:
+        ahead = 2 * ahead + (layout.chunks - 1) * layout.pipeline
+    return min(ahead + 1, num_microbatches * layout.chunks)
+
+
+def _ffn_width(shape: LayerShape) -> int:
+    model = shape.model
+    if model.num_experts is None:
+        return model.ffn_hidden_size // shape.layout.tensor
+    return model.expert_ffn_hidden_size or model.ffn_hidden_size
+
+
+def _top_k(shape: LayerShape) -> int:
+    return shape.model.experts_per_token
+
+
+def _normed_input(shape: LayerShape, *, is_product_input: bool = True) -> int:
+    """Input, root mean square and output of a norm, and of the norm's two steps in between."""
+    e, zero_centered = shape.formats.element, shape.model.zero_centered_norm
+    root = shape.tokens // shape.layout.sequence_share * _FLOAT32
+    output = 1 if shape.formats.fp8 else e
+    if shape.formats.has_engine:
+        return shape.residual * (e + output * is_product_input) + root
+    inside = _FLOAT32 if zero_centered else e
+    return shape.residual * (_FLOAT32 + inside + e * is_product_input) + root
+
+
+def _post_norm(shape: LayerShape) -> int:
+    return _normed_input(shape, is_product_input=False)
+
+
+def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
+    e = shape.formats.element
+    projected = shape.query + 2 * shape.key
+    rotated = shape.query + shape.key
+    output = shape.query * (e + (1 if shape.formats.fp8 else 0))
+    if shape.model.attention_softcap is None:
+        statistics = 0 if selective else shape.tokens * shape.heads * _FLOAT32
+        return (projected + rotated) * e + output + statistics
+    if selective:
+        return (projected + rotated) * e + output
+    # Queries, keys and values with as many heads each, the squashed scores, the probabilities.
+    rounded = e if e < _FLOAT32 else 0
+    matrices = shape.scores * (e + _FLOAT32 + rounded) + shape.microbatch.seq**2
+    return 3 * shape.query * e + matrices + output
+
+
+def _head_norms(shape: LayerShape) -> int:
+    """Norms of queries and keys in float32: input and normalised, per head one root."""
+    e = shape.formats.element
+    elements = shape.query + shape.key
+    inside = _FLOAT32 if shape.model.zero_centered_norm else e
+    return elements * (_FLOAT32 + inside) + elements // shape.model.kv_channels * _FLOAT32
+
+
+def _gated_kept(shape: LayerShape, width: int, tokens: int | None = None) -> int:
+    """Gate and up projections, the activated gate, the up half again, and their product."""
+    e = shape.formats.element
+    product = 1 if shape.formats.fp8 else e
+    return (shape.tokens if tokens is None else tokens) * width * (4 * e + product)
+
+
+def _experts_kept(shape: LayerShape) -> int:
+    """As many copies of each token as experts it goes to, if the load is even."""
+    model, e = shape.model, shape.formats.element
+    assert model.num_experts is not None
+    tokens, top = shape.tokens // shape.layout.tensor, model.experts_per_token
+    # Beside what a dense layer keeps: the product before it is weighed, and the weight.
+    per_copy = _gated_kept(shape, _ffn_width(shape), 1) + _ffn_width(shape) * e + _FLOAT32
+    kept = tokens * top * (model.hidden_size * e + per_copy)
+    kept += tokens * (3 * model.num_experts + 24 * top)
+    if model.shared_expert_ffn_hidden_size is not None:
+        width = model.shared_expert_ffn_hidden_size // shape.layout.tensor
+        kept += _gated_kept(shape, width) + shape.residual * e
+    return kept

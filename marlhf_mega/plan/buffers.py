@@ -1,0 +1,95 @@
+"""What a model that learns holds besides activations: buffers of weights and gradients, Adam.
+
+Megatron-Core's data-parallel wrapper lays the parameters of a chunk into one buffer in reverse
+order, each at a multiple of 64 elements, bucket after bucket, each bucket a multiple of
+lcm(replicas, 128) elements; dense and expert parameters have buffers of their own. The distributed
+optimizer cuts every bucket into equal shares and keeps state for the real elements of its own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.parameters import Parameter
+
+_PARAMETER_MULTIPLE = 64
+_BUCKET_MULTIPLE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Elements on one rank, padding included."""
+
+    num_elements: int
+    """Of the weights' buffers, and of the gradients'."""
+    owned: tuple[int, ...]
+    """Real elements whose optimizer state each rank of the pipeline stage keeps."""
+    owned_tensors: tuple[int, ...]
+    """Parameters that these elements are parts of."""
+    buckets: tuple[int, ...]
+    """Elements of each bucket, dense ones first."""
+
+    @property
+    def largest_share(self) -> int:
+        """Elements of the rank that keeps the most."""
+        return max(self.owned, default=0)
+
+
+def buffers(chunks: Sequence[Sequence[Parameter]], layout: Layout) -> Buffers:
+    """Lay out a rank's trained parameters.
+
+    Args:
+        chunks: the parameters of each of the rank's chunks.
+        layout: of the world.
+    """
+    ranks = layout.world // layout.pipeline
+    owned, tensors = [0] * ranks, [0] * ranks
+    buckets: list[int] = []
+    # Neighbouring ranks share every matrix, or hold different experts.
+    for is_expert, neighbours in ((False, layout.tensor), (True, layout.expert)):
+        for chunk in chunks:
+            for bucket in _buckets([p for p in chunk if p.is_expert == is_expert]):
+                length, real, parts = _shares(bucket, ranks // neighbours)
+                buckets.append(length)
+                for rank in range(ranks):
+                    owned[rank] += real[rank // neighbours]
+                    tensors[rank] += parts[rank // neighbours]
+    return Buffers(
+        num_elements=sum(buckets),
+        owned=tuple(owned),
+        owned_tensors=tuple(tensors),
+        buckets=tuple(buckets),
+    )
+
+
+def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """Split as the wrapper does without overlap: all in one, shared embeddings on their own."""
+    found: list[list[Parameter]] = [[]]
+    for parameter in reversed(parameters):
+        if parameter.is_shared_embedding:
+            found += [[parameter], []]
+        else:
+            found[-1].append(parameter)
+    return [bucket for bucket in found if bucket]
+
+
+def _shares(bucket: Sequence[Parameter], replicas: int) -> tuple[int, list[int], list[int]]:
+    """Return a bucket's length, and each replica's real elements and tensors in its share."""
+    spans, start = [], 0
+    for parameter in bucket:
+        spans.append((start, start + parameter.size))
+        start = _round_up(start + parameter.size, _PARAMETER_MULTIPLE)
+    length = _round_up(start, math.lcm(replicas, _BUCKET_MULTIPLE))
+    share = length // replicas
+    real, tensors = [0] * replicas, [0] * replicas
+    for low, high in spans:
+        for replica in range(low // share, (high - 1) // share + 1):
+            part = min(high, (replica + 1) * share) - max(low, replica * share)
+            real[replica] += part
+            tensors[replica] += 1
+    return length, real, tensors
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

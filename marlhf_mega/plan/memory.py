@@ -1,0 +1,314 @@
+"""Bytes of every model in every phase, on every pipeline stage; the worst rank decides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from marlhf_mega.config.limits import MOVE_BUCKET_BYTES, PREFILL_TOKENS
+from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
+from marlhf_mega.plan.activations import (
+    Formats,
+    LayerShape,
+    chunk_kept,
+    forward_workspace,
+    head_workspace,
+    in_flight,
+    layer_kept,
+    layer_workspace,
+)
+from marlhf_mega.plan.buffers import buffers
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.parameters import Parameter, count, stage_parameters
+from marlhf_mega.plan.workload import Microbatch, Role, Workload
+
+WORKING = ("activations", "backward", "forward", "prefill and sampling")
+"""What passes hold: estimates, which a measured run corrects. All else is exact."""
+
+_FLOAT32 = 4
+_MOMENTS = 2
+_STEP_COUNTER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleMemory:
+    """What one model holds on a rank while it is on the device."""
+
+    num_parameters: int
+    weights: int
+    fp8_copies: int
+    """Products' weights in FP8 beside those in bfloat16."""
+    gradients: int
+    optimizer: int
+    """Adam's moments and, beside bfloat16 weights, float32 masters: of the rank with the most."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.fp8_copies + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """One rank of a pipeline stage."""
+
+    stage: int
+    roles: Mapping[str, RoleMemory]
+    phases: Mapping[str, Mapping[str, int]]
+    """Phase -> what it holds -> bytes."""
+
+    def total(self, phase: str) -> int:
+        """Bytes at the phase's peak."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the worst phase."""
+        return max(map(self.total, self.phases))
+
+    @property
+    def worst_phase(self) -> str:
+        """The phase that needs the most."""
+        return max(self.phases, key=self.total)
+
+
+def formats_of(precision: PrecisionConfig, *, on_gpu: bool, has_engine: bool) -> Formats:
+    """Say how large things are.
+
+    Args:
+        precision: of the run.
+        on_gpu: what `auto` means.
+        has_engine: Transformer Engine is installed.
+    """
+    single = precision.dtype == "float32" or (precision.dtype == "auto" and not on_gpu)
+    return Formats(
+        element=4 if single else 2, has_engine=has_engine and on_gpu, fp8=precision.fp8 != "off"
+    )
+
+
+def stage_memory(
+    work: Workload, stage: int, formats: Formats, *, activation_factor: float = 1.0
+) -> StageMemory:
+    """Return what the ranks of one stage hold in every phase.
+
+    Args:
+        work: the job.
+        stage: pipeline stage, from 0.
+        formats: number formats.
+        activation_factor: corrects what passes hold, from a measured run.
+    """
+    precision = work.config.precision
+    roles = {
+        role.name: role_memory(role, work.layout, stage, formats, precision) for role in work.roles
+    }
+    phases = {"update": _update(work, stage, formats, roles)}
+    if work.job == "ppo":
+        phases = {
+            "rollout": _rollout(work, stage, formats, roles),
+            "experience": _experience(work, stage, formats, roles),
+        } | phases
+    corrected = {
+        phase: {
+            name: int(size * activation_factor) if name in WORKING else size
+            for name, size in held.items()
+        }
+        for phase, held in phases.items()
+    }
+    return StageMemory(stage=stage, roles=roles, phases=corrected)
+
+
+def role_memory(
+    role: Role, layout: Layout, stage: int, formats: Formats, precision: PrecisionConfig
+) -> RoleMemory:
+    """Return what one model holds on a rank of a stage."""
+    chunks = stage_parameters(role.model, layout, head=role.head, stage=stage)
+    own = precision if role.learns else precision.frozen()
+    products = sum(p.size for chunk in chunks for p in chunk if p.is_product)
+    if not role.learns:
+        return RoleMemory(
+            num_parameters=count(chunks),
+            weights=count(chunks) * formats.element,
+            fp8_copies=products if own.fp8 != "off" else 0,
+            gradients=0,
+            optimizer=0,
+        )
+    groups = _by_format(chunks, split=own.fp8_param_gather and own.fp8 != "off")
+    laid_out = [(buffers(group, layout), size) for group, size in groups]
+    masters = _FLOAT32 if formats.element < _FLOAT32 else 0
+    counters = 0 if formats.has_engine else _STEP_COUNTER
+    states = [
+        sum(
+            (masters + _MOMENTS * _FLOAT32) * b.owned[rank] + counters * b.owned_tensors[rank]
+            for b, _ in laid_out
+        )
+        for rank in range(layout.world // layout.pipeline)
+    ]
+    return RoleMemory(
+        num_parameters=count(chunks),
+        weights=sum(b.num_elements * (size or formats.element) for b, size in laid_out),
+        # For the forward pass and, turned, for the backward pass; one of them is the weight itself.
+        fp8_copies=products * (1 if own.fp8_param_gather else 2) if own.fp8 != "off" else 0,
+        gradients=sum(b.num_elements for b, _ in laid_out) * _FLOAT32,
+        optimizer=max(states),
+    )
+
+
+def layer_shape(role: Role, layout: Layout, microbatch: Microbatch, formats: Formats) -> LayerShape:
+    """Return the widths of a role's layers; softcaps and post norms rule the engine out."""
+    model = role.model
+    engine = formats.has_engine and not model.post_norms and model.attention_softcap is None
+    own = replace(formats, has_engine=engine, fp8=formats.fp8 and engine)
+    return LayerShape(model=model, layout=layout, microbatch=microbatch, formats=own)
+
+
+def kv_cache_bytes(work: Workload, formats: Formats) -> int:
+    """Return the bytes of keys and values on every rank of the rollout's layout.
+
+    With a pipeline there are as many groups of slots as stages.
+    """
+    layout, model = rollout_layout(work), work.policy.model
+    slots = rollout_slots(work)
+    groups = max(1, min(layout.pipeline, slots))
+    share = _round_up(max(1, -(-slots // groups)), work.config.precision.fp8_alignment)
+    longest = _round_up(_longest(work), work.config.precision.fp8_alignment)
+    heads = max(1, model.query_groups // layout.tensor)
+    layers = model.num_layers // layout.pipeline
+    return layers * 2 * groups * share * heads * longest * model.kv_channels * formats.element
+
+
+def rollout_layout(work: Workload) -> Layout:
+    """Return the layout that generates."""
+    return Layout.of(work.config.rollout_parallel, work.layout.world)
+
+
+def rollout_slots(work: Workload) -> int:
+    """Return the sequences that one replica of the rollout decodes together."""
+    rows = -(-work.config.rollout.batch_size // rollout_layout(work).data)
+    return min(work.config.rollout.slots or rows, rows)
+
+
+def _longest(work: Workload) -> int:
+    return work.config.data.max_prompt_tokens + work.config.rollout.max_response_tokens
+
+
+def _resident(roles: Mapping[str, RoleMemory], memory: MemoryConfig, phase: str) -> dict[str, int]:
+    """Return what is on the device in a phase beside its own work."""
+    del memory, phase
+    found: dict[str, int] = {}
+    for name, role in roles.items():
+        found[f"{name} weights"] = role.weights + role.fp8_copies
+        if role.optimizer:
+            found[f"{name} gradients"] = role.gradients
+            found[f"{name} optimizer"] = role.optimizer
+    return found
+
+
+def _rollout(
+    work: Workload, stage: int, formats: Formats, roles: Mapping[str, RoleMemory]
+) -> dict[str, int]:
+    layout, policy, config = rollout_layout(work), work.policy, work.config
+    found = _resident(roles, config.memory, "rollout")
+    # Ranks stand on other stages of a second layout than of the first: its largest stage counts.
+    if config.rollout_parallel != config.parallel:
+        moved = [
+            stage_parameters(policy.model, layout, head="language", stage=s)
+            for s in range(layout.pipeline)
+        ]
+        found["policy at rollout's layout"] = max(map(count, moved)) * formats.element
+        found["buckets of the move"] = MOVE_BUCKET_BYTES
+    found["kv cache"] = kv_cache_bytes(work, formats)
+    prompt = config.data.max_prompt_tokens
+    slots = -(-rollout_slots(work) // max(1, min(layout.pipeline, rollout_slots(work))))
+    rows = max(1, min(slots, PREFILL_TOKENS // prompt))
+    prefill = Microbatch(rows=rows, seq=prompt, response=1)
+    flat = replace(layout, sequence_parallel=False)
+    shape = layer_shape(policy, flat, prefill, replace(formats, has_engine=False))
+    decode = replace(shape, microbatch=Microbatch(rows=slots, seq=1, response=1))
+    logits = head_workspace(decode, "language", backward=False) * 2
+    found["prefill and sampling"] = max(forward_workspace(shape), logits)
+    return found
+
+
+def _experience(
+    work: Workload, stage: int, formats: Formats, roles: Mapping[str, RoleMemory]
+) -> dict[str, int]:
+    found = _resident(roles, work.config.memory, "experience")
+    last = stage == work.layout.pipeline - 1
+    peaks = []
+    for role in work.roles:
+        shape = layer_shape(role, work.layout, work.microbatch, formats)
+        head = head_workspace(shape, role.head, backward=False) if last else 0
+        peaks.append(max(forward_workspace(shape), head) + shape.residual * formats.element)
+    found["forward"] = max(peaks)
+    rows = _FLOAT32 * work.batch_rows * work.microbatch.response
+    found["experience"] = 10 * rows
+    found["messages"] = _messages(work, formats)
+    return found
+
+
+def _update(
+    work: Workload, stage: int, formats: Formats, roles: Mapping[str, RoleMemory]
+) -> dict[str, int]:
+    found = _resident(roles, work.config.memory, "update")
+    if work.job == "ppo":
+        found["experience"] = 10 * _FLOAT32 * work.batch_rows * work.microbatch.response
+    kept, extra = max(
+        (update_activations(work, role, stage, formats) for role in work.roles if role.learns),
+        key=sum,
+    )
+    found["activations"] = kept
+    found["backward"] = extra
+    found["messages"] = _messages(work, formats)
+    return found
+
+
+def _messages(work: Workload, formats: Formats) -> int:
+    """What ranks receive: a sequence gathered from its parts, a neighbour stage's activations."""
+    layout, hidden = work.layout, work.policy.model.hidden_size
+    whole = work.microbatch.tokens * hidden * formats.element
+    gathered = whole if layout.sequence_share > 1 else 0
+    return gathered + (2 * whole // layout.sequence_share if layout.pipeline > 1 else 0)
+
+
+def update_activations(work: Workload, role: Role, stage: int, formats: Formats) -> tuple[int, int]:
+    """Return the bytes kept for backward passes at their peak, and what one of them needs beside.
+
+    Args:
+        work: the job.
+        role: the model that learns.
+        stage: pipeline stage.
+        formats: number formats.
+    """
+    layout, memory = work.layout, work.config.memory
+    shape = layer_shape(role, layout, work.microbatch, formats)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    flying = in_flight(layout, stage=stage, num_microbatches=work.num_microbatches)
+    chunk = chunk_kept(
+        shape,
+        memory,
+        first=first and layout.chunks == 1,
+        last=last and layout.chunks == 1,
+        head=role.head,
+    )
+    kept = flying * chunk
+    if last and layout.chunks > 1:
+        inner = chunk_kept(shape, memory, first=False, last=False, head=role.head)
+        outer = chunk_kept(shape, memory, first=False, last=True, head=role.head)
+        kept += outer - inner
+    again = layer_kept(shape, memory) if memory.recompute == "full" else 0
+    head = head_workspace(shape, role.head, backward=True) if last else 0
+    return kept, max(head, layer_workspace(shape) + again)
+
+
+def _by_format(
+    chunks: list[tuple[Parameter, ...]], *, split: bool
+) -> list[tuple[list[list[Parameter]], int | None]]:
+    """Split a rank's parameters by the bytes of an element; none: the run's."""
+    if not split:
+        return [([list(chunk) for chunk in chunks], None)]
+    return [
+        ([[p for p in chunk if p.is_product == fp8] for chunk in chunks], 1 if fp8 else None)
+        for fp8 in (True, False)
+    ]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,156 @@
+"""A plan as text and as JSON."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from marlhf_mega.plan.gpus import GIB
+from marlhf_mega.plan.memory import rollout_layout, rollout_slots
+from marlhf_mega.plan.parameters import whole_model_size
+from marlhf_mega.plan.plan import Plan
+
+
+def as_text(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
+    """Show a plan on a terminal.
+
+    Args:
+        plan: of a job.
+        change: the smallest that makes it fit, where it does not.
+    """
+    lines = [*_head(plan), "", *_roles(plan), "", *_phases(plan), "", *_times(plan), ""]
+    return "\n".join([*lines, *_checkpoints(plan), "", verdict(plan, change)]) + "\n"
+
+
+def verdict(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
+    """Say in one line whether it fits, and what to change if not."""
+    worst = plan.worst
+    where = f"stage {worst.stage}, {worst.worst_phase}"
+    size = f"{plan.cluster.usable / GIB:.1f} GiB of {plan.cluster.gpu.name}"
+    if plan.fits:
+        return f"fits: {plan.spare / GIB:.1f} GiB to spare of {size} ({where})"
+    over = f"does not fit: {-plan.spare / GIB:.1f} GiB over {size} ({where})"
+    if change is None:
+        return f"{over}; no change of settings on these machines helps. Take more of them."
+    keys = " ".join(f"{key}={_value(value)}" for key, value in change[0].items())
+    return f"{over}; with {keys} {change[1].spare / GIB:.1f} GiB are to spare"
+
+
+def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[str, Any]:
+    """Return everything a plan knows, sizes in bytes and times in seconds."""
+    work, cluster = plan.work, plan.cluster
+    return {
+        "job": work.job,
+        "gpu": asdict(cluster.gpu),
+        "nodes": cluster.nodes,
+        "gpus_per_node": cluster.gpus_per_node,
+        "layout": asdict(work.layout),
+        "usable_bytes": cluster.usable,
+        "peak_bytes": plan.worst.peak,
+        "spare_bytes": plan.spare,
+        "fits": plan.fits,
+        "verdict": verdict(plan, change),
+        "change": None if change is None else dict(change[0]),
+        "roles": {
+            role.name: {
+                "parameters": whole_model_size(role.model, role.head),
+                "assumed_shape": role.is_assumed,
+            }
+            for role in work.roles
+        },
+        "microbatch": asdict(work.microbatch),
+        "num_microbatches": work.num_microbatches,
+        "stages": [
+            {
+                "stage": stage.stage,
+                "roles": {name: asdict(role) for name, role in stage.roles.items()},
+                "phases": {name: dict(held) for name, held in stage.phases.items()},
+                "phase_bytes": {name: stage.total(name) for name in stage.phases},
+            }
+            for stage in plan.stages
+        ],
+        "step_seconds": dict(plan.seconds),
+        "pipeline_bubble": plan.bubble,
+        "checkpoint": asdict(plan.checkpoints)
+        | {"failures_per_week": plan.checkpoints.failures_per_week},
+        "assumptions": asdict(cluster.rates)
+        | asdict(cluster.reliability)
+        | {
+            "has_engine": cluster.has_engine,
+            "reserved_bytes": cluster.reserved,
+            "fragmentation": cluster.fragmentation,
+            "activation_factor": cluster.activation_factor,
+        },
+    }
+
+
+def _head(plan: Plan) -> list[str]:
+    work, cluster = plan.work, plan.cluster
+    rows = work.microbatch
+    lines = [
+        f"{work.job} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: "
+        f"{work.layout.describe()}, {'float32' if plan.formats.element == 4 else 'bfloat16'}"
+        + (f" + FP8 {work.config.precision.fp8_recipe}" if plan.formats.fp8 else ""),
+        f"microbatch {rows.rows} x {rows.seq} tokens, {work.num_microbatches} per optimizer step, "
+        f"pipeline idle {plan.bubble:.0%}",
+    ]
+    if work.job == "ppo":
+        lines.append(
+            f"rollout at {rollout_layout(work).describe()}: {rollout_slots(work)} sequences at "
+            "a time on each replica"
+        )
+    assumed = [role.name for role in work.roles if role.is_assumed]
+    if assumed:
+        lines.append(f"taken to have the policy's shape: {', '.join(assumed)}")
+    return lines
+
+
+def _roles(plan: Plan) -> list[str]:
+    worst = plan.worst
+    lines = [
+        f"GiB on a rank of stage {worst.stage}, the worst",
+        f"{'':<12}{'parameters':>16}{'weights':>10}{'gradients':>10}{'optimizer':>10}{'sum':>10}",
+    ]
+    for name, role in worst.roles.items():
+        sizes = (role.weights + role.fp8_copies, role.gradients, role.optimizer, role.total)
+        shown = "".join(f"{size / GIB:>10.2f}" for size in sizes)
+        lines.append(f"{name:<12}{role.num_parameters:>16,}{shown}")
+    return lines
+
+
+def _phases(plan: Plan) -> list[str]:
+    lines = []
+    for phase, held in plan.worst.phases.items():
+        rest = {
+            name: size
+            for name, size in held.items()
+            if not name.endswith((" weights", " gradients", " optimizer"))
+        }
+        models = sum(held.values()) - sum(rest.values())
+        parts = [f"models {models / GIB:.2f}"]
+        parts += [f"{name} {size / GIB:.2f}" for name, size in rest.items()]
+        lines.append(f"{phase:<12}{plan.worst.total(phase) / GIB:>8.2f} GiB: {', '.join(parts)}")
+    return lines
+
+
+def _times(plan: Plan) -> list[str]:
+    lines = [f"step {plan.step_seconds:.1f} s at full length, by the stated efficiencies"]
+    for phase in ("rollout", "experience", "update", "gradients"):
+        parts = {n: s for n, s in plan.seconds.items() if n.partition(" ")[0] == phase}
+        if parts:
+            shown = ", ".join(f"{n.partition(' ')[2]} {s:.1f}" for n, s in parts.items())
+            lines.append(f"{phase:<12}{sum(parts.values()):>8.1f} s: {shown}")
+    return lines
+
+
+def _checkpoints(plan: Plan) -> list[str]:
+    save = plan.checkpoints
+    return [
+        f"checkpoint {save.num_bytes / GIB:.1f} GiB, written in {save.write_seconds:.0f} s; "
+        f"{save.failures_per_week:.2g} failures a week",
+        f"best save interval {save.interval_seconds / 60:.0f} minutes "
+        f"(checkpoint.interval={save.interval_steps}); {save.lost_fraction:.1%} of time lost",
+    ]
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

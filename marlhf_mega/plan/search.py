@@ -1,0 +1,53 @@
+"""Layouts of a job on a cluster, those that fit ranked by estimated step time."""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.plan import Cluster, Plan, make_plan, with_keys
+
+_SIZES = (1, 2, 4, 8, 16)
+_MICROBATCHES = (1, 2, 4, 8, 16)
+
+
+def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, Any], Plan]]:
+    """Try layouts, recomputation and microbatch sizes.
+
+    Returns:
+        The changed keys and the plan of everything that fits, the fastest first; of layouts that
+        take as long the one that leaves the most memory.
+    """
+    found = []
+    for keys in _candidates(config, job, cluster):
+        try:
+            plan = make_plan(with_keys(config, keys), job, cluster)
+        except ConfigError:
+            continue
+        if plan.fits:
+            found.append((keys, plan))
+    return sorted(found, key=lambda pair: (round(pair[1].step_seconds, 2), -pair[1].spare))
+
+
+def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str, Any]]:
+    size_key = {
+        "ppo": "ppo.microbatch_size",
+        "sft": "sft.microbatch_size",
+        "reward": "reward_model.microbatch_size",
+    }.get(job, "ppo.microbatch_size")
+    tensors = [size for size in _SIZES if size <= cluster.gpus_per_node]
+    for tensor, pipeline in product(tensors, _SIZES):
+        if cluster.world_size % (tensor * pipeline):
+            continue
+        chunks = (1, 2, 4) if pipeline > 1 else (1,)
+        for virtual, rows, recompute in product(chunks, _MICROBATCHES, ("none", "full")):
+            yield {
+                "parallel.tensor_size": tensor,
+                "parallel.pipeline_size": pipeline,
+                "parallel.virtual_pipeline_size": virtual,
+                "parallel.sequence_parallel": tensor > 1,
+                "memory.recompute": recompute,
+                "memory.recompute_num_layers": None,
+                size_key: rows,
+            }

@@ -1,0 +1,116 @@
+"""How long a step takes, from shapes and stated efficiencies: an estimate, not a measurement."""
+
+from dataclasses import dataclass
+
+from marlhf_mega.metrics.flops import forward_flops, training_flops
+from marlhf_mega.plan.activations import Formats
+from marlhf_mega.plan.gpus import Gpu
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.memory import kv_cache_bytes, rollout_layout, rollout_slots
+from marlhf_mega.plan.parameters import count, stage_parameters
+from marlhf_mega.plan.workload import Role, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiencies:
+    """What share of the data sheets' numbers a run reaches. All are assumptions."""
+
+    training_flops: float = 0.40
+    """Of the bfloat16 peak in forward and backward; Megatron publishes 0.41 to 0.49 on H100."""
+    forward_flops: float = 0.45
+    """Of the bfloat16 peak in prefill and scoring."""
+    fp8_speedup: float = 1.4
+    """Of the same passes with FP8 products."""
+    memory_bandwidth: float = 0.6
+    """Of the device memory's, while decoding."""
+    decode_layer_seconds: float = 3e-4
+    """Floor of one layer's decode step: launches and two small all-reduces."""
+    network_bytes: float = 40e9
+    """Bytes per second and GPU between machines, one way."""
+
+
+def step_seconds(
+    work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies
+) -> dict[str, float]:
+    """Return the seconds of every part of a step, sequences as long as they may be."""
+    found: dict[str, float] = {}
+    if work.job == "ppo":
+        found["rollout prefill"] = _forward(work, work.policy, gpu, rates, prompts_only=True)
+        found["rollout decode"] = _decode(work, gpu, formats, rates)
+        for role in work.roles:
+            found[f"experience {role.name}"] = _forward(work, role, gpu, rates)
+    epochs = work.config.ppo.epochs if work.job == "ppo" else 1
+    for role in (r for r in work.roles if r.learns):
+        found[f"update {role.name}"] = epochs * _train(work, role, gpu, rates)
+        found[f"gradients {role.name}"] = epochs * _reduce(work, role, gpu, formats, rates)
+    return found
+
+
+def bubble(layout: Layout, num_microbatches: int) -> float:
+    """Return the share by which a pipeline's idle time lengthens a pass (Narayanan et al. 2021)."""
+    return (layout.pipeline - 1) / (num_microbatches * layout.chunks)
+
+
+def _forward(
+    work: Workload, role: Role, gpu: Gpu, rates: Efficiencies, *, prompts_only: bool = False
+) -> float:
+    seq = work.config.data.max_prompt_tokens if prompts_only else work.microbatch.seq
+    outputs = 1 if prompts_only else work.microbatch.response
+    layout = rollout_layout(work) if prompts_only else work.layout
+    flops = _flops(work, role, seq=seq, outputs=outputs)
+    speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=role.learns)
+    count_ = -(-work.batch_rows // work.microbatch.rows)
+    return flops / (speed * work.layout.world) * (1 + bubble(layout, count_))
+
+
+def _train(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
+    forward = _flops(work, role, seq=work.microbatch.seq, outputs=work.microbatch.response)
+    again = forward if work.config.memory.recompute == "full" else 0.0
+    speed = gpu.flops * rates.training_flops * _speedup(work, rates, learns=True)
+    idle = 1 + bubble(work.layout, work.num_microbatches)
+    return (training_flops(forward) + again) / (speed * work.layout.world) * idle
+
+
+def _flops(work: Workload, role: Role, *, seq: int, outputs: int) -> float:
+    rows = work.batch_rows * work.layout.data
+    size = (role.model.vocab_size or 0) if role.head == "language" else 1
+    return forward_flops(role.model, [seq] * rows, output_size=size, output_tokens=outputs * rows)
+
+
+def _decode(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
+    """Every new token reads a stage's weights once per group of slots, and the group's cache."""
+    layout, policy = rollout_layout(work), work.policy
+    groups = max(1, min(layout.pipeline, rollout_slots(work)))
+    stages = [
+        count(stage_parameters(policy.model, layout, head="language", stage=s))
+        for s in range(layout.pipeline)
+    ]
+    weights = max(stages) * formats.element
+    cache = kv_cache_bytes(work, formats) / groups / 2  # half full on average
+    speed = gpu.bandwidth * rates.memory_bandwidth
+    layers = policy.model.num_layers // layout.pipeline
+    one = max((weights + cache) / speed, layers * rates.decode_layer_seconds)
+    waves = -(-work.config.rollout.batch_size // layout.data) / rollout_slots(work)
+    return one * layout.pipeline * work.config.rollout.max_response_tokens * waves
+
+
+def _reduce(work: Workload, role: Role, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
+    """Gradients are reduced and weights gathered once per optimizer step, not overlapped."""
+    layout = work.layout
+    if layout.data == 1:
+        return 0.0
+    stages = [
+        count(stage_parameters(role.model, layout, head=role.head, stage=s))
+        for s in range(layout.pipeline)
+    ]
+    moved = max(stages) * (4 + formats.element) * (layout.data - 1) / layout.data
+    within = layout.tensor * layout.data <= 8 and layout.pipeline == 1
+    speed = gpu.link if within else min(gpu.link, rates.network_bytes)
+    steps = work.batch_rows / work.minibatch_rows
+    return steps * moved / speed
+
+
+def _speedup(work: Workload, rates: Efficiencies, *, learns: bool) -> float:
+    precision = work.config.precision
+    in_fp8 = precision.fp8 != "off" and (learns or precision.fp8_frozen)
+    return rates.fp8_speedup if in_fp8 else 1.0

@@ -1,0 +1,169 @@
+"""What a job runs: its models and the sizes of its batches, at their longest."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from marlhf_mega.config.checks import check_world
+from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.origin import find_origin
+from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.parameters import Head
+
+PlannedJob = Literal["sft", "reward", "ppo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One model of a job."""
+
+    name: str
+    model: ModelConfig
+    head: Head
+    learns: bool
+    is_assumed: bool = False
+    """Its origin is not on this disk: it is taken to have the policy's shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """One forward at its largest: every sequence as long as the configuration allows."""
+
+    rows: int
+    seq: int
+    """Tokens of a sequence, padding to the ranks that share it included."""
+    response: int
+    """Response tokens of a sequence."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.rows * self.seq
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens that the head sees."""
+        return self.rows * self.response
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A job on a world."""
+
+    config: Config
+    job: PlannedJob
+    layout: Layout
+    roles: tuple[Role, ...]
+    microbatch: Microbatch
+    num_microbatches: int
+    """Per optimizer step and data-parallel rank."""
+    minibatch_rows: int
+    """Sequences per optimizer step and data-parallel rank."""
+    batch_rows: int
+    """Sequences per step and data-parallel rank."""
+
+    @property
+    def policy(self) -> Role:
+        """The first model that learns."""
+        return self.roles[0]
+
+
+def workload(config: Config, job: str, world_size: int) -> Workload:
+    """Size a job.
+
+    Args:
+        config: with the vocabulary size.
+        job: sft, reward or ppo.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: the job has no plan, the vocabulary size is missing, or the layout does not
+            fit.
+    """
+    if job not in get_args(PlannedJob):
+        raise ConfigError(
+            f"--job={job}: must be one of {', '.join(get_args(PlannedJob))}; the others have no "
+            "plan. Plan ppo for what also generates."
+        )
+    if config.model.vocab_size is None:
+        raise ConfigError(
+            "model.vocab_size: a plan needs it; it is not set. Set it, or model.hf_path or "
+            "tokenizer.path."
+        )
+    check_world(config, world_size)
+    planned = cast(PlannedJob, job)
+    layout = Layout.of(config.parallel, world_size)
+    rows, minibatch, batch = _rows(config, planned, layout)
+    response = (
+        config.rollout.max_response_tokens if job == "ppo" else config.data.max_response_tokens
+    )
+    seq = _round_up(config.data.max_prompt_tokens + response, layout.sequence_share)
+    if planned == "ppo" and config.ppo.microbatch_tokens is not None:
+        rows = max(1, config.ppo.microbatch_tokens // seq)
+    rows = max(1, min(rows, minibatch))
+    count = -(-minibatch // rows)
+    return Workload(
+        config=config,
+        job=planned,
+        layout=layout,
+        roles=_roles(config, planned),
+        microbatch=Microbatch(rows=rows, seq=seq, response=response),
+        num_microbatches=_round_up(count, layout.pipeline if layout.chunks > 1 else 1),
+        minibatch_rows=minibatch,
+        batch_rows=batch,
+    )
+
+
+def _rows(config: Config, job: PlannedJob, layout: Layout) -> tuple[int, int, int]:
+    """Return rows of a microbatch, of an optimizer step and of a step, on one replica."""
+    match job:
+        case "sft":
+            size = config.sft.microbatch_size
+            step = config.sft.batch_size // layout.data
+            return size, step, step
+        case "reward":  # both sides of a pair go through together
+            size = 2 * config.reward_model.microbatch_size
+            step = 2 * config.reward_model.batch_size // layout.data
+            return size, step, step
+    minibatch = config.ppo.minibatch_size // layout.data
+    return config.ppo.microbatch_size, minibatch, config.rollout.batch_size // layout.data
+
+
+def _roles(config: Config, job: PlannedJob) -> tuple[Role, ...]:
+    model = config.model
+    if job == "sft":
+        return (Role(name="policy", model=model, head="language", learns=True),)
+    if job == "reward":
+        return (Role(name="reward", model=model, head="scalar", learns=True),)
+    terms = [term.source for term in config.reward.source if term.is_model]
+    shapes = [_shape(source, model) for source in terms]
+    match config.critic.init:
+        case "reward" if terms:
+            critic = shapes[0]
+        case "reward" | "policy":
+            critic = model, False
+        case path:
+            critic = _shape(path, model)
+    names = ["reward"] if len(terms) == 1 else [f"reward {n}" for n in range(1, len(terms) + 1)]
+    return (
+        Role(name="policy", model=model, head="language", learns=True),
+        Role(name="critic", model=critic[0], head="scalar", learns=True, is_assumed=critic[1]),
+        Role(name="reference", model=model, head="language", learns=False),
+        *(
+            Role(name=name, model=shape, head="scalar", learns=False, is_assumed=assumed)
+            for name, (shape, assumed) in zip(names, shapes, strict=True)
+        ),
+    )
+
+
+def _shape(source: str, policy: ModelConfig) -> tuple[ModelConfig, bool]:
+    """Return a model's shape, and whether it is only assumed because it is not on this disk."""
+    if not Path(source).exists():
+        return policy, True
+    return find_origin(Path(source), key="reward.source").model, False
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,174 @@
+"""Closed form against published sizes and, name by name, against the factory on the meta device."""
+
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shapes import GEMMA2_27B, GEMMA_2B, GEMMA_7B, LLAMA_8B, LLAMA_70B, QWEN2_7B, QWEN3_30B
+
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.imagined import imagined_mesh
+from marlhf_mega.plan.buffers import buffers
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.parameters import count, stage_parameters, whole_model_size
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        (GEMMA_2B, 2_506_172_416),
+        (GEMMA_7B, 8_537_680_896),
+        (GEMMA2_27B, 27_227_128_320),
+        (LLAMA_8B, 8_030_261_248),
+        (LLAMA_70B, 70_553_706_496),
+        (QWEN3_30B, 30_532_122_624),
+        (QWEN2_7B, 7_615_616_512),
+    ],
+)
+def test_published_models_have_their_published_sizes(shape, size):
+    assert whole_model_size(ModelConfig(**shape), "language") == size
+
+
+def test_the_first_rank_of_llama_3_70b():
+    layout = Layout.of(ParallelConfig(tensor_size=8, pipeline_size=4), 128)
+    model = ModelConfig(**LLAMA_70B)
+    sizes = [
+        count(stage_parameters(model, layout, head="language", stage=stage)) for stage in range(4)
+    ]
+    assert sizes == [2_270_756_864, 2_139_422_720, 2_139_422_720, 2_270_765_056]
+
+
+def test_padding_of_the_vocabulary_does_not_count_as_model():
+    model = ModelConfig(vocab_size=50, num_layers=1, hidden_size=8, num_attention_heads=2)
+    other = model.model_copy(update={"vocab_size": 64})
+    rows = 2 * (64 - 50)
+    assert whole_model_size(other, "language") - whole_model_size(model, "language") == rows * 8
+
+
+def built(model, parallel, world, rank, head):
+    """Build one rank on the meta device: parameters, and what its train state allocates."""
+    with imagined_mesh(parallel, rank=rank, world_size=world) as mesh:
+        chunks = build_chunks(model, PrecisionConfig(dtype="bfloat16"), mesh, head=head)
+        names = [
+            [
+                (
+                    name,
+                    tuple(p.shape),
+                    not getattr(p, "allreduce", True),
+                    getattr(p, "shared_embedding", False),
+                )
+                for name, p in chunk.named_parameters()
+            ]
+            for chunk in chunks
+        ]
+        state = TrainState(chunks, OptimizerConfig(), total_steps=1)
+        parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+        assert {str(b.grad_data.device) for b in parts} <= {"meta"}
+        groups = state.optimizer.param_groups
+        owned = [p for group in groups for p in group["params"]]
+        return (
+            mesh.pp_rank,
+            names,
+            {
+                "buckets": sorted(b.grad_data.numel() for part in parts for b in part.buckets),
+                "elements": sum(b.grad_data.numel() for b in parts),
+                "owned": sum(p.numel() for p in owned),
+                "tensors": len(owned),
+            },
+        )
+
+
+def assert_level_1_is_level_2(model, parallel, world, ranks):
+    layout = Layout.of(parallel, world)
+    for rank in ranks:
+        for head in ("language", "scalar"):
+            stage, names, real = built(model, parallel, world, rank, head)
+            planned = stage_parameters(model, layout, head=head, stage=stage)
+            assert names == [
+                [(p.name, p.shape, p.is_expert, p.is_shared_embedding) for p in chunk]
+                for chunk in planned
+            ]
+            laid_out = buffers(planned, layout)
+            place = rank % (world // parallel.pipeline_size)
+            assert real == {
+                "buckets": sorted(laid_out.buckets),
+                "elements": laid_out.num_elements,
+                "owned": laid_out.owned[place],
+                "tensors": laid_out.owned_tensors[place],
+            }
+
+
+@pytest.mark.parametrize(
+    ("shape", "degrees", "world"),
+    [
+        (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4}, 128),
+        (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4, "virtual_pipeline_size": 5}, 128),
+        (GEMMA_2B, {"tensor_size": 4, "pipeline_size": 2}, 24),
+        (GEMMA2_27B, {"tensor_size": 8, "pipeline_size": 2}, 16),
+        (
+            QWEN3_30B,
+            {"tensor_size": 2, "pipeline_size": 2, "expert_size": 8, "sequence_parallel": True},
+            32,
+        ),
+    ],
+)
+def test_large_models_on_every_stage(shape, degrees, world):
+    parallel = ParallelConfig(**degrees)
+    step = world // parallel.pipeline_size
+    ranks = sorted({r for first in range(0, world, step) for r in (first, first + step - 1)})
+    assert_level_1_is_level_2(ModelConfig(**shape), parallel, world, ranks)
+
+
+@st.composite
+def cases(draw):
+    """Small models with every feature, at layouts that suit them."""
+
+    def choose(*values):
+        return draw(st.sampled_from(values))
+
+    tensor, pipeline = choose(1, 2, 4), choose(1, 2, 3)
+    virtual = choose(1, 2) if pipeline > 1 else 1
+    groups = choose(1, 2, 4)
+    heads = math.lcm(groups, tensor) * choose(1, 2)
+    if groups % tensor and tensor % groups:
+        groups = 1
+    experts = choose(None, 2, 4)
+    expert = choose(1, 2) if experts else 1
+    data = choose(1, 2, 3) * expert
+    shared = choose(None, 8) if experts else None
+    model = ModelConfig(
+        num_layers=pipeline * virtual * choose(1, 2),
+        hidden_size=choose(16, 24, 40),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=choose(4, 8) * tensor,
+        ffn_hidden_size=4 * choose(3, 5) * tensor,
+        vocab_size=draw(st.integers(2, 200)),
+        tied_embeddings=choose(False, True),
+        qkv_bias=choose(False, True),
+        qk_norm=choose(False, True),
+        post_norms=choose(False, True) if experts is None else False,
+        num_experts=experts,
+        expert_ffn_hidden_size=choose(None, 12) if experts else None,
+        shared_expert_ffn_hidden_size=None if shared is None else shared * tensor,
+    )
+    parallel = ParallelConfig(
+        tensor_size=tensor,
+        pipeline_size=pipeline,
+        virtual_pipeline_size=virtual,
+        expert_size=expert,
+        sequence_parallel=tensor > 1 and (experts is not None or choose(False, True)),
+    )
+    world = tensor * pipeline * data
+    return model, parallel, world, draw(st.integers(0, world - 1))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_small_models_of_every_kind(case):
+    model, parallel, world, rank = case
+    assert_level_1_is_level_2(model, parallel, world, [rank])

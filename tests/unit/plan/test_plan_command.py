@@ -1,0 +1,285 @@
+"""What `marlhf plan` says: hand-worked sizes, verdicts, changes that help, refusals."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from shapes import GEMMA2_27B, LLAMA_8B, LLAMA_70B, QWEN3_30B
+
+from marlhf_mega.cli import run
+from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.checkpoints import Reliability, checkpoint_plan
+from marlhf_mega.plan.gpus import GIB, find_gpu
+from marlhf_mega.plan.memory import rollout_slots
+from marlhf_mega.plan.plan import Cluster, make_plan, smallest_change, with_keys
+from marlhf_mega.plan.search import search
+from marlhf_mega.plan.workload import workload
+
+PPO = {
+    "model": LLAMA_70B,
+    "parallel": {"tensor_size": 8, "pipeline_size": 4, "sequence_parallel": True},
+    "rollout": {"batch_size": 256, "max_response_tokens": 1024},
+    "ppo": {"minibatch_size": 256, "microbatch_size": 8},
+    "reward": {"source": "runs/none/reward"},
+}
+
+
+def cluster(nodes=16, gpu="H100"):
+    return Cluster(nodes=nodes, gpus_per_node=8, gpu=find_gpu(gpu))
+
+
+def planned(changes=None, **options):
+    return make_plan(
+        with_keys(Config.model_validate(PPO), changes or {}), "ppo", cluster(**options)
+    )
+
+
+def test_models_of_70b_by_hand():
+    """Rank 0 has 2,270,756,864 parameters and, of 4 replicas, a quarter of their Adam state."""
+    roles = planned().stages[0].roles
+    size = 2_270_756_864
+    assert roles["policy"].weights == 2 * size
+    assert roles["policy"].gradients == 4 * size
+    assert roles["policy"].optimizer == 12 * size // 4
+    assert roles["reference"].total == 2 * size
+    assert roles["reward"].total == 2 * size
+    # The critic's head is one row on the last stage instead of the vocabulary's share.
+    last = planned().stages[-1].roles
+    assert last["policy"].num_parameters - last["critic"].num_parameters == (16032 - 1) * 8192
+
+
+def test_the_kv_cache_of_70b_by_hand():
+    """20 layers, keys and values, 64 sequences, 1 head, 512 + 1024 tokens, 128 wide, 2 bytes."""
+    held = planned().stages[0].phases["rollout"]
+    assert held["kv cache"] == 20 * 2 * 64 * 1 * 1536 * 128 * 2
+
+
+def test_a_rollout_layout_of_its_own_costs_weights_and_buckets():
+    held = planned({"rollout.pipeline_size": 2}).stages[0].phases["rollout"]
+    assert held["policy at rollout's layout"] == 2 * (16032 * 8192 + 2 * 2_139_422_720 + 8192)
+    assert held["buckets of the move"] == 128 * 2**20
+    assert held["kv cache"] == 40 * 2 * 32 * 1 * 1536 * 128 * 2
+
+
+def test_every_rank_of_a_pipeline_keeps_the_microbatches_that_it_runs_ahead():
+    kept = [stage.phases["update"]["activations"] for stage in planned().stages]
+    assert kept[0] > kept[1] > kept[2] > kept[3]
+    assert kept[1] == 3 / 2 * kept[2]
+
+
+def test_a_change_is_offered_and_makes_it_fit():
+    plan = planned()
+    assert not plan.fits
+    keys, changed = smallest_change(plan)
+    assert keys == {"ppo.microbatch_size": 4}
+    assert changed.fits
+    assert planned(keys).spare == changed.spare
+
+
+def test_nothing_helps_where_the_models_alone_are_too_large():
+    plan = planned({"parallel.tensor_size": 1, "parallel.sequence_parallel": False}, nodes=1)
+    assert not plan.fits
+    assert smallest_change(plan) is None
+
+
+def test_more_layouts_are_tried_where_settings_do_not_help():
+    plan = planned({"parallel.pipeline_size": 1, "ppo.microbatch_size": 1})
+    keys, changed = smallest_change(plan)
+    assert keys["parallel.pipeline_size"] > 1
+    assert changed.fits
+
+
+def test_search_ranks_what_fits():
+    config = Config.model_validate(PPO | {"model": LLAMA_8B})
+    found = search(config, "ppo", cluster(nodes=1))
+    assert len(found) > 5
+    seconds = [round(plan.step_seconds, 2) for _, plan in found]
+    assert seconds == sorted(seconds)
+    assert all(plan.fits for _, plan in found)
+
+
+def test_recompute_and_fp8_change_what_they_should():
+    plain, again = planned(), planned({"memory.recompute": "full"})
+    assert (
+        again.stages[0].phases["update"]["activations"]
+        < plain.stages[0].phases["update"]["activations"] / 10
+    )
+    assert again.seconds["update policy"] > plain.seconds["update policy"]
+    fp8 = planned({"precision.fp8": "hybrid"})
+    assert fp8.seconds["update policy"] < plain.seconds["update policy"]
+    products = 20 * (10240 // 8 * 8192 + 8192 * 1024 + 3 * 8192 * 28672 // 8)
+    assert fp8.stages[0].roles["policy"].fp8_copies == 2 * products
+    assert fp8.stages[0].roles["reference"].fp8_copies == 0
+    gathered = planned({"precision.fp8": "hybrid", "precision.fp8_param_gather": True})
+    assert gathered.stages[0].roles["policy"].weights == (
+        plain.stages[0].roles["policy"].weights - products
+    )
+
+
+def test_softcaps_keep_whole_attention_matrices_unless_recomputed():
+    shape = {"model": GEMMA2_27B, "parallel": {"tensor_size": 8, "sequence_parallel": True}}
+    plain = Config.model_validate(PPO | shape)
+    kept = [
+        make_plan(with_keys(plain, keys), "ppo", cluster(nodes=2)).worst.phases["update"]
+        for keys in ({}, {"memory.recompute": "selective"})
+    ]
+    scores = 46 * 8 * 4 * 1536**2
+    assert kept[0]["activations"] - kept[1]["activations"] > scores * 7.9
+
+
+def test_experts_are_spread():
+    degrees = {"tensor_size": 2, "expert_size": 8, "sequence_parallel": True}
+    config = Config.model_validate(PPO | {"model": QWEN3_30B, "parallel": degrees})
+    plan = make_plan(config, "ppo", cluster(nodes=4))
+    experts = 48 * 16 * 3 * 768 * 2048
+    rest = 48 * (2 * 2048 + 2 * 128 + 128 * 2048 + (4096 + 1024 + 4096) // 2 * 2048)
+    assert plan.stages[0].roles["policy"].num_parameters == (
+        experts + rest + 2 * 75968 * 2048 + 2048
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "rows", "count"), [("sft", 8, 4), ("reward", 16, 8), ("ppo", 8, 32)]
+)
+def test_microbatches_of_every_job(job, rows, count):
+    config = Config.model_validate(
+        PPO | {"model": LLAMA_8B, "parallel": {}, "sft": {"batch_size": 32}}
+    )
+    work = workload(config, job, 1)
+    assert (work.microbatch.rows, work.num_microbatches) == (rows, count)
+    assert work.microbatch.seq == 512 + (1024 if job == "ppo" else 512)
+    assert rollout_slots(work) == 256
+
+
+def test_the_interval_of_saves_is_young_and_dalys():
+    """600 s to write, one failure in 50,000 GPU-hours: sqrt(2 * 600 * MTBF) - 600."""
+    config = Config.model_validate(PPO | {"model": LLAMA_8B})
+    work = workload(config, "sft", 32)
+    size = 8_030_261_248 * 14
+    save = checkpoint_plan(
+        work,
+        nodes=4,
+        element=2,
+        step_seconds=60.0,
+        rates=Reliability(mtbf_hours=50_000, write_bytes=size / 2400, restart_seconds=300),
+    )
+    assert save.num_bytes == size
+    assert save.write_seconds == pytest.approx(600)
+    assert save.world_mtbf_seconds == 50_000 * 3600 / 32
+    assert save.interval_seconds == pytest.approx((2 * 600 * 5_625_000) ** 0.5 - 600)
+    assert save.interval_steps == round(save.interval_seconds / 60)
+    assert save.failures_per_week == pytest.approx(604_800 / 5_625_000)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "70b.yaml"
+    path.write_text(json.dumps(PPO))
+    return str(path)
+
+
+def test_the_command_takes_under_a_second_and_no_torch(file, tmp_path):
+    code = (
+        "import sys, time\n"
+        "from marlhf_mega.cli import run\n"
+        "start = time.perf_counter()\n"
+        f"code = run(['plan', '--config', {file!r}, 'ppo.microbatch_size=4', '--nodes', '16'])\n"
+        "seconds = time.perf_counter() - start\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(code, seconds, file=sys.stderr)\n"
+    )
+    best = []
+    for _ in range(3):  # the machine may be busy
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        code_, seconds = done.stderr.split()
+        assert code_ == "0"
+        best.append(float(seconds))
+    assert min(best) < 1.0
+    assert "2,270,756,864" in done.stdout
+    assert "\nfits: " in done.stdout
+
+
+def test_everything_is_written_as_json(file, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert run(["plan", "--config", file, "--nodes", "16", "--json", str(out)]) == 1
+    found = json.loads(out.read_text())
+    assert found["change"] == {"ppo.microbatch_size": 4}
+    assert found["verdict"] == capsys.readouterr().out.splitlines()[-1]
+    assert found["verdict"].startswith("does not fit: ")
+    assert len(found["stages"]) == 4
+    worst = max(s["phase_bytes"]["update"] for s in found["stages"])
+    assert found["peak_bytes"] == worst == found["usable_bytes"] - found["spare_bytes"]
+    assert found["roles"]["policy"] == {"parameters": 70_553_706_496, "assumed_shape": False}
+    assert found["roles"]["reward"]["assumed_shape"] is True
+
+
+def test_layouts_are_searched(file, capsys):
+    arguments = ["plan", "--config", file, "--nodes", "16", "--search", "model.num_layers=8"]
+    start = time.perf_counter()
+    assert run(arguments) == 0
+    assert time.perf_counter() - start < 120
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert all("GiB to spare  parallel.tensor_size=" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--gpu", "T1000"], "--gpu=T1000: must be a known device. Use one of A100-40, A100, H100"),
+        (["--nodes", "0"], "--nodes=0: must be above 0. Give a positive number."),
+        (["--job", "offline"], "--job=offline: must be one of sft, reward, ppo; the others have"),
+        (["model.vocab_size=null"], "model.vocab_size: a plan needs it; it is not set. Set it, or"),
+        (["--nodes", "3"], "parallel: tensor_size * pipeline_size * context_size = 32 must divide"),
+        (
+            ["--gpu", "A100", "precision.fp8=hybrid"],
+            "precision.fp8=hybrid: A100 has no FP8. Set it to off, or plan for H100.",
+        ),
+        (["--calibrate", "/nowhere"], "--calibrate=/nowhere: must be a run directory; it has no"),
+    ],
+)
+def test_wrong_usage(file, capsys, arguments, line):
+    assert run(["plan", "--config", file, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(line)
+
+
+def write_run(folder, layout, lines):
+    folder.mkdir()
+    values = Config.model_validate(PPO).model_dump(mode="json") | {"layout": layout}
+    (folder / "config.yaml").write_text(json.dumps(values))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+GPU_RUN = "128 ranks: TP8 x PP4 x DP4 + SP (nccl, cuda)"
+
+
+def test_a_runs_peak_corrects_the_activations(file, tmp_path, capsys):
+    held = planned().stages[0].phases["update"]
+    working = held["activations"] + held["backward"]
+    measured = sum(held.values()) - working + 0.5 * working
+    line = {"step": 1, "rollout/score_mean": 0.0, "perf/peak_memory_gib": measured / GIB}
+    folder = write_run(tmp_path / "run", GPU_RUN, [line])
+    assert run(["plan", "--config", file, "--nodes", "16", "--calibrate", folder]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{folder}: activations x 0.500\n")
+    assert "\nfits: " in out
+
+
+@pytest.mark.parametrize(
+    ("layout", "lines", "reason"),
+    [
+        (
+            "4 ranks: TP2 x PP2 x DP1 (gloo, cpu)",
+            [{"step": 1, "perf/peak_memory_gib": 1}],
+            "a run on GPUs",
+        ),
+        (GPU_RUN, [], "must have measured its memory; no line of metrics.jsonl has"),
+    ],
+)
+def test_a_run_that_tells_nothing_about_a_gpu(file, tmp_path, capsys, layout, lines, reason):
+    folder = write_run(tmp_path / "run", layout, lines)
+    assert run(["plan", "--config", file, "--calibrate", folder]) == 2
+    assert reason in capsys.readouterr().err
