@@ -47,6 +47,7 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     problems = [*_data_problems(config, job), *_batch_problems(config, job, data_size)]
     if job == "ppo":
         problems += _ppo_problems(config)
+    problems += _offload_problems(config, job)
     if job in ("ppo", *WITHOUT_TRAINING):
         problems += _budget_problems(config)
     if job == "offline":
@@ -263,6 +264,22 @@ def _ppo_problems(config: Config) -> Iterator[str]:
             f"ppo.minibatch_size={config.ppo.minibatch_size}: must divide rollout.batch_size="
             f"{config.rollout.batch_size}. Use {_divisors(config.rollout.batch_size)}."
         )
+
+
+def _offload_problems(config: Config, job: Job) -> Iterator[str]:
+    for key in ("offload_idle", "offload_optimizer"):
+        if not getattr(config.memory, key):
+            continue
+        if job in ("sft", "reward", "offline"):
+            yield (
+                f"memory.{key}=true: only ppo has phases in which models rest; this is {job}. Set "
+                "it to false."
+            )
+        if config.precision.fp8_param_gather:
+            yield (
+                f"memory.{key}=true: weights in FP8 cannot leave the GPU. Set it to false, or "
+                "precision.fp8_param_gather=false."
+            )
 
 
 def _budget_problems(config: Config) -> Iterator[str]:

@@ -66,6 +66,14 @@ class PrecisionConfig(Section):
     """So many of the first and of the last layers stay in bfloat16; not with `delayed`."""
     fp8_frozen: bool = False
     """Reference and reward models run in FP8 too; otherwise in `dtype`."""
+    fp8_check_interval: int = Field(0, ge=0)
+    """ppo: steps between comparisons of a microbatch with and without FP8; 0: none."""
+    fp8_max_logprob_gap: float = Field(0.1, gt=0)
+    """Largest mean difference of log-probs that a comparison may find, in nats per token."""
+    fp8_min_cosine: float = Field(0.9, ge=-1, le=1)
+    """Lowest cosine between the two gradients that it may find."""
+    fp8_on_divergence: Literal["warn", "leave"] = "warn"
+    """What follows where it finds more: a warning, or also the rest of the run without FP8."""
 
     @property
     def fp8_alignment(self) -> int:
@@ -88,6 +96,10 @@ class MemoryConfig(Section):
     the inside of attention (of use with softcaps: fused kernels keep little), or all of it."""
     recompute_num_layers: int | None = Field(None, gt=0)
     """`full`: layers of each stage's chunk that are; none: all."""
+    offload_idle: bool = False
+    """ppo: reference, reward models and critic leave the device while no phase needs them."""
+    offload_optimizer: bool = False
+    """ppo: master weights, moments and gradients leave the device outside of updates."""
 
 
 class TokenizerConfig(Section):

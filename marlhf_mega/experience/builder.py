@@ -81,7 +81,8 @@ class ExperienceBuilder:
         Raises:
             RuntimeError: too many responses have no score.
         """
-        scores = self.scorer.score(rollout, rows)
+        with self.roles.offload.present("rewards"):
+            scores = self.scorer.score(rollout, rows)
         shaped, self.moments = shape(
             scores,
             torch.tensor(rollout.finished, device=self.mesh.device),
@@ -91,8 +92,10 @@ class ExperienceBuilder:
         )
         self._check_valid(scores.valid, scores.errors)
         old = self._logprobs(self.roles.policy.chunks, rollout)
-        ref_logprobs = self._logprobs(self.roles.reference, rollout)[0]
-        values = self._forward(self.roles.critic.chunks, rollout, value_step, ())
+        with self.roles.offload.present("reference"):
+            ref_logprobs = self._logprobs(self.roles.reference, rollout)[0]
+        with self.roles.offload.present("critic"):
+            values = self._forward(self.roles.critic.chunks, rollout, value_step, ())
         mask = _response_mask(rollout, self.mesh.device) & scores.valid[:, None]
         actions, num_fallbacks = self.segmenter.segment(rollout, mask, ref_logprobs, step=step)
         kl = kl_estimate(old[0], ref_logprobs, self.config.ppo.kl_estimator) * mask

@@ -1,13 +1,14 @@
 """The four models of ppo, and what each computes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.models.offload import Offload
 from marlhf_mega.models.train_state import TrainState
 
 
@@ -20,6 +21,8 @@ class Roles:
     reference: Sequence[StageModel]
     rewards: Sequence[Sequence[StageModel]]
     """One list of chunks for every learned reward term, in the config's order."""
+    offload: Offload = field(default_factory=Offload)
+    """Holds on the device what a phase needs."""
 
 
 @dataclass(frozen=True)

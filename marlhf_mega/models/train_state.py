@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -15,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel
@@ -111,6 +113,47 @@ class TrainState:
             # Each chunk has its own config object; the schedule reads the first one's.
             chunk.config.finalize_model_grads_func = finalize_model_grads
 
+    def gradient_buffers(self) -> list[Tensor]:
+        """Return what all gradients of this rank lie in; zeros after `zero_grad`."""
+        return [
+            buffer.grad_data
+            for chunk in self.chunks
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
+
+    def gradient_shards(self) -> list[Tensor]:
+        """Return this rank's part of the reduced gradient; no value of it is on two ranks."""
+        self.optimizer.prepare_grads()
+        # Called one way by Megatron-Core 0.16, the other by 0.19.
+        names = ("get_main_grads_for_grad_norm", "get_grads_for_grad_norm")
+        return [
+            gradient
+            for part in self._optimizers()
+            for gradient in getattr(part, next(n for n in names if hasattr(part, n)))()
+        ]
+
+    def _optimizers(self) -> list[Any]:
+        """Return the optimizers that hold parameters here: one, or two with experts."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if not part.is_stub_optimizer]
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Return master weights and moments, not those masters that are the weights themselves."""
+        weights = {p.untyped_storage()._cdata for c in self.chunks for p in c.parameters()}
+        found = []
+        for part in self._optimizers():
+            inner = part.optimizer
+            found += [p for group in inner.param_groups for p in group["params"]]
+            found += [x for state in inner.state.values() for x in state.values()]
+        return [
+            tensor
+            for tensor in found
+            # Step counters are single numbers, some not even tensors.
+            if torch.is_tensor(tensor)
+            and tensor.dim()
+            and tensor.untyped_storage()._cdata not in weights
+        ]
+
     def zero_grad(self) -> None:
         """Forget gradients; call before the microbatches of every optimizer step."""
         for chunk in self.chunks:
@@ -137,8 +180,8 @@ class TrainState:
 
     def _clip(self, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `grad_clip`."""
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        for part in self._optimizers():
+            parameters = part.get_parameters()
             if parameters and part.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(
                     parameters,

@@ -1,5 +1,6 @@
 """The platform of this process: device, communication backend, number type, memory, seeds."""
 
+import ctypes
 import importlib.util
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from marlhf_mega.platform import cpu_shim, without_engine
 
 _PROC = Path("/proc/self")
+_C_LIBRARY = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ class Platform:
         return True
 
     def empty_cache(self) -> None:
-        """Give cached free memory back to the device."""
+        """Give cached free memory back to the device, or to the system (where glibc can)."""
         if self.name == "cuda":
             torch.cuda.empty_cache()
+        elif hasattr(_C_LIBRARY, "malloc_trim"):
+            _C_LIBRARY.malloc_trim(0)
 
     def seed(self, seed: int) -> None:
         """Seed Python's, numpy's and torch's default generators (torch's on all devices)."""

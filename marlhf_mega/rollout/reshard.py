@@ -34,6 +34,7 @@ class ReshardedGenerator:
                 block; all ranks enter it together.
             eos_id: ends a response.
         """
+        self.chunks = list(chunks)
         self.mesh, self.training, self.weights = mesh, training, weights
         self._generator = Generator(chunks, mesh, eos_id=eos_id)
 

@@ -11,6 +11,7 @@ from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.models.gpt import Head, StageModel, build_chunks
+from marlhf_mega.models.offload import create_offload
 from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh, create_second_mesh, in_force
@@ -134,12 +135,19 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_s
     for chunks in (reference, *models):
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
-    return Roles(
-        policy=TrainState(policy, config.policy, total_steps=optimizer_steps),
-        critic=TrainState(critic_chunks, config.critic, total_steps=optimizer_steps),
+    learners = {
+        "policy": TrainState(policy, config.policy, total_steps=optimizer_steps),
+        "critic": TrainState(critic_chunks, config.critic, total_steps=optimizer_steps),
+    }
+    offload = create_offload(
+        config.memory,
+        mesh.platform,
+        config.run.dir,
+        **learners,
         reference=reference,
         rewards=models,
     )
+    return Roles(**learners, reference=reference, rewards=models, offload=offload)
 
 
 def build_generator(

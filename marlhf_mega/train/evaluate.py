@@ -16,6 +16,7 @@ from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.metrics.writers import Sample, SamplesWriter
 from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.models.offload import Offload
 from marlhf_mega.models.roles import LogprobStep
 from marlhf_mega.parallel.collectives import gather_objects_over_data
 from marlhf_mega.parallel.mesh import Mesh
@@ -52,7 +53,10 @@ class Evaluator:
         scorer: Scorer | None,
         generator: Generator | ReshardedGenerator,
         mesh: Mesh,
+        *,
+        offload: Offload | None = None,
     ) -> None:
+        self.offload = offload or Offload()
         self.config, self.tokenizer, self.mesh, self.scorer = config, tokenizer, mesh, scorer
         self.generator = generator
         self.prompts = list(prompts[: config.evaluate.num_prompts])
@@ -93,10 +97,14 @@ class Evaluator:
             slots=max(1, settings.batch_size // self.generator.mesh.dp_size),
         )
         rows = [prompt_row(self.prompts[i]) for i in own]
+        with self.offload.present("rewards"):
+            scores = self._scores(self.scorer, rollout, rows)
+        with self.offload.present("reference"):
+            divergence = self._divergence(chunks, reference, rollout)
         columns = {
-            "eval/score": self._scores(self.scorer, rollout, rows),
+            "eval/score": scores,
             "eval/gold": self._scores(self.gold, rollout, rows),
-            "eval/kl": self._divergence(chunks, reference, rollout),
+            "eval/kl": divergence,
             "eval/response_tokens": torch.tensor([float(len(r)) for r in rollout.responses]),
             "eval/truncated_fraction": (~torch.tensor(rollout.finished)).float(),
         }

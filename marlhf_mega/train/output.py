@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.metrics.memory import PhasePeaks
 from marlhf_mega.metrics.progress import Job, Progress, batch_arithmetic, show_batch_arithmetic
 from marlhf_mega.metrics.reduce import MetricSums, reduce_metrics
 from marlhf_mega.metrics.report import report
@@ -47,6 +48,7 @@ class RunOutput:
         self.mesh = mesh
         self.config = inputs.config
         self.timers = PhaseTimers(mesh.platform.synchronize, self._enter_phase)
+        self.peaks = PhasePeaks(mesh.platform)
         self._faults = Faults(mesh.rank, self.config.run.dir)
         self._stragglers = Stragglers(mesh)
         self._watchdog = Watchdog(self.config, mesh, step=first_step)
@@ -99,7 +101,7 @@ class RunOutput:
         times |= self._stragglers.report(times, waited, step=done)
         if self._writer is None or self._progress is None:
             return
-        peak = self.mesh.platform.memory_peak() / 2**30
+        peak = self.peaks.highest_gib()
         everything = {**metrics, **times, "perf/peak_memory_gib": peak}
         self._writer.write(done, everything)
         self._progress.update(done - 1, everything)

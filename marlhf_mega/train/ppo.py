@@ -18,10 +18,13 @@ from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter, load_parser
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics.flops import forward_flops, mfu, peak_flops, training_flops
+from marlhf_mega.metrics.memory import PHASE_PEAKS
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.metrics.writers import Sample
+from marlhf_mega.models.fp8 import switch_off
 from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.models.offload import TRAINING
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rewards.rule import check_importable
 from marlhf_mega.rollout.deal import balance
@@ -41,6 +44,7 @@ from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
 from marlhf_mega.train.stop import StopRequest, count_attempt
 from marlhf_mega.update import ppo as update
+from marlhf_mega.update.divergence import check_policy
 from marlhf_mega.update.ppo import local_indices, ppo_update
 
 _STATE = ("step", "stream", "kl_coef", "reward_moments", "first_scores")
@@ -128,7 +132,15 @@ class PpoRun:
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
         self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)
         self.evaluator = (
-            Evaluator(config, inputs.validation, tokenizer, self.scorer, self.generator, mesh)
+            Evaluator(
+                config,
+                inputs.validation,
+                tokenizer,
+                self.scorer,
+                self.generator,
+                mesh,
+                offload=self.roles.offload,
+            )
             if inputs.validation
             else None
         )
@@ -142,26 +154,28 @@ class PpoRun:
         self.role_timers = PhaseTimers(mesh.platform.synchronize)
         self.kl_coef = ppo.kl_coef
         self.first_scores: list[float] | None = None
+        self.fp8_left = False
         self.last_results: dict[str, float] = {}
         self.trained = {"policy": self.roles.policy, "critic": self.roles.critic}
         self.saver = make_saver(config, mesh)
         self.first_step = self._resume()
+        self.roles.offload.start()
         self.output = RunOutput(
             "ppo", inputs, mesh, num_steps=self.num_steps, first_step=self.first_step
         )
 
     def step(self, step: int) -> dict[str, float]:
         """Take one PPO step: rollout, experience, update. Returns the reduced metrics."""
-        config, timers = self.config, self.output.timers
+        config, timers, peaks = self.config, self.output.timers, self.output.peaks
         sums = MetricSums(
             mean=[*builder.MEANS, *update.MEANS],
             total=["tokens/rollout", "tokens/update"],
-            maximum=builder.MAXIMA,
+            maximum=[*builder.MAXIMA, *PHASE_PEAKS],
         )
-        with timers("rollout"):
+        with timers("rollout"), peaks("rollout"):
             prompts, rollout = self._rollout(step)
         self.saver.poll()
-        with timers("experience"):
+        with timers("experience"), peaks("experience"):
             experience, scores = self.builder.build(
                 rollout,
                 [prompt_row(p) for p in prompts],
@@ -170,7 +184,8 @@ class PpoRun:
                 sums=sums,
             )
         self.saver.poll()
-        with timers("update"):
+        with timers("update"), peaks("update"), self.roles.offload.present(*TRAINING):
+            precision_metrics = self._check_precision(experience, step)
             ppo_update(
                 self.roles,
                 experience,
@@ -180,8 +195,9 @@ class PpoRun:
                 sums=sums,
                 timers=self.role_timers,
             )
+        peaks.drain(sums)
         self._count_tokens(sums, rollout)
-        metrics = _derived(self.output.reduce(sums))
+        metrics = _derived(self.output.reduce(sums)) | precision_metrics
         metrics["policy/kl_coef"] = self.kl_coef
         self._add_rates(metrics, rollout)
         if config.ppo.kl_target is not None:
@@ -217,9 +233,11 @@ class PpoRun:
             "kl_coef": self.kl_coef,
             "reward_moments": [moments.count, moments.mean, moments.square_deviation],
             "first_scores": self.first_scores,
+            "fp8_left": self.fp8_left,
             CONFIG: settings_of(self.config),
         }
-        self.saver.save(done, self.trained, state)
+        with self.roles.offload.present(*TRAINING):
+            self.saver.save(done, self.trained, state)
 
     def close(self) -> None:
         """Export the models and end the rules' processes."""
@@ -227,6 +245,7 @@ class PpoRun:
         if self.config.checkpoint.export_hf:
             write = partial(export_hf, config=self.config, mesh=self.mesh, tokenizer=self.tokenizer)
             critic = [ddp.module for ddp in self.roles.critic.chunks]
+            self.roles.offload.end()
             with self.output.timers("export"):
                 write(self.policy, target=run_dir / "hf")
                 write(critic, target=run_dir / "hf_critic")
@@ -245,6 +264,8 @@ class PpoRun:
             count=count, mean=mean, square_deviation=square_deviation
         )
         self.first_scores = state["first_scores"]
+        if state.get("fp8_left"):
+            self._leave_fp8()
         return int(state["step"])
 
     def _rollout(self, step: int) -> tuple[list[Prompt], Rollout]:
@@ -271,6 +292,20 @@ class PpoRun:
             size = self.config.ppo.minibatch_size
             rollout = balance(rollout, minibatch_size=size, mesh=self.mesh)
         return [everyone[i] for i in rollout.sample_indices], rollout
+
+    def _check_precision(self, experience: Experience, step: int) -> dict[str, float]:
+        """Compare FP8 with none where it is due; may leave it for good."""
+        precision = self.config.precision
+        if not precision.fp8_check_interval or step % precision.fp8_check_interval:
+            return {}
+        found = check_policy(self.roles.policy, experience, self.config, self.mesh, step=step)
+        if found.exceeds(precision) and precision.fp8_on_divergence == "leave":
+            self._leave_fp8()
+        return found.metrics()
+
+    def _leave_fp8(self) -> None:
+        self.fp8_left = True
+        switch_off([*self.roles.policy.chunks, *self.roles.critic.chunks, *self.generator.chunks])
 
     def _samples(
         self, prompts: Sequence[Prompt], experience: Experience, scores: Tensor
@@ -318,6 +353,8 @@ class PpoRun:
         if self.mover is not None:
             metrics["time/reshard_seconds"] = self.mover.seconds
             metrics["rollout/reshard_gib"] = self.mover.total_bytes / 2**30
+        if self.roles.offload.is_on:
+            metrics["time/offload_seconds"] = self.roles.offload.drain_seconds()
         metrics["rollout/tokens_per_second"] = new / timers.seconds("rollout")
         metrics["perf/tokens_per_second"] = all_tokens / seconds
         peak = peak_flops(self.mesh.platform.device_name)

@@ -90,7 +90,7 @@ def ppo_update(
     for epoch in range(config.ppo.epochs):
         keys = fold(config.run.seed, step, UPDATE_STREAM, epoch, torch.arange(len(minibatches)))
         for number in keys.argsort().tolist() if len(minibatches) > 1 else [0]:
-            microbatches = _microbatches(experience, minibatches[number], config, mesh)
+            microbatches = make_microbatches(experience, minibatches[number], config, mesh)
             keep = partial(keep_skipped, config=config, mesh=mesh, step=step)
             with timers("critic"):
                 result = update_critic(roles.critic, microbatches, config, mesh, sums=sums)
@@ -221,9 +221,17 @@ def local_indices(batch_size: int, minibatch_size: int, mesh: Mesh) -> list[int]
     ]
 
 
-def _microbatches(
+def make_microbatches(
     experience: Experience, rows: Tensor, config: Config, mesh: Mesh
 ) -> list[PpoMicrobatch]:
+    """Cut a minibatch to microbatches that suit the layout.
+
+    Args:
+        experience: this replica's samples.
+        rows: [minibatch] int64, which of them.
+        config: of the run.
+        mesh: where this rank stands.
+    """
     chosen = rows.tolist()
     cuts = cut_rows(
         [experience.prompts[i] for i in chosen],

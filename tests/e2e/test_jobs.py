@@ -19,7 +19,8 @@ rollout/tokens_per_second policy/loss policy/kl policy/entropy policy/clip_fract
 policy/grad_norm policy/lr critic/loss critic/explained_variance critic/clip_fraction
 critic/grad_norm macro/actions_per_response macro/tokens_per_action time/step_seconds
 time/rollout_seconds time/experience_seconds time/update_seconds perf/tokens_per_second
-perf/peak_memory_gib eval/score_mean eval/gold_mean eval/win_rate
+perf/peak_memory_gib perf/rollout_peak_memory_gib perf/experience_peak_memory_gib
+perf/update_peak_memory_gib eval/score_mean eval/gold_mean eval/win_rate
 """.split()
 TINY = [
     "model.num_layers=4",
@@ -68,6 +69,7 @@ def quickstart(tmp_path_factory):
     """Run the quickstart for four steps a job on TP2 x PP2, with checkpoints on the way."""
     folder = tmp_path_factory.mktemp("quickstart")
     options = [f"run.dir={folder}", "run.steps=4", "checkpoint.interval=2", "checkpoint.keep=2"]
+    options += ["precision.fp8_check_interval=2"]
     return folder, marlhf("quickstart", *options, *TINY, ranks=4)
 
 
@@ -91,6 +93,13 @@ def test_the_first_ratio_is_one(quickstart):
     """Sampler and trainer agree on every token's probability, at every step."""
     found = lines(quickstart[0] / "ppo" / "metrics.jsonl")
     assert all(line["rollout/logprob_gap_max"] < 1e-4 for line in found[1:])
+
+
+def test_without_fp8_a_comparison_with_it_finds_nothing(quickstart):
+    first, second = lines(quickstart[0] / "ppo" / "metrics.jsonl")[1:3]
+    assert first["policy/fp8_logprob_gap"] == first["policy/fp8_logprob_gap_max"] == 0
+    assert first["policy/fp8_gradient_cosine"] == pytest.approx(1)
+    assert "policy/fp8_gradient_cosine" not in second
 
 
 def test_samples_show_macro_actions(quickstart):
@@ -177,15 +186,21 @@ def stage_options(folder, job):
 
 @pytest.mark.parametrize("job", ["sft", "reward", "ppo"])
 def test_a_resumed_run_equals_the_uninterrupted_one(quickstart, tmp_path, job):
-    """From the checkpoint after two of four steps, on the same layout, bit for bit."""
+    """From the checkpoint after two of four steps, on the same layout, bit for bit.
+
+    What ppo does not need goes to the host between phases in one of the runs.
+    """
     folder = quickstart[0]
     options = stage_options(folder, job)
     resumed = tmp_path / job
     shutil.copytree(folder / job, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step_000004")
     (resumed / "checkpoints" / "latest").write_text("step_000002\n")
+    if job == "ppo":
+        options += ["memory.offload_idle=true", "memory.offload_optimizer=true"]
     marlhf(job, *options, f"run.dir={resumed}", ranks=4)
     assert numbers(resumed) == numbers(folder / job)
+    assert ("time/offload_seconds" in lines(resumed / "metrics.jsonl")[-1]) == (job == "ppo")
 
 
 def test_a_run_resumes_on_another_layout_with_yet_another_for_rollouts(quickstart, tmp_path):

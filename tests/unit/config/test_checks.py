@@ -432,3 +432,18 @@ def test_weights_in_fp8_stay_at_the_training_layout():
         "precision.fp8_param_gather=true: weights in FP8 cannot move to the rollout's own "
         "layout. Set it to false, or leave out rollout.tensor_size and rollout.pipeline_size."
     ]
+
+
+@pytest.mark.parametrize("key", ["offload_idle", "offload_optimizer"])
+def test_only_models_that_rest_leave_the_device(job_problems, key):
+    memory = {key: True}
+    assert job_problems("ppo", memory=memory) == []
+    assert job_problems("sft", memory=memory) == [
+        f"memory.{key}=true: only ppo has phases in which models rest; this is sft. Set it to "
+        "false."
+    ]
+    precision = {"fp8": "hybrid", "fp8_param_gather": True}
+    assert job_problems("ppo", memory=memory, precision=precision) == [
+        f"memory.{key}=true: weights in FP8 cannot leave the GPU. Set it to false, or "
+        "precision.fp8_param_gather=false."
+    ]
