@@ -1,7 +1,7 @@
 """One stage chunk run token by token: the training modules, around a cache of keys and values.
 
-Every matrix product, norm and projection is the module that trains, so rollout and training
-cannot drift apart; only attention is arranged differently. Keys are cached rotated.
+Every norm and projection is the module that trains, so rollout and training cannot drift apart;
+only attention is arranged differently. Keys are cached rotated.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,19 @@ from torch.nn import functional as F
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.layers import SdpaAttention, causal_mask
 from marlhf_mega.models.rope import rotation_angles
+from marlhf_mega.rollout.products import packed_projections
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """New prompts for neighbouring slots, right-padded."""
+    """Distinct new prompts, right-padded, for neighbouring slots that may share them."""
 
     tokens: Tensor
     """[batch, seq] int64."""
+    rows: Tensor
+    """[slots] int64: the row of `tokens` that each new slot answers."""
     lengths: Tensor
-    """[batch] int64."""
+    """[slots] int64: of each slot's prompt."""
     first_slot: int
 
 
@@ -50,10 +53,10 @@ class ChunkDecoder:
     """Runs one model chunk on new tokens and keeps its keys and values."""
 
     def __init__(self, chunk: StageModel, *, num_slots: int, max_tokens: int) -> None:
-        """Allocate the cache.
+        """Allocate the cache and tabulate the rotations.
 
         Args:
-            chunk: the model chunk; its weights are read at every call, never copied.
+            chunk: the model chunk.
             num_slots: sequences in flight.
             max_tokens: longest sequence.
         """
@@ -68,6 +71,10 @@ class ChunkDecoder:
         shape = (len(chunk.decoder.layers), 2, num_slots, groups, max_tokens, config.kv_channels)
         device = chunk.rotary_speeds.device
         self.cache = torch.zeros(shape, dtype=config.params_dtype, device=device)
+        self.slots = torch.arange(num_slots, device=device)
+        angles = rotation_angles(chunk.rotary_speeds, torch.arange(max_tokens, device=device))
+        self.cos = angles.cos().to(config.params_dtype)[:, None]
+        self.sin = angles.sin().to(config.params_dtype)[:, None]
         self.attentions = [
             SdpaAttention(
                 config,
@@ -94,7 +101,7 @@ class ChunkDecoder:
 
         Returns:
             [seq, batch, hidden] for the next chunk; on the last one the normed states from which
-            the next tokens follow, [batch, hidden].
+            the next tokens follow, [slots, hidden].
         """
         seq, batch = work.tokens.shape[1], len(work.tokens)
         work = _aligned(work, self.chunk.row_multiple)
@@ -107,8 +114,7 @@ class ChunkDecoder:
             positions = torch.arange(work.tokens.shape[1], device=hidden.device)[:, None]
         else:
             positions = work.positions[None]
-        angles = rotation_angles(self.chunk.rotary_speeds, positions)[:, :, None, :]
-        cos, sin = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        cos, sin = self.cos[positions], self.sin[positions]
         masks = _masks(work, [a.window for a in self.attentions])
         for index, layer in enumerate(self.chunk.decoder.layers):
             with self._precision(layer):
@@ -123,12 +129,8 @@ class ChunkDecoder:
             hidden = hidden[:seq, :batch]
         if not self.chunk.post_process:
             return hidden
-        if isinstance(work, Prefill):
-            rows = torch.arange(batch, device=hidden.device)
-            hidden = hidden[work.lengths - 1, rows]
-        else:
-            hidden = hidden[0]
-        last: Tensor = self.chunk.decoder.final_layernorm(hidden)
+        ends = hidden[work.lengths - 1, work.rows] if isinstance(work, Prefill) else hidden[0]
+        last: Tensor = self.chunk.decoder.final_layernorm(ends)
         return last
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -136,7 +138,8 @@ class ChunkDecoder:
         shard, cap = self.chunk.vocab_shard, self.chunk.model.logits_softcap
         if shard.num_real == 0:
             return hidden.new_full((len(hidden), 1), -torch.inf, dtype=torch.float32)
-        logits = F.linear(hidden, self.chunk.head_weight()[: shard.num_real]).float()
+        padded, _ = self.chunk.output_layer(hidden, weight=self.chunk.head_weight())
+        logits = padded[:, : shard.num_real].float()
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _precision(self, layer: Any) -> AbstractContextManager[None]:
@@ -152,20 +155,21 @@ class ChunkDecoder:
         self, index: int, query: Tensor, key: Tensor, value: Tensor, work: Work, mask: Tensor | None
     ) -> Tensor:
         """Store the new keys and values, attend: [seq, batch, heads, d] -> [seq, batch, h * d]."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        keys, values = self.cache[index]
-        batch = q.shape[0]
+        attention, (keys, values) = self.attentions[index], self.cache[index]
+        batch = query.shape[1]
         if isinstance(work, Prefill):
-            slots = slice(work.first_slot, work.first_slot + batch)
-            keys[slots, :, : k.shape[2]] = k
-            values[slots, :, : v.shape[2]] = v
-        else:
-            rows = torch.arange(batch, device=q.device)
-            keys[rows, :, work.positions] = k[:, :, 0]
-            values[rows, :, work.positions] = v[:, :, 0]
-            k, v = keys[:batch, :, : work.longest], values[:batch, :, : work.longest]
-        context = self.attentions[index].attend(q, k, v, mask=mask)
-        return context.permute(2, 0, 1, 3).flatten(2)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            new = slice(work.first_slot, work.first_slot + len(work.rows))
+            keys[new, :, : k.shape[2]] = k[work.rows]
+            values[new, :, : v.shape[2]] = v[work.rows]
+            return attention.attend(q, k, v, mask=mask).permute(2, 0, 1, 3).flatten(2)
+        slots = self.slots[:batch]
+        keys[slots, :, work.positions] = key[0]
+        values[slots, :, work.positions] = value[0]
+        k, v = keys[:batch, :, : work.longest], values[:batch, :, : work.longest]
+        # Heads that share keys go as queries of one head: each key is read once.
+        q = query[0].unflatten(1, (k.shape[1], -1))
+        return attention.attend(q, k, v, mask=mask).reshape(1, batch, -1)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -216,7 +220,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @contextmanager
 def generating(chunks: list[StageModel]) -> Iterator[None]:
-    """Evaluate without gradients and without sequence parallelism, then restore both.
+    """Evaluate without gradients and sequence parallelism, weights packed; then restore all.
 
     One new token a sequence cannot be shared along the sequence.
     """
@@ -242,7 +246,8 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
             # Transformer Engine must not use weights in FP8 that are older than the last update.
             chunk.set_is_first_microbatch()
         # Training could not use the weights in FP8 that inference mode leaves behind.
-        with torch.no_grad() if chunks[0].config.fp8 else torch.inference_mode():
+        no_gradients = torch.no_grad() if chunks[0].config.fp8 else torch.inference_mode()
+        with no_gradients, packed_projections(chunks):
             yield
     finally:
         for module, name in switched:

@@ -140,9 +140,9 @@ class _Run:
         return Decode(tokens=zero[None], positions=zero, longest=1)
 
     def _pass(self, index: int, group: SlotGroup, work: Work) -> Tensor:
-        """Send one piece of work through all chunks; returns the last stage's sample [2, batch]."""
+        """Send one piece of work through all chunks; returns the last stage's sample [2, slots]."""
         mesh = self.mesh
-        sampled = torch.zeros(2, len(work.tokens), dtype=torch.float64, device=mesh.device)
+        sampled = torch.zeros(2, len(group.in_flight), dtype=torch.float64, device=mesh.device)
         for number, decoder in enumerate(self.decoders[index]):
             hidden = None if decoder.chunk.pre_process else self._receive(work)
             output = decoder.run(work, hidden)

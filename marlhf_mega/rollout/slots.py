@@ -29,7 +29,7 @@ class SlotGroup:
 
     Active responses always fill slots 0..n-1: the last one moves into a slot that falls free, so
     that a step computes nothing for responses that have ended, and new prompts are written to
-    neighbouring slots.
+    neighbouring slots. Samples of one prompt that are admitted together read it once.
     """
 
     def __init__(self, num_slots: int, waiting: deque[Response], device: torch.device) -> None:
@@ -81,14 +81,24 @@ class SlotGroup:
 
     def _admit(self, free: int) -> Prefill:
         first = len(self.active)
-        longest = len(self.waiting[0].prompt)
-        count = min(free, len(self.waiting), max(1, PREFILL_TOKENS // longest))
-        self.in_flight = [self.waiting.popleft() for _ in range(count)]
+        width = len(self.waiting[0].prompt)
+        most_rows = max(1, PREFILL_TOKENS // width)
+        rows: dict[tuple[int, ...], int] = {}
+        row_of = []
+        self.in_flight = []
+        while self.waiting and len(self.in_flight) < free:
+            prompt = tuple(self.waiting[0].prompt)
+            if prompt not in rows and len(rows) == most_rows:
+                break
+            row_of.append(rows.setdefault(prompt, len(rows)))
+            self.in_flight.append(self.waiting.popleft())
         self.active += self.in_flight
-        width = max(len(r.prompt) for r in self.in_flight)
-        rows = [r.prompt + [0] * (width - len(r.prompt)) for r in self.in_flight]
-        lengths = [len(r.prompt) for r in self.in_flight]
-        return Prefill(tokens=self._tensor(rows), lengths=self._tensor(lengths), first_slot=first)
+        return Prefill(
+            tokens=self._tensor([[*p] + [0] * (width - len(p)) for p in rows]),
+            rows=self._tensor(row_of),
+            lengths=self._tensor([len(r.prompt) for r in self.in_flight]),
+            first_slot=first,
+        )
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self.device)
