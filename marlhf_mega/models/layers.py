@@ -3,12 +3,20 @@
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
+
+from marlhf_mega.models.cpu_kernels import LONGEST_SCORES, rms_norm, short_causal_attention
+from marlhf_mega.parallel.linear import linear
+from marlhf_mega.parallel.mesh import Group
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,6 +43,8 @@ class RMSNorm(torch.nn.Module):
         """Normalise the last dim; the rounding order is that of each family's training code."""
         if hidden.dtype == torch.float32:
             scale = 1 + self.weight if self.zero_centered else self.weight
+            if hidden.device.type == "cpu":
+                return rms_norm(hidden, scale, self.eps)
             return F.rms_norm(hidden, scale.shape, scale, self.eps)
         normed = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
         if self.zero_centered:
@@ -42,7 +52,43 @@ class RMSNorm(torch.nn.Module):
         return normed.to(hidden.dtype) * self.weight
 
 
-class PostNormRowParallelLinear(RowParallelLinear):
+class LocalColumnParallelLinear(ColumnParallelLinear):
+    """Megatron's column-parallel projection with the products of `parallel.linear` on CPUs."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.device.type != "cpu":
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        return _cpu_forward(input, weight, **kwargs)
+
+
+class LocalRowParallelLinear(RowParallelLinear):
+    """Megatron's row-parallel projection with the products of `parallel.linear` on CPUs."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.device.type != "cpu":
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        return _cpu_forward(input, weight, **kwargs)
+
+
+def _cpu_forward(
+    rows: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: Group | None,
+    **_: Any,
+) -> Tensor:
+    """Take the arguments of Megatron's own product; the rest of them are about CUDA kernels."""
+    if sequence_parallel:
+        # Unlike Megatron's, this keeps the whole sequence for backward instead of a share.
+        rows = gather_from_sequence_parallel_region(rows, group=tp_group)
+    output = linear(rows, weight, sum_over=tp_group if allreduce_dgrad else None)
+    return output if bias is None else output + bias
+
+
+class PostNormRowParallelLinear(LocalRowParallelLinear):
     """A row-parallel projection whose summed output is normed (Gemma-2)."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
@@ -107,8 +153,19 @@ class SdpaAttention(torch.nn.Module):
         mask = None
         if self.window is not None and self.window < query.shape[0]:
             mask = causal_mask(query.shape[0], window=self.window, device=query.device)
-        context = self.attend(q, k, v, mask=mask)
+        if mask is None and self._is_short_on_cpu(q):
+            context = short_causal_attention(q, k, v, self.scale)
+        else:
+            context = self.attend(q, k, v, mask=mask)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _is_short_on_cpu(self, q: Tensor) -> bool:
+        return (
+            q.device.type == "cpu"
+            and q.dtype == torch.bfloat16
+            and self.softcap is None
+            and q.shape[2] <= LONGEST_SCORES
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
         """Attend with an explicit mask (True = visible), or causally without one.

@@ -25,7 +25,13 @@ from torch.nn import functional as F
 
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
-from marlhf_mega.models.layers import PostNormRowParallelLinear, RMSNorm, SdpaAttention
+from marlhf_mega.models.layers import (
+    LocalColumnParallelLinear,
+    LocalRowParallelLinear,
+    PostNormRowParallelLinear,
+    RMSNorm,
+    SdpaAttention,
+)
 from marlhf_mega.parallel.mesh import Mesh
 
 
@@ -122,13 +128,23 @@ def block_spec(
 
 
 class _LocalBackend(LocalSpecProvider):
-    """Megatron's local modules, except for the norm and, for Gemma-2, the output projections."""
+    """Megatron's local modules, except for the norm and the projections."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
 
+    def column_parallel_linear(self) -> type:
+        return LocalColumnParallelLinear
+
     def row_parallel_linear(self) -> type:
-        return PostNormRowParallelLinear if self.model.post_norms else super().row_parallel_linear()
+        return PostNormRowParallelLinear if self.model.post_norms else LocalRowParallelLinear
+
+    def grouped_mlp_modules(self, *args: bool) -> Any:
+        experts = super().grouped_mlp_modules(*args)
+        # Megatron 0.19 gives a partial, 0.16 the class and its submodules.
+        parts = experts.keywords["submodules"] if isinstance(experts, partial) else experts[1]
+        parts.linear_fc1, parts.linear_fc2 = LocalColumnParallelLinear, LocalRowParallelLinear
+        return experts
 
 
 def _local_layer_spec(model: ModelConfig) -> ModuleSpec:

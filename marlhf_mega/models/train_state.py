@@ -39,6 +39,8 @@ def ddp_config(config: TransformerConfig) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
+        # An exchange and a sum on each rank; gloo's reduce-scatter takes four times as long.
+        reduce_scatter_with_fp32_accumulation=config.use_cpu_initialization,
         fp8_param_gather=config.fp8_param,
         reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(config),
     )
@@ -91,6 +93,8 @@ class TrainState:
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             optimizer_config(optimizer, config), self.chunks, use_gloo_process_groups=False
         )
+        self.fused = True if config.use_cpu_initialization else None
+        """Whether torch's AdamW goes over memory once; on GPUs its default is as fast."""
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -175,6 +179,8 @@ class TrainState:
         self.schedule.step(increment=1)
         lr = float(self.optimizer.param_groups[0]["lr"])
         self._clip(grad_norm)
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.fused  # a checkpoint may bring another platform's choice
         self.optimizer.step_with_ready_grads()
         return StepResult(grad_norm=grad_norm, lr=lr)
 

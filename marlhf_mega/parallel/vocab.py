@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marlhf_mega.config.limits import LOGITS_CHUNK_ELEMENTS
 from marlhf_mega.parallel.mesh import Group, Mesh
+from marlhf_mega.platform.products import matmul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def _scaled_logits(
     hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return float32 logits over the temperature and, with a cap, d logits / d raw logits."""
-    logits = torch.nn.functional.linear(hidden, weight).float()
+    logits = matmul(hidden, weight.t()).float()
     slope = None
     if softcap is not None:
         squashed = torch.tanh(logits / softcap)
@@ -139,8 +140,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if slope is not None:
                 grad.mul_(slope)
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[done : done + len(h)] = grad @ rows
-            grad_weight[: shard.num_real].add_(grad.t() @ h)
+            grad_hidden[done : done + len(h)] = matmul(grad, rows)
+            grad_weight[: shard.num_real].add_(matmul(grad.t(), h))
             done += len(h)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 

@@ -89,6 +89,8 @@ def _on_import(patches: PatchSet, module: ModuleType) -> None:
             # silently do nothing.
             patches.replace(module, "_get_cuda_rng_state", _get_rng_state)
             patches.replace(module, "_set_cuda_rng_state", _set_rng_state)
+        case "distributed.param_and_grad_buffer":
+            patches.replace(module, "dist_all_gather_func", _all_gather)
 
 
 def _namespace(module: ModuleType, **changes: object) -> ModuleType:
@@ -182,6 +184,30 @@ def _all_to_all_single(
     return torch.distributed.all_to_all_single(
         output, input, _int_list(output_split_sizes), _int_list(input_split_sizes), **kwargs
     )
+
+
+def _all_gather(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    *,
+    group: torch.distributed.ProcessGroup,
+    async_op: bool,
+) -> None:
+    """Collect the ranks' shards of the weights by messages: gloo's own takes three times as long.
+
+    `input` is this rank's slice of `output`, as Megatron's distributed optimizer has it.
+    """
+    assert not async_op
+    shards, rank = output.chunk(group.size()), group.rank()
+    assert shards[rank].data_ptr() == input.data_ptr()
+    messages = []
+    for step in range(1, len(shards)):
+        to, source = (rank + step) % len(shards), (rank - step) % len(shards)
+        messages.append(torch.distributed.isend(input, group=group, group_dst=to))
+        messages.append(torch.distributed.irecv(shards[source], group=group, group_src=source))
+    for message in messages:
+        if message is not None:
+            message.wait()
 
 
 def _int_list(sizes: Iterable[int] | None) -> list[int] | None:

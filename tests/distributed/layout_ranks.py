@@ -53,7 +53,7 @@ def config_for(case):
             }
             | case["model"],
             "parallel": case["parallel"],
-            "precision": {"dtype": "float32", "fp8": case["fp8"], "fp8_frozen": True},
+            "precision": {"dtype": "float32", "fp8": case.get("fp8", "off"), "fp8_frozen": True},
             "policy": OPTIMIZER,
             "critic": OPTIMIZER,
             "reward_model": OPTIMIZER,

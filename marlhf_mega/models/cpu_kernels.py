@@ -1,0 +1,88 @@
+"""Norm and attention with fewer passes over memory than torch's own on CPUs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LONGEST_SCORES = 512
+"""Beyond this length the scores of all pairs take more memory than they save time."""
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return hidden / rms(hidden) * weight over the last dim; torch composes it of many kernels."""
+    normed: Tensor = _RmsNorm.apply(hidden, weight, eps)
+    return normed
+
+
+def short_causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by batched products over all pairs of positions.
+
+    For bfloat16 and short sequences it takes a third of the time of torch's blockwise kernel,
+    and O(seq^2) memory.
+
+    Args:
+        query: [batch, heads, seq, head_dim].
+        key: [batch, groups, seq, head_dim].
+        value: like key.
+        scale: of the scores.
+
+    Returns:
+        [batch, heads, seq, head_dim].
+    """
+    context: Tensor = _ShortAttention.apply(query, key, value, scale)
+    return context
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        inverse_rms = length.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, inverse_rms)
+        return (hidden * inverse_rms).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        hidden, weight, inverse_rms = ctx.saved_tensors
+        normed = hidden * inverse_rms
+        grad_weight = (
+            (grad * normed).reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[1] else None
+        )
+        scaled = grad * weight
+        along = torch.linalg.vecdot(scaled, normed)[..., None].div_(hidden.shape[-1])
+        return scaled.addcmul_(normed, along, value=-1).mul_(inverse_rms), grad_weight, None
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        length, head_dim = query.shape[2:]
+        # Heads of a group lie side by side, so one product serves them all.
+        k, v = key.reshape(-1, length, head_dim), value.reshape(-1, length, head_dim)
+        q = (query * scale).reshape(len(k), -1, head_dim)
+        hidden = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        scores.view(-1, length, length).add_(hidden)
+        probabilities = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, probabilities)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
+        return torch.bmm(probabilities, v).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, probabilities = ctx.saved_tensors
+        query_shape, key_shape = ctx.shapes
+        pull = grad.reshape(q.shape)
+        grad_value = torch.bmm(probabilities.transpose(1, 2), pull)
+        grad_scores = torch._softmax_backward_data(
+            torch.bmm(pull, v.transpose(1, 2)), probabilities, -1, q.dtype
+        )
+        grad_query = torch.bmm(grad_scores, k).mul_(ctx.scale)
+        grad_key = torch.bmm(grad_scores.transpose(1, 2), q)
+        return (
+            grad_query.view(query_shape),
+            grad_key.view(key_shape),
+            grad_value.view(key_shape),
+            None,
+        )
