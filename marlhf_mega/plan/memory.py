@@ -191,14 +191,29 @@ def _longest(work: Workload) -> int:
 
 def _resident(roles: Mapping[str, RoleMemory], memory: MemoryConfig, phase: str) -> dict[str, int]:
     """Return what is on the device in a phase beside its own work."""
-    del memory, phase
+    away = _idle(roles, phase) if memory.offload_idle else set()
     found: dict[str, int] = {}
     for name, role in roles.items():
-        found[f"{name} weights"] = role.weights + role.fp8_copies
-        if role.optimizer:
+        # Copies in FP8 do not leave with the weights.
+        found[f"{name} weights"] = role.fp8_copies + (0 if name in away else role.weights)
+        if role.optimizer and (phase == "update" or not memory.offload_optimizer):
             found[f"{name} gradients"] = role.gradients
             found[f"{name} optimizer"] = role.optimizer
     return found
+
+
+def _idle(roles: Mapping[str, RoleMemory], phase: str) -> set[str]:
+    """Return the models that a phase can do without at its peak."""
+    match phase:
+        case "update":
+            return {name for name, role in roles.items() if not role.optimizer}
+        case "rollout":
+            return {name for name in roles if name != "policy"}
+    rewards = {name for name, role in roles.items() if not role.optimizer} - {"reference"}
+    groups = ({"reference"}, {"critic"}, rewards)
+    # They come one after the other, the reward models together: the largest counts.
+    largest = max(groups, key=lambda names: sum(roles[name].weights for name in names))
+    return set(roles) - {"policy"} - largest
 
 
 def _rollout(

@@ -170,6 +170,9 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         while slots > 8:
             slots //= 2
             singles.append({"rollout.slots": slots})
+    if plan.work.job == "ppo" and not config.precision.fp8_param_gather:
+        offload = ("offload_idle", "offload_optimizer")
+        singles += [{f"memory.{k}": True} for k in offload if not getattr(config.memory, k)]
     if config.memory.recompute != "full":
         singles.append({"memory.recompute": "full", "memory.recompute_num_layers": None})
     yield from singles

@@ -5,6 +5,10 @@ import json
 import pytest
 from ranks import run_ranks
 
+from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.memory import formats_of, stage_memory
+from marlhf_mega.plan.workload import workload
+
 SMALL = {
     "num_layers": 4,
     "hidden_size": 32,
@@ -39,6 +43,12 @@ def run(folder, world, *cases):
     return run_ranks("offload_ranks.py", world, folder / "out.json", json.dumps(cases))
 
 
+def planned(memory):
+    config = Config.model_validate(case(LARGE, memory))
+    formats = formats_of(config.precision, on_gpu=False, has_engine=False)
+    return stage_memory(workload(config, "ppo", 1), 0, formats)
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     """Each of the first two has a process of its own, so that their peaks can be compared."""
@@ -62,6 +72,8 @@ def test_memory_falls_by_what_leaves_in_each_phase(one_rank):
     }
     fall = {phase: (plain[phase] - found[phase]) * 2**30 for phase in expected}
     assert fall == pytest.approx(expected, rel=0.1)
+    before, after = (planned(SETTINGS[name]) for name in ("nothing", "both"))
+    assert fall == pytest.approx({p: before.total(p) - after.total(p) for p in fall}, rel=0.1)
 
 
 @pytest.mark.parametrize("setting", ["both", "idle", "optimizer"])

@@ -50,6 +50,22 @@ def test_models_of_70b_by_hand():
     assert last["policy"].num_parameters - last["critic"].num_parameters == (16032 - 1) * 8192
 
 
+def test_what_leaves_the_device_in_each_phase_of_70b_by_hand():
+    size, critic = 2_270_756_864, 2_270_756_864  # No head on the first stage.
+    plain = planned().stages[0]
+    keys = {"memory.offload_idle": True, "memory.offload_optimizer": True}
+    away = planned(keys).stages[0]
+    training = 2 * (4 + 12 // 4) * size
+    fall = {phase: plain.total(phase) - away.total(phase) for phase in plain.phases}
+    assert fall == {
+        # Critic, reference and reward; gradients and Adam state of policy and critic.
+        "rollout": 2 * (critic + size + critic) + training,
+        # One of the three is back.
+        "experience": 2 * (critic + size) + training,
+        "update": 2 * (size + critic),
+    }
+
+
 def test_the_kv_cache_of_70b_by_hand():
     """20 layers, keys and values, 64 sequences, 1 head, 512 + 1024 tokens, 128 wide, 2 bytes."""
     held = planned().stages[0].phases["rollout"]
