@@ -4,6 +4,8 @@ Writes for each case the highest memory of each phase of the second step, what w
 and a digest of every weight and moment at the end.
 """
 
+import ctypes
+import gc
 import hashlib
 import json
 import sys
@@ -29,6 +31,8 @@ from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.update import ppo as update
+
+M_MMAP_THRESHOLD = -3
 
 
 def build_roles(config, mesh, folder):
@@ -87,7 +91,7 @@ def digest(roles):
         for state in (roles.policy, roles.critic):
             weights = [p for chunk in state.chunks for p in chunk.parameters()]
             for tensor in (*weights, *state.optimizer_tensors()):
-                found.update(tensor.detach().view(torch.uint8).clone().numpy().data)
+                found.update(tensor.detach().view(torch.uint8).to("cpu", copy=True).numpy().data)
     return found.hexdigest()
 
 
@@ -105,7 +109,15 @@ def run_case(config, mesh, folder):
     return found | {"digests": digests, "parameters": numbers}
 
 
+def map_large_blocks():
+    """Let glibc give every block of a megabyte back as soon as it is free: peaks are repeatable."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def main():
+    map_large_blocks()
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     results = []
     for case in cases:
@@ -115,6 +127,7 @@ def main():
         if mesh.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)
+        gc.collect()
     dist.destroy_process_group()
 
 

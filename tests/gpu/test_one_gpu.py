@@ -9,11 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from marlhf_mega import platform
 from marlhf_mega.algorithm.counter_rng import fold
 from marlhf_mega.algorithm.macro_actions import MacroActions
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+OFFLOAD = {"offload_idle": True, "offload_optimizer": True}
+
+
+def offload_case(memory):
+    return {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 1024,
+            "num_attention_heads": 8,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 2816,
+            "vocab_size": 50,
+        },
+        "memory": memory,
+        "rollout": {"batch_size": 8, "max_response_tokens": 6},
+        "ppo": {"minibatch_size": 8, "microbatch_size": 2},
+        "reward": {"source": "model"},
+    }
 
 
 def run(arguments, *, gpu, timeout=300):
@@ -36,6 +55,15 @@ def answers(out, dtype, *folder, gpu):
     found = json.loads(out.read_text())
     assert found["device"] == ("cuda" if gpu else "cpu")
     return found
+
+
+def quickstart(folder, *options):
+    """Three steps of every job; return the lines of ppo's metrics."""
+    arguments = [f"run.dir={folder}", "run.steps=3", *options]
+    assert "gold reward" in run(["-m", "marlhf_mega", "quickstart", *arguments], gpu=True)
+    lines = (folder / "ppo" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    return [json.loads(line) for line in lines]
 
 
 def flat(rows):
@@ -89,12 +117,59 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
 
 
 def test_sft_reward_model_and_ppo_run_in_bfloat16(tmp_path):
-    output = run(
-        ["-m", "marlhf_mega", "quickstart", f"run.dir={tmp_path}", "run.steps=3"], gpu=True
-    )
-    assert "gold reward" in output
+    lines = quickstart(tmp_path)
     assert "(nccl, cuda)" in (tmp_path / "ppo" / "config.yaml").read_text()
-    lines = [json.loads(x) for x in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     # bfloat16 keeps 8 bits, so sampler and trainer may differ in the third digit.
     assert lines[1]["rollout/logprob_gap"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("tensorwise", []),
+        ("tensorwise", ["precision.fp8_edge_layers_bf16=1", "precision.fp8_frozen=true"]),
+        ("tensorwise", ["precision.fp8_param_gather=true"]),
+        ("tensorwise", ["memory.offload_idle=true", "memory.offload_optimizer=true"]),
+        ("delayed", []),
+        ("blockwise", []),
+        ("mxfp8", []),
+    ],
+)
+def test_every_job_runs_in_fp8(tmp_path, recipe, options):
+    support = platform.current().supports_fp8(recipe)
+    if not support:
+        pytest.skip(support.reason)
+    lines = quickstart(
+        tmp_path,
+        "precision.fp8=hybrid",
+        f"precision.fp8_recipe={recipe}",
+        "precision.fp8_check_interval=1",
+        *options,
+    )
+    for line in lines[1:]:
+        # FP8 has 3 bits: near to bfloat16, but not the same.
+        assert 0 < line["policy/fp8_logprob_gap"] < 0.1
+        assert 0.9 < line["policy/fp8_gradient_cosine"] < 1
+    if recipe != "delayed":  # Delayed scaling rolls out without FP8.
+        assert lines[1]["rollout/logprob_gap"] < 0.1
+
+
+def test_weights_and_moments_leave_the_gpu_and_come_back_bit_for_bit(tmp_path):
+    cases = [offload_case(memory) for memory in ({}, OFFLOAD)]
+    out = tmp_path / "out.json"
+    run([ROOT / "tests" / "distributed" / "offload_ranks.py", out, json.dumps(cases)], gpu=True)
+    plain, found = json.loads(out.read_text())
+    assert found["digests"] == plain["digests"]
+    policy, critic = plain["parameters"]
+    # bfloat16 weights, float32 masters, gradients and two moments.
+    frozen, training = 2 * (policy + critic), 16 * (policy + critic)
+    assert found["away"] == pytest.approx(frozen + 2 * critic + training, rel=1e-3)
+    fall = {
+        phase: (plain[phase] - found[phase]) * 2**30
+        for phase in ("rollout", "experience", "update")
+    }
+    assert fall == pytest.approx(
+        {"rollout": found["away"], "experience": found["away"] - 2 * policy, "update": frozen},
+        rel=0.1,
+    )
