@@ -124,7 +124,7 @@ def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
     from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
     from marlhf_mega.train.stop import EarlyEndError
 
-    mesh = create_mesh(config.parallel)
+    mesh = create_mesh(config.parallel, timeout_seconds=config.watchdog.collective_seconds)
     code = 0
     try:
         work(mesh)

@@ -462,6 +462,11 @@ class WatchdogConfig(Section):
     export_seconds: float | None = Field(None, gt=0)
     """Writing Hugging Face folders at the end."""
 
+    @property
+    def collective_seconds(self) -> float:
+        """How long a rank waits for another: longer than any phase, so that the watchdog acts."""
+        return max(filter(None, [1800.0, *self.model_dump().values()])) + 60
+
     def limit_of(self, phase: str) -> tuple[str, float | None]:
         """Return the key that limits a phase, and the limit in seconds."""
         own = getattr(self, f"{phase}_seconds", None)

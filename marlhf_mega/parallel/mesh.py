@@ -50,6 +50,8 @@ class Mesh:
     """Megatron-Core's groups: tp, pp, cp, ep, dp, dp_cp, embd, ..."""
     rollout_pp: Group
     """The pipeline's ranks again: carries sampled tokens while `groups.pp` carries activations."""
+    timeout_seconds: float
+    """How long a collective may take."""
     megatron_globals: Mapping[str, Any]
     """Megatron's own record of the groups, which some of its modules read."""
 
@@ -148,6 +150,7 @@ def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) ->
         dp_size=groups.dp.size(),
         groups=groups,
         rollout_pp=_copy_of_pipeline_groups(groups.pp),
+        timeout_seconds=timeout_seconds,
         megatron_globals=_globals_of_megatron(),
     )
 
@@ -161,7 +164,7 @@ def create_second_mesh(parallel: ParallelConfig, main: Mesh) -> Mesh:
     """
     vars(parallel_state).update(_NO_GROUPS)
     try:
-        return create_mesh(parallel)
+        return create_mesh(parallel, timeout_seconds=main.timeout_seconds)
     finally:
         vars(parallel_state).update(main.megatron_globals)
 

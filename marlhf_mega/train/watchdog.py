@@ -29,7 +29,7 @@ from marlhf_mega.train.stop import EarlyEndError
 logger = logging.getLogger(__name__)
 
 BETWEEN = "between phases"
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 0.05
 """Between two looks at whether the main thread waits for other ranks."""
 ANSWER_SECONDS = 3.0

@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import re
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from marlhf_mega.data.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NUM_RANKS = 2
+NUM_STEPS = 52
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,50 @@ def test_a_slow_rank_is_named_and_a_gradient_of_one_rank_stops_all(job, tmp_path
         assert line["time/update_max_seconds"] > 1.5
         assert line["time/update_max_seconds"] - line["time/update_min_seconds"] > 1
     assert [line["critic/skipped_fraction"] for line in lines] == [0, 0, 0, 0, 0, 0, 1]
+
+
+def twenty_kills():
+    """Draw rank, step, phase and delay of 20 kills; at least one step without lies between two."""
+    draw = random.Random(20)
+    step, kills = 0, []
+    for _ in range(20):
+        step += draw.choice((2, 3))
+        phase = draw.choice(("rollout", "experience", "update", "checkpoint"))
+        where = f"rank={draw.randrange(NUM_RANKS)},step={step},phase={phase}"
+        kills.append((step, f"{where},kind=kill,seconds={draw.choice((0, 0.02, 0.05))}"))
+    assert step < NUM_STEPS
+    return kills
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_number_and_cost_a_step_each(job, tmp_path, capsys):
+    kills = twenty_kills()
+    faults = ";".join(text for _, text in kills)
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    start(job, whole, f"run.steps={NUM_STEPS}", "checkpoint.interval=0")
+    process = subprocess.Popen(
+        [*job, f"run.dir={run_dir}", f"run.steps={NUM_STEPS}"],
+        env=environment(MARLHF_FAULT=faults),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    resumed, stepped, said = [], [], []
+    for line in process.stderr:
+        said.append(line)
+        if found := re.search(r"going on from .*step_(\d+)$", line):
+            resumed.append(int(found[1]))
+        elif " ppo step " in line and len(stepped) < len(resumed):
+            stepped.append(time.time())
+    assert process.wait(timeout=60) == 0, "".join(said)[-6000:]
+    assert numbers(run_dir) == numbers(whole)
+    assert len(resumed) == len(kills)
+    for (step, _), start_step in zip(kills, resumed, strict=True):
+        assert start_step in (step - 1, step)
+    killed = sorted(mark.stat().st_mtime for mark in (run_dir / "faults").iterdir())
+    seconds = [later - earlier for earlier, later in zip(killed, stepped, strict=True)]
+    with capsys.disabled():
+        print(
+            f"\n20 kills: {statistics.median(seconds):.1f} s (median) from a kill to the end of "
+            f"the next step; fastest {min(seconds):.1f} s, slowest {max(seconds):.1f} s"
+        )

@@ -53,7 +53,9 @@ def numbers(run_dir):
     return [{k: v for k, v in x.items() if not k.startswith(("time/", "perf/"))} for x in lines]
 
 
-def test_two_signals_end_a_run_saved_and_it_goes_on_bit_for_bit(job, tmp_path):
+def test_a_signal_and_another_during_the_save_end_a_run_saved_and_it_goes_on_bit_for_bit(
+    job, tmp_path
+):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     launcher = ["bash", ROOT / "launch" / "torchrun.sh", "--ranks-per-node", "2"]
     process = subprocess.Popen(
@@ -68,7 +70,9 @@ def test_two_signals_end_a_run_saved_and_it_goes_on_bit_for_bit(job, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
+    while not [*run_dir.glob("checkpoints/*.tmp")]:  # the save has begun
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     done = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))

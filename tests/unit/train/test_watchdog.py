@@ -25,6 +25,11 @@ def test_a_phase_without_a_limit_of_its_own_has_the_common_one():
     assert LIMITS.limit_of("between phases") == ("watchdog.seconds", 60)
 
 
+def test_collectives_wait_longer_than_the_longest_phase():
+    assert LIMITS.collective_seconds == 1860
+    assert WatchdogConfig(seconds=None, rollout_seconds=7200).collective_seconds == 7260
+
+
 @pytest.mark.parametrize(
     ("answers", "named"),
     [
