@@ -19,7 +19,7 @@ from marlhf_mega.config.exit_codes import (
 from marlhf_mega.config.load import dump_config, load_config
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import RedactingFormatter
-from marlhf_mega.plan.command import add_options, run_plan
+from marlhf_mega.plan.command import add_options, run_plan, with_vocabulary
 
 COMMANDS = {
     "quickstart": "the whole story on built-in data: sft, reward model, macro ppo, a report",
@@ -44,8 +44,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     _set_up_logging()
     try:
-        planned = options.command == "plan"
-        config = load_config(options.config, options.overrides, need_weights=not planned)
+        dry, planned = getattr(options, "dry_run", False), options.command == "plan"
+        config = load_config(options.config, options.overrides, need_weights=not (dry or planned))
         if options.print_config:
             sys.stdout.write(dump_config(config))
             return 0
@@ -53,6 +53,8 @@ def run(arguments: Sequence[str]) -> int:
             return _doctor(config)
         if planned:
             return run_plan(config, options)
+        if dry:
+            return _dry_run(config, options)
         job = _prepare(options.command, config)
         if options.check:
             sys.stdout.write(dump_config(config))
@@ -87,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "plan":
             add_options(command)
+        if name in ("sft", "reward", "ppo"):
+            command.add_argument(
+                "--dry-run", action="store_true", help="build every rank without memory and report"
+            )
+            command.add_argument("--world-size", type=int, default=1, help="ranks of a dry run")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="dotted keys, such as ppo.epochs=2"
         )
@@ -109,6 +116,16 @@ def _prepare(command: str, config: Config) -> Callable[[], int]:
     inputs = getattr(job, f"{command}_inputs")(config, world_size_from_environment())
     run_job = getattr(job, f"run_{command}")
     return lambda: _on_mesh(inputs.config, lambda mesh: run_job(inputs, mesh))
+
+
+def _dry_run(config: Config, options: argparse.Namespace) -> int:
+    from marlhf_mega.train.dry_run import dry_run
+
+    lines, problems = dry_run(with_vocabulary(config), options.command, options.world_size)
+    sys.stdout.write(
+        "\n".join([*lines, *problems, "fails" if problems else "nothing fails"]) + "\n"
+    )
+    return EXIT_FAILED if problems else 0
 
 
 def _doctor(config: Config) -> int:

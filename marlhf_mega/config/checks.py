@@ -44,16 +44,32 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     Raises:
         ConfigError: one line for every rule that is broken.
     """
-    problems = [*_data_problems(config, job), *_batch_problems(config, job, data_size)]
-    if job == "ppo":
-        problems += _ppo_problems(config)
-    problems += _offload_problems(config, job)
-    if job in ("ppo", *WITHOUT_TRAINING):
-        problems += _budget_problems(config)
-    if job == "offline":
-        problems += _offline_problems(config)
+    problems = [*_file_problems(config, job), *_size_problems(config, job, data_size)]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_sizes(config: Config, job: Job, data_size: int) -> None:
+    """Check what `check_job` does, except that files need not be there.
+
+    Raises:
+        ConfigError: one line for every rule that is broken.
+    """
+    problems = list(_size_problems(config, job, data_size))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
+    yield from _length_problems(config, job)
+    yield from _batch_problems(config, job, data_size)
+    if job == "ppo":
+        yield from _ppo_problems(config)
+    yield from _offload_problems(config, job)
+    if job in ("ppo", *WITHOUT_TRAINING):
+        yield from _budget_problems(config)
+    if job == "offline":
+        yield from _offline_problems(config)
 
 
 def _layout_problems(
@@ -204,7 +220,7 @@ def _expert_problems(config: Config, parallel: ParallelConfig, section: str) -> 
         )
 
 
-def _data_problems(config: Config, job: Job) -> Iterator[str]:
+def _file_problems(config: Config, job: Job) -> Iterator[str]:
     keys = {"validation_path": config.data.validation_path}
     if job not in WITHOUT_TRAINING:
         keys["train_path"] = config.data.train_path
@@ -214,6 +230,9 @@ def _data_problems(config: Config, job: Job) -> Iterator[str]:
             yield f"data.{key}: {job} needs it; it is not set. Give a .jsonl or .parquet file."
         elif path is not None and not Path(path).is_file():
             yield f"data.{key}={path}: no such file. Give a .jsonl or .parquet file."
+
+
+def _length_problems(config: Config, job: Job) -> Iterator[str]:
     section = "rollout" if job in GENERATING else "data"
     longest = config.data.max_prompt_tokens + getattr(config, section).max_response_tokens
     if longest > config.model.max_positions:

@@ -1,8 +1,8 @@
 """Bytes that forward and backward passes hold, per token, by what each operator keeps.
 
-Two families of layers: our local ones (CPU, Gemma-2, GPUs without Transformer Engine) and those of
-Transformer Engine, which fuses norms into the matrix behind them. Local figures are checked against
-autograd and the allocator by a test; Transformer Engine's are read from its source, not measured.
+Three families of layers: those of CPUs, our local ones on GPUs (Gemma-2, or no Transformer Engine)
+and Transformer Engine's, which fuses norms into the matrix behind them. The CPU's are checked
+against autograd and the allocator by a test; the others are read from their source, not measured.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from marlhf_mega.plan.workload import Microbatch
 
 _FLOAT32 = 4
 
+SHORT_ATTENTION = 512
+"""Longest sequence of the CPU's attention by batched products."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Formats:
@@ -27,6 +30,8 @@ class Formats:
     """Layers come from Transformer Engine."""
     fp8: bool
     """Inputs of matrix products are kept in one byte."""
+    on_cpu: bool = False
+    """Norms keep less, products keep the whole sequence, short bfloat16 attention keeps scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,15 @@ class LayerShape:
 
     @property
     def scores(self) -> int:
-        """Elements of the attention matrix, which only softcaps need whole."""
+        """Elements of the attention matrix, which only softcaps and `keeps_scores` need whole."""
         return self.microbatch.rows * self.heads * self.microbatch.seq**2
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether it is the CPU's attention by batched products."""
+        seq, window = self.microbatch.seq, self.model.sliding_window
+        whole = seq <= SHORT_ATTENTION and (window is None or window >= seq)
+        return self.formats.on_cpu and self.formats.element < _FLOAT32 and whole
 
     @property
     def _tp(self) -> int:
@@ -190,11 +202,15 @@ def _normed_input(shape: LayerShape, *, is_product_input: bool = True) -> int:
     """Input, root mean square and output of a norm, and of the norm's two steps in between."""
     e, zero_centered = shape.formats.element, shape.model.zero_centered_norm
     root = shape.tokens // shape.layout.sequence_share * _FLOAT32
-    output = 1 if shape.formats.fp8 else e
+    output = (1 if shape.formats.fp8 else e) * shape.residual * is_product_input
+    if shape.formats.on_cpu:
+        output *= shape.layout.sequence_share
     if shape.formats.has_engine:
-        return shape.residual * (e + output * is_product_input) + root
+        return shape.residual * e + output + root
+    if shape.formats.on_cpu and e == _FLOAT32:
+        return shape.residual * _FLOAT32 + output + root
     inside = _FLOAT32 if zero_centered else e
-    return shape.residual * (_FLOAT32 + inside + e * is_product_input) + root
+    return shape.residual * (_FLOAT32 + inside) + output + root
 
 
 def _post_norm(shape: LayerShape) -> int:
@@ -206,6 +222,8 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
     projected = shape.query + 2 * shape.key
     rotated = shape.query + shape.key
     output = shape.query * (e + (1 if shape.formats.fp8 else 0))
+    if shape.keeps_scores and shape.model.attention_softcap is None:
+        return (projected + rotated + (0 if selective else shape.scores)) * e + output
     if shape.model.attention_softcap is None:
         statistics = 0 if selective else shape.tokens * shape.heads * _FLOAT32
         return (projected + rotated) * e + output + statistics
@@ -221,8 +239,11 @@ def _head_norms(shape: LayerShape) -> int:
     """Norms of queries and keys in float32: input and normalised, per head one root."""
     e = shape.formats.element
     elements = shape.query + shape.key
+    roots = elements // shape.model.kv_channels * _FLOAT32
+    if shape.formats.on_cpu and e == _FLOAT32:  # keys are normed where the projection left them
+        return shape.query * e + roots
     inside = _FLOAT32 if shape.model.zero_centered_norm else e
-    return elements * (_FLOAT32 + inside) + elements // shape.model.kv_channels * _FLOAT32
+    return elements * (_FLOAT32 + inside) + roots
 
 
 def _gated_kept(shape: LayerShape, width: int, tokens: int | None = None) -> int:

@@ -65,7 +65,7 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
     Raises:
         ConfigError: something has no plan.
     """
-    config, cluster = _with_vocabulary(config), _cluster(options)
+    config, cluster = with_vocabulary(config), _cluster(options)
     if options.calibrate is not None:
         factor = activation_factor(options.calibrate, cluster)
         sys.stdout.write(f"{options.calibrate}: activations x {factor:.3f}\n")
@@ -80,7 +80,7 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def _with_vocabulary(config: Config) -> Config:
+def with_vocabulary(config: Config) -> Config:
     """Take a missing vocabulary size from the tokenizer."""
     path = config.tokenizer.path
     if config.model.vocab_size is not None or path is None:

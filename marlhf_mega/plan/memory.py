@@ -80,7 +80,10 @@ def formats_of(precision: PrecisionConfig, *, on_gpu: bool, has_engine: bool) ->
     """
     single = precision.dtype == "float32" or (precision.dtype == "auto" and not on_gpu)
     return Formats(
-        element=4 if single else 2, has_engine=has_engine and on_gpu, fp8=precision.fp8 != "off"
+        element=4 if single else 2,
+        has_engine=has_engine and on_gpu,
+        fp8=precision.fp8 != "off",
+        on_cpu=not on_gpu,
     )
 
 

@@ -35,6 +35,17 @@ def verdict(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
     return f"{over}; with {keys} {change[1].spare / GIB:.1f} GiB are to spare"
 
 
+def summary(plan: Plan) -> str:
+    """Say the most important numbers in one line, as shipped configurations state them."""
+    worst, cluster = plan.worst, plan.cluster
+    return (
+        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {worst.peak / GIB:.1f} GiB "
+        f"on the worst rank (stage {worst.stage}, {worst.worst_phase}), "
+        f"{plan.spare / GIB:.1f} to spare; step {plan.step_seconds:.0f} s; checkpoint "
+        f"{plan.checkpoints.num_bytes / GIB:.0f} GiB"
+    )
+
+
 def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[str, Any]:
     """Return everything a plan knows, sizes in bytes and times in seconds."""
     work, cluster = plan.work, plan.cluster

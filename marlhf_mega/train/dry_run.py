@@ -1,0 +1,178 @@
+"""`--dry-run`: build every distinct rank of a job on the meta device and say what it consists of.
+
+Ranks with the same place in tensor and pipeline parallelism build the same, so one replica stands
+for all. Nothing is communicated and no weight is allocated or read; what the planner computes in
+closed form is compared with what the real classes make.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from marlhf_mega.checkpoint.hf.parameters import find_shards, local_parameters
+from marlhf_mega.checkpoint.hf.table import WeightTable
+from marlhf_mega.checkpoint.sharded import bytes_to_write
+from marlhf_mega.checkpoint.weights import layout_of
+from marlhf_mega.config.checks import Job, check_sizes
+from marlhf_mega.config.schema import Config, OptimizerConfig
+from marlhf_mega.models.gpt import StageModel, build_chunks
+from marlhf_mega.models.spec import compute_dtype, transformer_config
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.imagined import imagined_mesh
+from marlhf_mega.parallel.mesh import Mesh, create_second_mesh, in_force
+from marlhf_mega.plan.activations import Formats, in_flight
+from marlhf_mega.plan.buffers import buffers
+from marlhf_mega.plan.memory import kv_cache_bytes, rollout_layout, rollout_slots
+from marlhf_mega.plan.parameters import count, stage_parameters
+from marlhf_mega.plan.timing import bubble
+from marlhf_mega.plan.workload import Role, Workload, workload
+from marlhf_mega.rollout.decoder import ChunkDecoder
+
+GIB = 2**30
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What the ranks built so far consist of."""
+
+    parameters: dict[str, Counter[int]] = field(default_factory=dict)
+    """Role -> stage -> parameters of a rank."""
+    buckets: dict[str, Counter[int]] = field(default_factory=dict)
+    """Role -> stage -> elements of a rank's buckets."""
+    checkpoint_bytes: Counter[str] = field(default_factory=Counter)
+    """Role -> bytes that one replica writes."""
+    tensors: set[str] = field(default_factory=set)
+    """Of the policy's Hugging Face export."""
+    layouts: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+
+def dry_run(config: Config, job: Job, world_size: int) -> tuple[list[str], list[str]]:
+    """Build every distinct rank of a job without memory and without other processes.
+
+    Args:
+        config: with the vocabulary size.
+        job: sft, reward or ppo.
+        world_size: number of ranks.
+
+    Returns:
+        The report's lines, and what would fail, one line each.
+
+    Raises:
+        ValueError: sizes or layout break a rule.
+    """
+    start = time.perf_counter()
+    check_sizes(config, job, workload(config, job, world_size).layout.data)
+    # FP8 changes no shape, and its modules cannot be made without a GPU: only its settings are.
+    plain = config.precision.model_copy(update={"fp8": "off"})
+    work = workload(config.model_copy(update={"precision": plain}), job, world_size)
+    found = _Found()
+    ranks = _distinct_ranks(work)
+    for rank in ranks:
+        with imagined_mesh(config.parallel, rank=rank, world_size=world_size) as mesh:
+            found.layouts.add(mesh.describe())
+            for role in work.roles:
+                precision = config.precision if role.learns else config.precision.frozen()
+                transformer_config(role.model, precision, mesh, config.memory)
+                _build(role, work, mesh, found)
+            if job == "ppo":
+                _build_rollout(work, mesh, found)
+    seconds = time.perf_counter() - start
+    return _report(work, found, len(ranks), seconds), found.problems
+
+
+def _distinct_ranks(work: Workload) -> list[int]:
+    """Return the first replica's ranks: tensor-parallel neighbours, stage after stage."""
+    stage_size = work.layout.world // work.layout.pipeline
+    return [
+        stage * stage_size + place
+        for stage in range(work.layout.pipeline)
+        for place in range(work.layout.tensor)
+    ]
+
+
+def _build(role: Role, work: Workload, mesh: Mesh, found: _Found) -> None:
+    config, stage = work.config, mesh.pp_rank
+    chunks = build_chunks(role.model, config.precision, mesh, head=role.head, memory=config.memory)
+    planned = stage_parameters(role.model, work.layout, head=role.head, stage=stage)
+    built = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    _compare(found, f"{role.name}, rank {mesh.rank}: parameters", built, count(planned))
+    found.parameters.setdefault(role.name, Counter())[stage] = built
+    _name_tensors(role, chunks, mesh, found)
+    if not role.learns:
+        return
+    state = TrainState(chunks, OptimizerConfig(), total_steps=1)
+    parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    elements = sum(part.grad_data.numel() for part in parts)
+    laid_out = buffers(planned, work.layout)
+    _compare(found, f"{role.name}, rank {mesh.rank}: buckets", elements, laid_out.num_elements)
+    found.buckets.setdefault(role.name, Counter())[stage] = elements
+    found.checkpoint_bytes[role.name] += bytes_to_write(state, mesh)
+
+
+def _name_tensors(role: Role, chunks: Sequence[StageModel], mesh: Mesh, found: _Found) -> None:
+    """Look every parameter up in the table of Hugging Face tensors, as an export does."""
+    kind = "causal_lm" if role.head == "language" else "sequence_classification"
+    assert role.model.vocab_size is not None
+    table = WeightTable(role.model, kind)  # type: ignore[arg-type]
+    shards = find_shards(local_parameters(chunks), table, layout_of(mesh, role.model.vocab_size))
+    if role.name == "policy":
+        pieces = (piece for _, shard in shards for piece in shard.pieces)
+        found.tensors |= {piece.name for piece in pieces if piece.name is not None}
+
+
+def _build_rollout(work: Workload, mesh: Mesh, found: _Found) -> None:
+    """Build what generates: groups and chunks of its own layout, the cache of keys and values."""
+    config, layout = work.config, rollout_layout(work)
+    parallel = config.rollout_parallel
+    second = mesh
+    if parallel != config.parallel:
+        second = replace(create_second_mesh(parallel, mesh), platform=mesh.platform)
+    with in_force(second):
+        chunks = build_chunks(work.policy.model, config.precision, second, head="language")
+    groups = max(1, min(layout.pipeline, rollout_slots(work)))
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    caches = [
+        ChunkDecoder(chunk, num_slots=-(-rollout_slots(work) // groups), max_tokens=longest).cache
+        for _ in range(groups)
+        for chunk in chunks
+    ]
+    element = compute_dtype(config.precision, mesh).itemsize
+    planned = kv_cache_bytes(work, Formats(element=element, has_engine=False, fp8=False))
+    _compare(found, f"rank {mesh.rank}: bytes of kv cache", sum(c.nbytes for c in caches), planned)
+
+
+def _compare(found: _Found, what: str, built: int, planned: int) -> None:
+    if built != planned:
+        found.problems.append(f"{what}: {built:,} are built, {planned:,} are planned")
+
+
+def _report(work: Workload, found: _Found, num_ranks: int, seconds: float) -> list[str]:
+    layout, learns = work.layout, [role.name for role in work.roles if role.learns]
+    lines = [
+        f"dry run: {work.job} on {', '.join(sorted(found.layouts))}; {num_ranks} distinct ranks "
+        f"built in {seconds:.1f} s",
+    ]
+    for name, sizes in found.parameters.items():
+        shown = ", ".join(f"{sizes[stage]:,}" for stage in range(layout.pipeline))
+        lines.append(f"{name}: parameters of a rank by stage {shown}")
+    for name in learns:
+        shown = ", ".join(f"{found.buckets[name][stage]:,}" for stage in range(layout.pipeline))
+        lines.append(f"{name}: elements in its data-parallel buckets by stage {shown}")
+    flying = [
+        in_flight(layout, stage=stage, num_microbatches=work.num_microbatches)
+        for stage in range(layout.pipeline)
+    ]
+    lines.append(
+        f"schedule: {work.num_microbatches} microbatches of {work.microbatch.rows} x "
+        f"{work.microbatch.seq} tokens an optimizer step; in flight by stage "
+        f"{', '.join(map(str, flying))}; idle {bubble(layout, work.num_microbatches):.0%}"
+    )
+    total = sum(found.checkpoint_bytes.values())
+    lines.append(
+        f"checkpoint: {total / GIB:.1f} GiB of {', '.join(learns)} in {layout.world} files a model"
+    )
+    if found.tensors:
+        lines.append(f"export: {len(found.tensors)} Hugging Face tensors")
+    return lines

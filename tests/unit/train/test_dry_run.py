@@ -1,0 +1,84 @@
+"""Every shipped configuration, built rank by rank without memory; what is refused or found wrong."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marlhf_mega.cli import run
+from marlhf_mega.config.load import load_config
+from marlhf_mega.train import dry_run as module
+from marlhf_mega.train.dry_run import dry_run
+
+FILES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+BIG = "llama3_70b_ppo"
+TOY = ["model.vocab_size=100", "reward.source=marlhf_mega.data.toy:gold_reward"]
+PPO = [*TOY, "parallel.tensor_size=2", "parallel.pipeline_size=2", "model.num_layers=4"]
+
+
+def world_of(path):
+    found = re.search(r"^# Plan: (\d+) x (\d+) ", path.read_text(), re.MULTILINE)
+    return 4 if found is None else int(found[1]) * int(found[2])
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.stem != BIG], ids=lambda p: p.stem)
+def test_a_shipped_config_builds_on_every_rank(path):
+    overrides = ["model.init=random", "model.vocab_size=8192"] if "e2e" in path.stem else []
+    config = load_config(path, overrides, need_weights=False)
+    lines, problems = dry_run(config, path.stem.rsplit("_", 1)[1], world_of(path))
+    assert problems == []
+    assert f"dry run: {path.stem.rsplit('_', 1)[1]} on {world_of(path)} ranks: " in lines[0]
+
+
+def test_70b_on_128_ranks_takes_less_than_two_minutes_and_4_gb():
+    (path,) = [f for f in FILES if f.stem == BIG]
+    code = (
+        "import resource, sys, time\n"
+        "from marlhf_mega.cli import run\n"
+        "start = time.process_time()\n"
+        f"arguments = ['ppo', '--config', {str(path)!r}, '--dry-run', '--world-size', '128']\n"
+        "assert run(arguments) == 0\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(time.process_time() - start, peak, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    seconds, kilobytes = map(float, done.stderr.splitlines()[-1].split())
+    assert seconds < 120
+    assert kilobytes * 1024 < 4e9
+    lines = done.stdout.splitlines()
+    assert "128 ranks: TP8 x PP4 x DP4 + SP" in lines[0]
+    assert "32 distinct ranks" in lines[0]
+    sizes = "2,270,756,864, 2,139,422,720, 2,139,422,720, 2,270,765,056"
+    assert f"policy: parameters of a rank by stage {sizes}" in lines
+    assert "export: 723 Hugging Face tensors" in lines
+    assert lines[-1] == "nothing fails"
+
+
+def test_a_layout_of_the_rollouts_own_and_virtual_stages():
+    config = load_config(
+        None, [*PPO, "rollout.pipeline_size=1", "parallel.virtual_pipeline_size=2"]
+    )
+    lines, problems = dry_run(config, "ppo", 8)
+    assert problems == []
+    assert "in flight by stage 5, 3; idle" in "\n".join(lines)
+
+
+def test_sizes_that_do_not_fit_are_refused_without_data(capsys):
+    arguments = ["ppo", *PPO, "ppo.minibatch_size=30", "--dry-run", "--world-size", "16"]
+    assert run(arguments) == 2
+    (line, _) = capsys.readouterr().err.splitlines()
+    assert (
+        line
+        == "ppo.minibatch_size=30: must be a multiple of the data-parallel size 4. Use 28 or 32."
+    )
+
+
+def test_what_is_not_as_planned_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(module, "count", lambda chunks: 1)
+    arguments = ["ppo", *PPO, "--dry-run", "--world-size", "4"]
+    assert run(arguments) == 1
+    *_, first, last = capsys.readouterr().out.partition("policy, rank 0: parameters: ")
+    assert re.match(r"[\d,]+ are built, 1 are planned\n", last), first
+    assert last.endswith("\nfails\n")
