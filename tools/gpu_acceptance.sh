@@ -7,8 +7,8 @@ usage() {
 usage: bash tools/gpu_acceptance.sh [--out FILE] [--dry-run]
 
 Runs on one GPU, without network, in under 10 minutes: tests/gpu, the golden vectors on the
-device, rollout and train step of a 1B-shaped policy in bfloat16, one small PPO iteration.
-Prints a table and one JSON object.
+device, rollout and train step of a 1B-shaped policy in bfloat16 and, where it can be used, FP8,
+one small PPO iteration. Prints a table and one JSON object.
 
   --out FILE  also write the JSON object there
   --dry-run   print the commands, run nothing
@@ -82,14 +82,23 @@ step() {
 }
 
 billion=(--hidden 2048 --layers 16 --heads 32 --kv-heads 8 --ffn 8192 --vocab 32000 --dtype bfloat16)
-step tests 220 -m pytest -q tests/gpu
+step tests 240 -m pytest -q tests/gpu
 for group in ma_ppo alol; do
-    step "golden_$group" 30 tools/check_golden.py "tests/golden/${group}_cases.json" --device cuda
+    step "golden_$group" 20 tools/check_golden.py "tests/golden/${group}_cases.json" --device cuda
 done
-step rollout 120 tools/benchmark/rollout.py "${billion[@]}" --batch 64 --prompt-len 256 \
-    --response-len 128 --warmup 1 --iters 3
-step train_step 120 tools/benchmark/train_step.py "${billion[@]}" --batch 16 --prompt-len 512 \
-    --response-len 512 --microbatches 4 --warmup 2 --iters 5
+formats=(off)
+has_fp8='import sys
+from marlhf_mega.platform import current
+sys.exit(not current().supports_fp8())'
+if $dry_run || "$python" -c "$has_fp8"; then
+    formats+=(hybrid)
+fi
+for fp8 in "${formats[@]}"; do
+    step "rollout_fp8_$fp8" 60 tools/benchmark/rollout.py "${billion[@]}" --fp8 "$fp8" \
+        --batch 64 --prompt-len 256 --response-len 128 --warmup 1 --iters 3
+    step "train_step_fp8_$fp8" 60 tools/benchmark/train_step.py "${billion[@]}" --fp8 "$fp8" \
+        --batch 16 --prompt-len 512 --response-len 512 --microbatches 4 --warmup 2 --iters 5
+done
 step ppo_step 60 tools/benchmark/ppo_step.py --dtype bfloat16 --warmup 1 --iters 3
 if $dry_run; then
     exit 0

@@ -99,7 +99,8 @@ def compare(
     """Run forward and backward passes twice, the second time inside `other`. All ranks call it.
 
     Args:
-        state: the model; its gradients are lost, nothing else changes.
+        state: the model; its gradients are lost, nothing else changes (but for the history that
+            delayed scaling keeps).
         microbatches: what the losses take.
         objective: the loss.
         temperature: divides the logits.

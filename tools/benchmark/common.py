@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from marlhf_mega import platform
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.checks import check_world
 from marlhf_mega.config.schema import Config
@@ -36,6 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     for name, default in sizes.items():
         shape.add_argument(f"--{name}", type=int, default=default)
     shape.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    shape.add_argument("--fp8", choices=["off", "hybrid", "e4m3"], default="off")
     layout = options.add_argument_group("layout")
     layout.add_argument("--ranks", type=int, default=1, help="processes to start")
     layout.add_argument("--threads", type=int, default=1, help="CPU threads of each")
@@ -69,6 +71,9 @@ def run(args: argparse.Namespace, measure: Callable[[Config, Mesh], Result]) -> 
     torch.set_num_threads(args.threads)
     try:
         config = make_config(args)
+        support = platform.current().supports_fp8()
+        if args.fp8 != "off" and not support:
+            raise ValueError(f"--fp8={args.fp8}: cannot be used here; {support.reason}. Use off.")
         check_world(config, world_size)
         mesh = create_mesh(config.parallel)
         before = gemm_peaks(mesh, args.dtype)
@@ -120,7 +125,7 @@ def make_config(args: argparse.Namespace) -> Config:
                 "vocab_size": args.vocab,
             },
             "parallel": {"tensor_size": args.tensor_size, "pipeline_size": args.pipeline_size},
-            "precision": {"dtype": args.dtype},
+            "precision": {"dtype": args.dtype, "fp8": args.fp8},
             "rollout": {"batch_size": args.batch, "max_response_tokens": args.response_len},
             "macro": {"rule": "fixed_ngram", "n": 5},
             "reward": {"source": "random"},

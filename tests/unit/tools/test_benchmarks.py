@@ -76,10 +76,17 @@ def test_train_step_counts_every_token():
 
 
 @pytest.mark.slow
-def test_options_that_do_not_fit_are_refused_in_one_line():
-    done = benchmark("ppo_step", "--microbatches", "3", check=False)
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--microbatches", "3"], "--microbatches=3: must cut --batch=8 into"),
+        (["--fp8", "e4m3"], "--fp8=e4m3: cannot be used here; there is no CUDA device. Use off."),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(options, line):
+    done = benchmark("ppo_step", *options, check=False)
     assert done.returncode == 2
-    assert "--microbatches=3: must cut --batch=8 into" in done.stderr.splitlines()[-1]
+    assert line in done.stderr.splitlines()[-1]
     assert done.stdout == ""
 
 
