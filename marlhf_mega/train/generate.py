@@ -1,12 +1,14 @@
 """Answer every prompt of a file: JSON Lines that `marlhf offline` and `marlhf sft` can read."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from marlhf_mega.checkpoint import durable
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
-from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.files import content_hash, write_jsonl
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.parallel.collectives import gather_objects_over_data, share_from_first
 from marlhf_mega.parallel.mesh import Mesh
@@ -17,6 +19,7 @@ from marlhf_mega.train.build import build_generator, build_model, policy_origin,
 from marlhf_mega.train.evaluate import prompt_examples, prompt_row
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import write_run_directory
+from marlhf_mega.train.resume import CONFIG, check_settings, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +47,15 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
 
     Returns:
         The files, one per block of prompts.
+
+    Raises:
+        RuntimeError: blocks are there of other settings or prompts.
     """
     config, tokenizer = inputs.config, inputs.tokenizer
     folder = config.run.dir / "responses"
+    _check_blocks(folder, config, mesh)
     if mesh.rank == 0:
         write_run_directory(config, tokenizer, inputs.tokenizer_path, mesh)
-        folder.mkdir(exist_ok=True)
     policy = build_model(
         config.model, config, mesh, head="language", origin=policy_origin(config), name="policy"
     )
@@ -82,6 +88,29 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
             logger.info("generate: %d of %d prompts", block.stop, len(inputs.validation))
     scorer.close()
     return files
+
+
+def _check_blocks(folder: Path, config: Config, mesh: Mesh) -> None:
+    """Refuse to add to answers of another configuration or file; note both for the next start."""
+    file, path = folder / "settings.json", config.data.validation_path
+    assert path is not None
+    goes_on = config.checkpoint.resume != "never" and file.is_file()
+    saved = share_from_first(json.loads(file.read_text()) if goes_on else None, mesh)
+    data_hash = content_hash(path)
+    if saved is None:
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.checkpoint.resume == "never":
+                for block in folder.glob("*.jsonl"):
+                    block.unlink()
+            durable.replace(file, json.dumps({CONFIG: settings_of(config), "data_hash": data_hash}))
+        return
+    check_settings(saved[CONFIG], config, "generate")
+    if saved["data_hash"] != data_hash:
+        raise RuntimeError(
+            f"data.validation_path={path}: must hold the prompts of the answers that are there, "
+            f"sha256 {saved['data_hash']}; it is {data_hash}. Use the same file or another run.dir."
+        )
 
 
 def answer(

@@ -6,8 +6,8 @@ from typing import Any
 
 from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable
 from marlhf_mega.checkpoint.store import find, load, read_state
+from marlhf_mega.config.checks import Job
 from marlhf_mega.config.schema import Config
-from marlhf_mega.metrics.progress import Job
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 
@@ -20,7 +20,9 @@ _SECTIONS: dict[Job, tuple[str, ...]] = {
     "sft": ("policy", "sft"),
     "reward": ("reward_model",),
     "ppo": ("policy", "critic", "rollout", "macro", "ppo", "reward"),
-    "offline": ("policy", "critic", "offline"),
+    "offline": ("policy", "critic", "rollout", "reward", "offline"),
+    "evaluate": (),
+    "generate": ("rollout", "reward"),
 }
 _SHARED = ("model", "precision", "tokenizer", "data")
 # The data file may move, since its hash is compared; the rest says how, not what, is computed.
@@ -95,7 +97,7 @@ def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:
     """Refuse settings that make another run of it.
 
     Args:
-        saved: what `settings_of` returned when the checkpoint was written.
+        saved: what `settings_of` returned when what there is was written.
         config: of this run.
         job: only the sections it reads are compared.
 
@@ -103,11 +105,14 @@ def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:
         RuntimeError: with each key that differs and both values.
     """
     present = settings_of(config)
-    allowed = config.checkpoint.allow_changed
+    free = {*config.checkpoint.allow_changed}
+    if job != "ppo":
+        free.add("rollout.batch_size")
+    what = "answers that are there" if job == "generate" else "checkpoint"
     different = [
-        f"{key}={new}: must be as in the checkpoint, {old}"
+        f"{key}={new}: must be as in the {what}, {old}"
         for key, old, new in _pairs(saved, present, (*_SHARED, *_SECTIONS[job]))
-        if old != new and key not in allowed and key.partition(".")[0] not in allowed
+        if old != new and not {key, key.partition(".")[0]} & free
     ]
     if different:
         raise RuntimeError(

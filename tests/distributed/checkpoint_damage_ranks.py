@@ -221,6 +221,15 @@ def failing(case, mesh, role):
     if every[0]:
         try:
             attempt("small disk", small / "run")
+            if mesh.rank == 0:
+                subprocess.run(["mount", "-o", "remount,ro,size=64m", str(small)], check=True)
+            dist.barrier()
+            found["read-only"] = {
+                "start": message(lambda: saver.check_writable(small / "run", mesh)),
+                "save": message(
+                    lambda: saver.save(small / "run", 6, {"policy": role}, STATE, mesh, keep=1)
+                ),
+            }
         finally:
             dist.barrier()
             if mesh.rank == 0:

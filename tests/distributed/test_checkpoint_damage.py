@@ -109,6 +109,16 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(found):
     assert result["left"] == []
 
 
+def test_a_disk_that_is_read_only_is_refused_before_the_first_step_and_at_a_save(found):
+    if "read-only" not in found["failing"]:
+        pytest.skip("a tmpfs cannot be mounted here")
+    for messages in found["failing"]["read-only"].values():
+        first, second = messages
+        assert first == second
+        assert "rank 0: Read-only file system" in first
+        assert len(first.splitlines()) == 1
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_on_all_ranks(found):
     first, second = found["failing"]["in the way"]
     assert first == second

@@ -31,6 +31,7 @@ def test_all_kinds_of_file_operations_were_hit(found, case):
     assert {line.split()[0] for line in log} >= {"mkdir", "open", "fsync", "rename", "replace"}
     assert any(".distcp" in line for line in log)
     assert any("manifest.json" in line for line in log)
+    assert any(line.startswith("replace") and line.endswith("latest.tmp") for line in log)
     assert any(line.startswith("unlink") for line in log), "retention"
     assert len(log) > 20
 

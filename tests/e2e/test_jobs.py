@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from marlhf_mega.checkpoint import manifest
 from marlhf_mega.data.tokenizer import Tokenizer
 
 ARCHITECTURE_METRICS = """
@@ -188,7 +189,8 @@ def stage_options(folder, job):
 def test_a_resumed_run_equals_the_uninterrupted_one(quickstart, tmp_path, job):
     """From the checkpoint after two of four steps, on the same layout, bit for bit.
 
-    What ppo does not need goes to the host between phases in one of the runs.
+    Its checkpoints are written while it goes on, and what ppo does not need goes to the host
+    between phases; neither was so in the uninterrupted run.
     """
     folder = quickstart[0]
     options = stage_options(folder, job)
@@ -198,9 +200,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(quickstart, tmp_path, job):
     (resumed / "checkpoints" / "latest").write_text("step_000002\n")
     if job == "ppo":
         options += ["memory.offload_idle=true", "memory.offload_optimizer=true"]
-    marlhf(job, *options, f"run.dir={resumed}", ranks=4)
+    background = ["checkpoint.async_save=true", "checkpoint.interval=1"]
+    marlhf(job, *options, f"run.dir={resumed}", *background, ranks=4)
     assert numbers(resumed) == numbers(folder / job)
+    assert "time/checkpoint_seconds" in lines(resumed / "metrics.jsonl")[-1]
     assert ("time/offload_seconds" in lines(resumed / "metrics.jsonl")[-1]) == (job == "ppo")
+    weights = [
+        {
+            name: facts
+            for name, facts in manifest.read(run / "checkpoints" / "step_000004")["files"].items()
+            if name.endswith(".distcp")
+        }
+        for run in (resumed, folder / job)
+    ]
+    assert weights[0] == weights[1] != {}
 
 
 def test_a_run_resumes_on_another_layout_with_yet_another_for_rollouts(quickstart, tmp_path):

@@ -117,6 +117,19 @@ def test_generate_gives_the_same_answers_on_another_layout_and_after_an_interrup
     ]
 
 
+def test_answers_of_other_settings_or_prompts_are_not_added_to(folder):
+    again = folder / "again"
+    shutil.copytree(folder / "generate", again)
+    options = [f"run.dir={again}", f"data.validation_path={folder}/prompts.jsonl"]
+    done = marlhf(folder, "generate", *options, "rollout.temperature=0.5", code=1)
+    message = "rollout.temperature=0.5: must be as in the answers that are there, 1.0"
+    assert message in done.stderr
+    done = marlhf(
+        folder, "generate", *options, f"data.validation_path={folder}/held_out.jsonl", code=1
+    )
+    assert "held_out.jsonl: must hold the prompts of the answers that are there" in done.stderr
+
+
 def test_the_policy_answers_held_out_prompts_as_the_rare_better_responses_do(folder):
     prompts = [row["prompt"] for row in lines(folder / "prompts.jsonl")]
     answers = [("good", 1.0), ("bad", 0.0), ("bad", 0.0), ("bad", 0.0)]

@@ -57,9 +57,10 @@ def test_a_signal_and_another_during_the_save_end_a_run_saved_and_it_goes_on_bit
     job, tmp_path
 ):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    background = ["checkpoint.async_save=true", "checkpoint.interval=2"]
     launcher = ["bash", ROOT / "launch" / "torchrun.sh", "--ranks-per-node", "2"]
     process = subprocess.Popen(
-        [*launcher, *job, "run.steps=2000", f"run.dir={run_dir}"],
+        [*launcher, *job, "run.steps=2000", f"run.dir={run_dir}", *background],
         env=environment(PYTHON=sys.executable),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

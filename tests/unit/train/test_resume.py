@@ -29,6 +29,12 @@ def test_a_setting_that_matters_is_refused_by_name_with_both_values(sections, me
     )
 
 
+def test_answers_of_other_settings_are_refused_but_not_for_the_batch_size():
+    check_settings(SAVED, changed(rollout={"batch_size": 8}, policy={"lr": 1.0}), "generate")
+    with pytest.raises(RuntimeError, match="rollout.top_k=7: must be as in the answers that are"):
+        check_settings(SAVED, changed(rollout={"top_k": 7, "batch_size": 8}), "generate")
+
+
 def test_how_it_is_computed_may_change():
     config = changed(
         run={"steps": 9, "dir": "elsewhere", "name": "other"},
