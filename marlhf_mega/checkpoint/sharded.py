@@ -40,6 +40,7 @@ from torch.futures import Future
 from marlhf_mega.checkpoint import durable, optimizer_state
 from marlhf_mega.checkpoint.metadata import FILE as CONTENTS
 from marlhf_mega.checkpoint.metadata import read_shapes
+from marlhf_mega.checkpoint.optimizer_pieces import owned_pieces
 from marlhf_mega.models.fp8 import exact_value
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
@@ -277,10 +278,14 @@ def _model_tensors(chunks: Sequence[StageModel], mesh: Mesh) -> Tensors:
 
 def _role_tensors(role: TrainState, mesh: Mesh, *, loading: bool) -> Tensors:
     models = _model_tensors(_chunks(role), mesh)
-    parts = optimizer_state.distributed_optimizers(role)
+    parts = dict(enumerate(optimizer_state.distributed_optimizers(role)))
+    if not loading:
+        # Megatron's own description would gather the state of all replicas on each of them.
+        pieces = {index: owned_pieces(part, models) for index, part in parts.items()}
+        return {**models, "optimizer": pieces}
     optimizer = {
-        index: part.sharded_param_state_fully_reshardable(models, loading, _sharding(mesh))
-        for index, part in enumerate(parts)
+        index: part.sharded_param_state_fully_reshardable(models, True, _sharding(mesh))
+        for index, part in parts.items()
     }
     return {**models, "optimizer": optimizer}
 
