@@ -3,9 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from statistics import median
 
 import torch
+from torch import Tensor
 
 from marlhf_mega.parallel.collectives import gather_over_world
 from marlhf_mega.parallel.mesh import Mesh
@@ -26,7 +26,8 @@ class Stragglers:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._in_a_row: Counter[tuple[int, str]] = Counter()
+        self._in_a_row: Counter[tuple[int, int]] = Counter()
+        """Steps up to now in which a (rank, phase) was slow."""
 
     def report(
         self, times: Mapping[str, float], waited: Mapping[str, float], *, step: int
@@ -47,59 +48,39 @@ class Stragglers:
         phases = [phase for phase in PHASES if f"time/{phase}_seconds" in times]
         own = [max(times[f"time/{p}_seconds"] - waited.get(p, 0.0), 0.0) for p in phases]
         row = torch.tensor([float(self._mesh.groups.mp.rank()), *own], dtype=torch.float64)
-        places, *columns = gather_over_world(row, self._mesh).T.tolist()
-        seconds = dict(zip(phases, columns, strict=True))
-        if self._mesh.rank == 0:
-            self._warn(seconds, places, step_seconds=times["time/step_seconds"], step=step)
-        found: dict[str, float] = {}
-        for phase, column in seconds.items():
-            found[f"time/{phase}_max_seconds"] = max(column)
-            found[f"time/{phase}_min_seconds"] = min(column)
-            found[f"time/{phase}_slowest_rank"] = float(column.index(max(column)))
-        return found
-
-    def _warn(
-        self,
-        columns: Mapping[str, list[float]],
-        places: list[float],
-        *,
-        step_seconds: float,
-        step: int,
-    ) -> None:
-        now = {
-            (rank, phase): usual
-            for phase, column in columns.items()
-            for rank, usual in slow_ranks(column, places, step_seconds=step_seconds).items()
-        }
-        self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in now})
-        for (rank, phase), usual in now.items():
-            if self._in_a_row[rank, phase] == SLOW_STEPS:
+        places, seconds = gather_over_world(row, self._mesh).split((1, len(phases)), dim=1)
+        slow, usual = slow_ranks(seconds, places[:, 0], step_seconds=times["time/step_seconds"])
+        found = [(rank, column) for rank, column in slow.nonzero().tolist()]
+        self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in found})
+        for rank, column in found:
+            if self._in_a_row[rank, column] == SLOW_STEPS and self._mesh.rank == 0:
                 logger.warning(
                     "rank %d is slow: in %s it took %.3g s in step %d, ranks with the same part of "
                     "the model %.3g s, and so in the last %d steps; look at its machine",
-                    *(rank, phase, columns[phase][rank], step, usual, SLOW_STEPS),
+                    *(rank, phases[column], seconds[rank, column], step, usual[rank, column]),
+                    SLOW_STEPS,
                 )
+        report: dict[str, float] = {}
+        for phase, taken in zip(phases, seconds.T, strict=True):
+            report[f"time/{phase}_max_seconds"] = taken.max().item()
+            report[f"time/{phase}_min_seconds"] = taken.min().item()
+            report[f"time/{phase}_slowest_rank"] = float(taken.argmax())
+        return report
 
 
-def slow_ranks(
-    seconds: list[float], places: list[float], *, step_seconds: float
-) -> dict[int, float]:
+def slow_ranks(seconds: Tensor, places: Tensor, *, step_seconds: float) -> tuple[Tensor, Tensor]:
     """Find ranks much slower than their peers, which hold the same part of the model.
 
     Args:
-        seconds: of each rank in one phase.
-        places: which part of the model each rank holds.
+        seconds: [world, phases].
+        places: [world], which part of the model each rank holds; equally many hold each.
         step_seconds: of the whole step.
 
     Returns:
-        By slow rank, the median of its peers' seconds.
+        [world, phases] bool, and the peers' median, of two the smaller, in the same shape.
     """
-    found = {}
-    for rank, (own, place) in enumerate(zip(seconds, places, strict=True)):
-        peers = [s for r, s in enumerate(seconds) if places[r] == place and r != rank]
-        if not peers:
-            continue
-        usual = median(peers)
-        if own > SLOW_FACTOR * usual and own - usual > SLOW_SHARE * step_seconds:
-            found[rank] = usual
-    return found
+    order = places.argsort(stable=True)
+    groups = seconds[order].unflatten(0, (len(places.unique()), -1))
+    medians = groups.median(dim=1, keepdim=True).values.expand_as(groups).flatten(0, 1)
+    usual = torch.empty_like(seconds).index_copy_(0, order, medians)
+    return (seconds > SLOW_FACTOR * usual) & (seconds - usual > SLOW_SHARE * step_seconds), usual
