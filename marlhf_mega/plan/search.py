@@ -10,23 +10,27 @@ from marlhf_mega.plan.plan import Cluster, Plan, make_plan, with_keys
 
 _SIZES = (1, 2, 4, 8, 16)
 _MICROBATCHES = (1, 2, 4, 8, 16)
+_OFFLOAD = {"memory.offload_idle": True, "memory.offload_optimizer": True}
 
 
 def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, Any], Plan]]:
-    """Try layouts, recomputation and microbatch sizes.
+    """Try layouts, recomputation and microbatch sizes; offload where nothing else makes it fit.
 
     Returns:
         The changed keys and the plan of everything that fits, the fastest first; of layouts that
         take as long the one that leaves the most memory.
     """
     found = []
+    may_rest = job == "ppo" and not config.precision.fp8_param_gather
     for keys in _candidates(config, job, cluster):
-        try:
-            plan = make_plan(with_keys(config, keys), job, cluster)
-        except ConfigError:
-            continue
-        if plan.fits:
-            found.append((keys, plan))
+        for changed in (keys, keys | _OFFLOAD) if may_rest else (keys,):
+            try:
+                plan = make_plan(with_keys(config, changed), job, cluster)
+            except ConfigError:
+                break
+            if plan.fits:
+                found.append((changed, plan))
+                break
     return sorted(found, key=lambda pair: (round(pair[1].step_seconds, 2), -pair[1].spare))
 
 

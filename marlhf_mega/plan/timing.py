@@ -6,7 +6,7 @@ from marlhf_mega.metrics.flops import forward_flops, training_flops
 from marlhf_mega.plan.activations import Formats
 from marlhf_mega.plan.gpus import Gpu
 from marlhf_mega.plan.layout import Layout
-from marlhf_mega.plan.memory import kv_cache_bytes, rollout_layout, rollout_slots
+from marlhf_mega.plan.memory import kv_cache_bytes, role_memory, rollout_layout, rollout_slots
 from marlhf_mega.plan.parameters import count, stage_parameters
 from marlhf_mega.plan.workload import Role, Workload
 
@@ -27,6 +27,8 @@ class Efficiencies:
     """Floor of one layer's decode step: launches and two small all-reduces."""
     network_bytes: float = 40e9
     """Bytes per second and GPU between machines, one way."""
+    host_bytes: float = 20e9
+    """Bytes per second between a GPU and its host's memory, all GPUs of a machine at once."""
 
 
 def step_seconds(
@@ -37,6 +39,9 @@ def step_seconds(
     if work.job == "ppo":
         found["rollout prefill"] = _forward(work, work.policy, gpu, rates, prompts_only=True)
         found["rollout decode"] = _decode(work, gpu, formats, rates)
+        offload = _offload(work, formats, rates)
+        if offload:
+            found["offload"] = offload
         for role in work.roles:
             found[f"experience {role.name}"] = _forward(work, role, gpu, rates)
     epochs = work.config.ppo.epochs if work.job == "ppo" else 1
@@ -44,6 +49,21 @@ def step_seconds(
         found[f"update {role.name}"] = epochs * _train(work, role, gpu, rates)
         found[f"gradients {role.name}"] = epochs * _reduce(work, role, gpu, formats, rates)
     return found
+
+
+def _offload(work: Workload, formats: Formats, rates: Efficiencies) -> float:
+    """Moves of a step: what stays the same only comes, the critic comes and leaves twice."""
+    memory, precision, moved = work.config.memory, work.config.precision, []
+    for stage in range(work.layout.pipeline):
+        found = 0
+        for role in work.roles:
+            held = role_memory(role, work.layout, stage, formats, precision)
+            if memory.offload_idle and role is not work.policy:
+                found += held.weights * (4 if role.learns else 1)
+            if memory.offload_optimizer:
+                found += 2 * held.optimizer
+        moved.append(found)
+    return max(moved) / rates.host_bytes
 
 
 def bubble(layout: Layout, num_microbatches: int) -> float:

@@ -116,6 +116,25 @@ def test_search_ranks_what_fits():
     assert all(plan.fits for _, plan in found)
 
 
+def test_search_offloads_where_nothing_else_makes_a_layout_fit():
+    config = Config.model_validate(PPO | {"model": LLAMA_8B})
+    found = search(config, "ppo", cluster(nodes=1))
+    offloaded = [keys for keys, _ in found if "memory.offload_idle" in keys]
+    assert 0 < len(offloaded) < len(found)
+    keys = dict(offloaded[0])
+    del keys["memory.offload_idle"], keys["memory.offload_optimizer"]
+    assert not make_plan(with_keys(config, keys), "ppo", cluster(nodes=1)).fits
+
+
+def test_moving_what_rests_takes_time():
+    """Reference and reward come once, the critic comes and leaves twice, Adam state once each."""
+    keys = {"memory.offload_idle": True, "memory.offload_optimizer": True}
+    size = 2_270_756_864
+    moved = 2 * size * (1 + 1 + 4) + 2 * 2 * (12 * size // 4)
+    assert planned(keys).seconds["offload"] == pytest.approx(moved / 20e9, rel=0.01)
+    assert "offload" not in planned().seconds
+
+
 def test_recompute_and_fp8_change_what_they_should():
     plain, again = planned(), planned({"memory.recompute": "full"})
     assert (
