@@ -109,7 +109,8 @@ def chunk_kept(
     Args:
         shape: of its layers.
         memory: what is recomputed.
-        first: it embeds tokens; others keep what they were sent.
+        first: it embeds tokens; others keep what they were sent, as the first layer's input or,
+            where that layer works on a copy in float32, beside it.
         last: it holds the final norm and the head; others keep what they send.
         head: of the model.
     """
@@ -119,7 +120,10 @@ def chunk_kept(
     if memory.recompute == "full":
         again = min(memory.recompute_num_layers or layers, layers)
     kept = again * shape.residual * e + (layers - again) * layer_kept(shape, memory)
-    kept += 8 * shape.tokens if first else shape.residual * e
+    if first:
+        kept += 8 * shape.tokens
+    elif not again and e < _FLOAT32 and not shape.formats.has_engine:
+        kept += shape.residual * e
     if not last:
         return kept + shape.residual * e
     kept += _normed_input(shape, is_product_input=False)
@@ -135,13 +139,13 @@ def layer_workspace(shape: LayerShape) -> int:
     """
     e = shape.formats.element
     width = _ffn_width(shape)
-    inner = shape.tokens * width * (4 if shape.model.num_experts is None else 4 * _top_k(shape))
+    inner = shape.tokens * width * (2 if shape.model.num_experts is None else 2 * _top_k(shape))
     matrix = 2 * width * shape.model.hidden_size
     gathered = shape.tokens * shape.model.hidden_size
-    attention = 3 * shape.query + 2 * shape.key
+    attention = shape.query + 2 * shape.key
     if shape.model.attention_softcap is not None:
         attention += 3 * shape.scores
-    return (max(inner, attention) + 2 * gathered + matrix) * e
+    return (max(inner, attention) + gathered + matrix) * e
 
 
 def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:

@@ -283,7 +283,7 @@ def _messages(work: Workload, formats: Formats) -> int:
     layout, hidden = work.layout, work.policy.model.hidden_size
     whole = work.microbatch.tokens * hidden * formats.element
     gathered = whole if layout.sequence_share > 1 else 0
-    return gathered + (2 * whole // layout.sequence_share if layout.pipeline > 1 else 0)
+    return gathered + (whole // layout.sequence_share if layout.pipeline > 1 else 0)
 
 
 def update_activations(work: Workload, role: Role, stage: int, formats: Formats) -> tuple[int, int]:
@@ -311,7 +311,9 @@ def update_activations(work: Workload, role: Role, stage: int, formats: Formats)
         inner = chunk_kept(shape, memory, first=False, last=False, head=role.head)
         outer = chunk_kept(shape, memory, first=False, last=True, head=role.head)
         kept += outer - inner
-    again = layer_kept(shape, memory) if memory.recompute == "full" else 0
+    again = 0
+    if memory.recompute == "full":  # what a layer keeps, its output and the gradient of that
+        again = layer_kept(shape, memory) + 2 * shape.residual * formats.element
     head = head_workspace(shape, role.head, backward=True) if last else 0
     return kept, max(head, layer_workspace(shape) + again)
 

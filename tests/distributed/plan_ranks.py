@@ -1,0 +1,197 @@
+"""What ranks really allocate, beside what the planner says: OUT CASES."""
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from marlhf_mega.algorithm.losses import LossOutput
+from marlhf_mega.checkpoint.optimizer_state import distributed_optimizers
+from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config.schema import Config
+from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.models.roles import LogprobStep, value_step
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.plan.activations import layer_kept
+from marlhf_mega.plan.memory import (
+    formats_of,
+    kv_cache_bytes,
+    layer_shape,
+    rollout_slots,
+    stage_memory,
+    update_activations,
+)
+from marlhf_mega.plan.workload import workload
+from marlhf_mega.rollout.generator import Generator, _Run
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.slots import Response
+
+STEPS = {"language": LogprobStep(1.0), "scalar": value_step}
+
+
+def loss(output, _):
+    grid = output if output.dim() == 2 else output[0]
+    return LossOutput(loss_sum=grid.sum(), count=torch.tensor(float(grid.numel())), metrics={})
+
+
+def batches(work, mesh):
+    """The update's microbatches at their longest."""
+    size = work.microbatch
+    generator = torch.Generator().manual_seed(mesh.dp_rank)
+    top = work.config.model.vocab_size
+
+    def texts(length):
+        return torch.randint(0, top, (size.rows, length), generator=generator).tolist()
+
+    prompt = size.seq - size.response
+    return [
+        SequenceBatch.create(
+            texts(prompt), texts(size.response), pad_id=0, multiple=1, device=mesh.device
+        )
+        for _ in range(work.num_microbatches)
+    ]
+
+
+def highest(work):
+    """Run `work`; return by how many bytes the allocator's total rose above its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    total = peak = 0
+    for _, change in changes:
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+def most_saved(chunks, work):
+    """Run `work`; return the most bytes that autograd saved at the same time, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
+    holders, total, peak = {}, 0, 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal total, peak
+            storage = tensor.untyped_storage()
+            self.tensor, self.key, self.size = tensor, storage.data_ptr(), storage.nbytes()
+            if self.key not in weights:
+                holders[self.key] = holders.get(self.key, 0) + 1
+                total += self.size if holders[self.key] == 1 else 0
+                peak = max(peak, total)
+
+        def __del__(self):
+            nonlocal total
+            if self.key not in weights:
+                holders[self.key] -= 1
+                total -= self.size if holders[self.key] == 0 else 0
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        work()
+    return peak
+
+
+def optimizer_bytes(state):
+    found = 0
+    for part in distributed_optimizers(state):
+        inner = part.optimizer
+        tensors = [t for values in inner.state.values() for t in values.values()]
+        found += sum(t.nbytes for t in tensors if torch.is_tensor(t))
+        masters = [p for group in part.shard_fp32_from_float16_groups for p in group]
+        found += sum(p.nbytes for p in masters if p is not None)
+    return found
+
+
+def role_case(role, work, mesh):
+    """Build a role; train a step of it and measure, or only weigh it."""
+    config = work.config
+    chunks = build_chunks(role.model, config.precision, mesh, head=role.head, memory=config.memory)
+    fill_random(chunks, mesh, seed=1)
+    if not role.learns:
+        tensors = {p.untyped_storage()._cdata: p for c in chunks for p in c.parameters()}
+        return {"weights": sum(p.nbytes for p in tensors.values()), "gradients": 0, "optimizer": 0}
+    state = TrainState(chunks, config.policy, total_steps=2)
+    run, microbatches = STEPS[role.head], batches(work, mesh)
+
+    def update():
+        state.zero_grad()
+        run_forward_backward(state.chunks, microbatches, run, loss)
+
+    update()  # what Megatron allocates once is there
+    # Messages may be freed late; the least of a few peaks is without them.
+    peak, saved = min(highest(update) for _ in range(4)), most_saved(chunks, update)
+    state.step()
+    parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    return {
+        "weights": sum(b.param_data.nbytes for b in parts),
+        "gradients": sum(b.grad_data.nbytes for b in parts),
+        "optimizer": optimizer_bytes(state),
+        "peak": peak,
+        "saved": saved,
+    }
+
+
+def cache_bytes(work, mesh):
+    """Set a rollout up as the generator does."""
+    config = work.config
+    chunks = build_chunks(config.model, config.precision, mesh, head="language")
+    limit = config.rollout.max_response_tokens
+    prompt = [1] * config.data.max_prompt_tokens
+    responses = [Response(i, prompt, limit) for i in range(work.batch_rows)]
+    run = _Run(
+        Generator(chunks, mesh, eos_id=0),
+        deque(responses),
+        torch.zeros(len(responses), dtype=torch.int64),
+        rule=SamplingRule(temperature=1.0),
+        slots=rollout_slots(work),
+        eos_id=0,
+    )
+    return sum(decoder.cache.nbytes for group in run.decoders for decoder in group)
+
+
+def planned(work, stage):
+    formats = formats_of(work.config.precision, on_gpu=False, has_engine=False)
+    memory = stage_memory(work, stage, formats)
+    found = {
+        name: {"weights": role.weights, "gradients": role.gradients, "optimizer": role.optimizer}
+        for name, role in memory.roles.items()
+    }
+    for role in (r for r in work.roles if r.learns):
+        kept, extra = update_activations(work, role, stage, formats)
+        shape = layer_shape(role, work.layout, work.microbatch, formats)
+        again = work.config.memory.recompute == "full"
+        found[role.name] |= {
+            "peak": kept + extra + memory.phases["update"]["messages"],
+            "saved": kept + (layer_kept(shape, work.config.memory) if again else 0),
+        }
+    return found | {"kv cache": kv_cache_bytes(work, formats)}
+
+
+def main():
+    out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    results = []
+    for case in cases:
+        config = Config.model_validate(case)
+        mesh = create_mesh(config.parallel)
+        work = workload(config, "ppo", mesh.world_size)
+        real = {role.name: role_case(role, work, mesh) for role in work.roles}
+        real["kv cache"] = cache_bytes(work, mesh)
+        mine = {"stage": mesh.pp_rank, "real": real, "planned": planned(work, mesh.pp_rank)}
+        everyone = [mine] * mesh.world_size
+        dist.all_gather_object(everyone, mine)
+        results.append(everyone)
+        if mesh.rank == 0:
+            out.write_text(json.dumps(results))
+        destroy_mesh(leave_world=False)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
