@@ -22,7 +22,6 @@ from marlhf_mega.metrics.memory import PHASE_PEAKS
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.metrics.writers import Sample
-from marlhf_mega.models.fp8 import switch_off
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.offload import TRAINING
 from marlhf_mega.parallel.mesh import Mesh
@@ -44,7 +43,7 @@ from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
 from marlhf_mega.train.stop import StopRequest, count_attempt
 from marlhf_mega.update import ppo as update
-from marlhf_mega.update.divergence import check_policy
+from marlhf_mega.update.divergence import PrecisionGuard
 from marlhf_mega.update.ppo import local_indices, ppo_update
 
 _STATE = ("step", "stream", "kl_coef", "reward_moments", "first_scores")
@@ -154,7 +153,11 @@ class PpoRun:
         self.role_timers = PhaseTimers(mesh.platform.synchronize)
         self.kl_coef = ppo.kl_coef
         self.first_scores: list[float] | None = None
-        self.fp8_left = False
+        self.precision = PrecisionGuard(
+            config,
+            mesh,
+            [*self.roles.policy.chunks, *self.roles.critic.chunks, *self.generator.chunks],
+        )
         self.last_results: dict[str, float] = {}
         self.trained = {"policy": self.roles.policy, "critic": self.roles.critic}
         self.saver = make_saver(config, mesh)
@@ -185,7 +188,7 @@ class PpoRun:
             )
         self.saver.poll()
         with timers("update"), peaks("update"), self.roles.offload.present(*TRAINING):
-            precision_metrics = self._check_precision(experience, step)
+            divergence = self.precision.check(self.roles.policy, experience, step=step)
             ppo_update(
                 self.roles,
                 experience,
@@ -197,7 +200,7 @@ class PpoRun:
             )
         peaks.drain(sums)
         self._count_tokens(sums, rollout)
-        metrics = _derived(self.output.reduce(sums)) | precision_metrics
+        metrics = _derived(self.output.reduce(sums)) | divergence
         metrics["policy/kl_coef"] = self.kl_coef
         self._add_rates(metrics, rollout)
         if config.ppo.kl_target is not None:
@@ -233,7 +236,7 @@ class PpoRun:
             "kl_coef": self.kl_coef,
             "reward_moments": [moments.count, moments.mean, moments.square_deviation],
             "first_scores": self.first_scores,
-            "fp8_left": self.fp8_left,
+            "fp8_left": self.precision.has_left,
             CONFIG: settings_of(self.config),
         }
         with self.roles.offload.present(*TRAINING):
@@ -265,7 +268,7 @@ class PpoRun:
         )
         self.first_scores = state["first_scores"]
         if state.get("fp8_left"):
-            self._leave_fp8()
+            self.precision.leave()
         return int(state["step"])
 
     def _rollout(self, step: int) -> tuple[list[Prompt], Rollout]:
@@ -292,20 +295,6 @@ class PpoRun:
             size = self.config.ppo.minibatch_size
             rollout = balance(rollout, minibatch_size=size, mesh=self.mesh)
         return [everyone[i] for i in rollout.sample_indices], rollout
-
-    def _check_precision(self, experience: Experience, step: int) -> dict[str, float]:
-        """Compare FP8 with none where it is due; may leave it for good."""
-        precision = self.config.precision
-        if not precision.fp8_check_interval or step % precision.fp8_check_interval:
-            return {}
-        found = check_policy(self.roles.policy, experience, self.config, self.mesh, step=step)
-        if found.exceeds(precision) and precision.fp8_on_divergence == "leave":
-            self._leave_fp8()
-        return found.metrics()
-
-    def _leave_fp8(self) -> None:
-        self.fp8_left = True
-        switch_off([*self.roles.policy.chunks, *self.roles.critic.chunks, *self.generator.chunks])
 
     def _samples(
         self, prompts: Sequence[Prompt], experience: Experience, scores: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.config.schema import Config, PrecisionConfig
 from marlhf_mega.experience.types import Experience
-from marlhf_mega.models.fp8 import without_fp8
+from marlhf_mega.models.fp8 import switch_off, without_fp8
 from marlhf_mega.models.roles import LogprobStep
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import max_over_world, sum_over_world
@@ -51,41 +51,69 @@ class Divergence:
         }
 
 
-def check_policy(
-    policy: TrainState, experience: Experience, config: Config, mesh: Mesh, *, step: int
-) -> Divergence:
-    """Compare the policy's next gradient with and without FP8; warn if they differ too much.
+class PrecisionGuard:
+    """Compares FP8 with none every so many steps, and leaves it for good if asked to."""
 
-    All ranks call it before the update. No weight changes.
+    def __init__(self, config: Config, mesh: Mesh, chunks: Sequence[torch.nn.Module]) -> None:
+        """Take what computes in FP8: this rank's chunks of all models that learn or generate."""
+        self._config, self._mesh, self._chunks = config, mesh, list(chunks)
+        self.has_left = False
+        """Whether FP8 is off for the rest of the run."""
 
-    Args:
-        policy: the model that is about to learn.
-        experience: this replica's samples; the first microbatch of the first minibatch is taken.
-        config: of the run.
-        mesh: where this rank stands.
-        step: of the run, from 0.
-    """
-    first = torch.arange(config.ppo.minibatch_size // mesh.dp_size)
-    # An interleaved pipeline takes a multiple of its stages.
-    count = mesh.pp_size if mesh.num_chunks > 1 else 1
-    found = compare(
-        policy,
-        make_microbatches(experience, first, config, mesh)[:count],
-        partial(policy_objective, config=config),
-        temperature=config.rollout.temperature,
-        other=partial(without_fp8, policy.chunks),
-    )
-    if found.exceeds(config.precision) and mesh.rank == 0:
-        logger.warning(
-            "step %d: FP8 moves log-probs by %.3g nats a token (precision.fp8_max_logprob_gap=%g) "
-            "and gradients to a cosine of %.4f (precision.fp8_min_cosine=%g)",
-            step,
-            found.logprob_gap,
-            config.precision.fp8_max_logprob_gap,
-            found.gradient_cosine,
-            config.precision.fp8_min_cosine,
+    def check(self, policy: TrainState, experience: Experience, *, step: int) -> dict[str, float]:
+        """Compare the policy's next gradient with and without FP8 if it is due.
+
+        All ranks call it before the update. No weight changes.
+
+        Args:
+            policy: the model that is about to learn.
+            experience: this replica's samples; the first microbatch of the first minibatch counts.
+            step: of the run, from 0.
+
+        Returns:
+            Metrics, empty if it is not due.
+        """
+        config, mesh = self._config, self._mesh
+        interval = config.precision.fp8_check_interval
+        if not interval or step % interval or self.has_left:
+            return {}
+        first = torch.arange(config.ppo.minibatch_size // mesh.dp_size)
+        # An interleaved pipeline takes a multiple of its stages.
+        count = mesh.pp_size if mesh.num_chunks > 1 else 1
+        found = compare(
+            policy,
+            make_microbatches(experience, first, config, mesh)[:count],
+            partial(policy_objective, config=config),
+            temperature=config.rollout.temperature,
+            other=partial(without_fp8, policy.chunks),
         )
-    return found
+        self.judge(found, step=step)
+        return found.metrics()
+
+    def judge(self, found: Divergence, *, step: int) -> None:
+        """Warn of what is too much, and leave FP8 if the configuration says so."""
+        precision = self._config.precision
+        if not found.exceeds(precision):
+            return
+        leaves = precision.fp8_on_divergence == "leave"
+        if self._mesh.rank == 0:
+            logger.warning(
+                "step %d: FP8 moves log-probs by %.3g nats a token (precision.fp8_max_logprob_gap="
+                "%g) and gradients to a cosine of %.4f (precision.fp8_min_cosine=%g)%s",
+                step,
+                found.logprob_gap,
+                precision.fp8_max_logprob_gap,
+                found.gradient_cosine,
+                precision.fp8_min_cosine,
+                "; the rest of the run goes on without it" if leaves else "",
+            )
+        if leaves:
+            self.leave()
+
+    def leave(self) -> None:
+        """Compute without FP8 from now on."""
+        self.has_left = True
+        switch_off(self._chunks)
 
 
 def compare(

@@ -14,13 +14,13 @@ from memory_ranks import batches, loss
 
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config, OptimizerConfig
-from marlhf_mega.models.fp8 import switch_off, without_fp8
+from marlhf_mega.models.fp8 import without_fp8
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.roles import LogprobStep
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import run_forward, run_forward_backward
-from marlhf_mega.update.divergence import compare
+from marlhf_mega.update.divergence import Divergence, PrecisionGuard, compare
 
 
 @contextmanager
@@ -80,9 +80,14 @@ def main():
             name: asdict(compare(state, microbatches, loss, temperature=1.0, other=other))
             for name, other in others.items()
         }
-        formats = [chunk.config.fp8 for chunk in chunks]
-        switch_off(chunks)
-        found["formats"] = [formats, [chunk.config.fp8 for chunk in chunks]]
+        guard = PrecisionGuard(config, mesh, chunks)
+        found["formats"] = []
+        for cosine in (0.95, 0.85):
+            guard.judge(
+                Divergence(logprob_gap=0.0, logprob_gap_max=0.0, gradient_cosine=cosine), step=3
+            )
+            formats = {layer.config.fp8 for c in chunks for layer in c.decoder.layers}
+            found["formats"].append([guard.has_left, *formats])
         found["left over"] = max(float(b.abs().max()) for b in state.gradient_buffers())
         if mesh.world_size == 1:
             found["by hand"] = by_hand(state, mesh, others["scaled"])

@@ -30,7 +30,7 @@ SAME = {"logprob_gap": 0.0, "logprob_gap_max": 0.0, "gradient_cosine": pytest.ap
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("divergence")
     # Without Transformer Engine FP8 is computed as float32 is.
-    case = {"model": MODEL, "precision": {"fp8": "hybrid"}}
+    case = {"model": MODEL, "precision": {"fp8": "hybrid", "fp8_on_divergence": "leave"}}
     one = run_ranks("divergence_ranks.py", 1, folder / "one.json", json.dumps([case]))
     cases = [case | {"parallel": parallel} for parallel in LAYOUTS.values()]
     four = run_ranks("divergence_ranks.py", 4, folder / "four.json", json.dumps(cases))
@@ -60,10 +60,8 @@ def test_every_layout_gives_the_numbers_of_one_rank(results, layout):
 
 
 @pytest.mark.parametrize("layout", ["TP1", *LAYOUTS])
-def test_no_gradient_is_left_and_fp8_is_off_when_asked(results, layout):
-    before, after = results[layout]["formats"]
-    assert set(before) == {"hybrid"}
-    assert set(after) == {None}
+def test_fp8_is_left_where_it_is_too_far_and_no_gradient_stays(results, layout):
+    assert results[layout]["formats"] == [[False, "hybrid"], [True, None]]
     assert results[layout]["left over"] == 0
 
 
