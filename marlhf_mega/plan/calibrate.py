@@ -13,14 +13,17 @@ from marlhf_mega.plan.gpus import GIB
 from marlhf_mega.plan.memory import WORKING
 from marlhf_mega.plan.plan import Cluster, make_plan
 
-_METRIC = "perf/peak_memory_gib"
+_PEAK, _UPDATE_PEAK = "perf/peak_memory_gib", "perf/update_peak_memory_gib"
+_TELLING = {"sft": "sft/loss", "reward": "reward/loss"}
+"""Metrics that only these jobs write."""
 
 
 def activation_factor(run: Path, cluster: Cluster) -> float:
-    """Return measured over predicted bytes of what passes hold, on the first rank.
+    """Return measured over predicted bytes of what passes hold in an update.
 
-    What models hold is exact, so the rest of the measured peak is due to activations. Runs on GPUs
-    only: on a CPU the metric counts the whole process.
+    What models hold is exact, so the rest of the measured peak is due to activations. Runs of ppo
+    have noted the update's peak of their worst rank, others that of the whole run on the first
+    rank. Runs on GPUs only: on a CPU the metric counts the whole process.
 
     Args:
         run: directory of a finished run.
@@ -38,11 +41,15 @@ def activation_factor(run: Path, cluster: Cluster) -> float:
         )
     config = Config.model_validate({k: v for k, v in values.items() if k in Config.model_fields})
     world = int(layout.split()[0])
-    job = "ppo" if any("rollout/score_mean" in line for line in metrics) else "sft"
+    seen = {name for line in metrics for name in line}
+    job = next((job for job, name in _TELLING.items() if name in seen), "ppo")
     own = replace(cluster, nodes=1, gpus_per_node=world, activation_factor=1.0)
-    stage = make_plan(config, job, own).stages[0]
-    measured = max(float(line[_METRIC]) for line in metrics if _METRIC in line) * GIB
-    held = stage.phases[stage.worst_phase]
+    stages = make_plan(config, job, own).stages
+    metric, stage = _PEAK, stages[0]
+    if _UPDATE_PEAK in seen:
+        metric, stage = _UPDATE_PEAK, max(stages, key=lambda stage: stage.total("update"))
+    measured = max(float(line[metric]) for line in metrics if metric in line) * GIB
+    held = stage.phases["update"]
     predicted = sum(size for name, size in held.items() if name in WORKING)
     exact = sum(held.values()) - predicted
     return max(measured - exact, 0.0) / predicted
@@ -57,9 +64,9 @@ def _read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     values = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     assert isinstance(values, dict)
     metrics = list(read_lines(run / "metrics.jsonl"))
-    if not any(_METRIC in line for line in metrics):
+    if not any(_PEAK in line for line in metrics):
         raise ConfigError(
             f"--calibrate={run}: must have measured its memory; no line of metrics.jsonl has "
-            f"{_METRIC}. Let it take a step."
+            f"{_PEAK}. Let it take a step."
         )
     return {str(key): value for key, value in values.items()}, metrics

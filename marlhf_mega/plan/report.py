@@ -109,6 +109,8 @@ def _head(plan: Plan) -> list[str]:
             f"rollout at {rollout_layout(work).describe()}: {rollout_slots(work)} sequences at "
             "a time on each replica"
         )
+    if work.layout.tensor > cluster.gpus_per_node:
+        lines.append("tensor-parallel ranks are on several machines: far slower than estimated")
     assumed = [role.name for role in work.roles if role.is_assumed]
     if assumed:
         lines.append(f"taken to have the policy's shape: {', '.join(assumed)}")

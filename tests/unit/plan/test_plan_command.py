@@ -260,6 +260,12 @@ def test_layouts_are_searched(file, capsys):
     assert all("GiB to spare  parallel.tensor_size=" in line for line in lines)
 
 
+def test_tensor_parallelism_across_machines_is_pointed_out(file, capsys):
+    arguments = ["plan", "--config", file, "--nodes", "32", "--gpus-per-node", "4"]
+    run(arguments)
+    assert "tensor-parallel ranks are on several machines" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -291,11 +297,17 @@ def write_run(folder, layout, lines):
 GPU_RUN = "128 ranks: TP8 x PP4 x DP4 + SP (nccl, cuda)"
 
 
-def test_a_runs_peak_corrects_the_activations(file, tmp_path, capsys):
+@pytest.mark.parametrize("metric", ["perf/peak_memory_gib", "perf/update_peak_memory_gib"])
+def test_a_runs_peak_corrects_the_activations(file, tmp_path, capsys, metric):
     held = planned().stages[0].phases["update"]
     working = held["activations"] + held["backward"]
     measured = sum(held.values()) - working + 0.5 * working
-    line = {"step": 1, "rollout/score_mean": 0.0, "perf/peak_memory_gib": measured / GIB}
+    line = {
+        "step": 1,
+        "policy/loss": 0.0,
+        metric: measured / GIB,
+        "perf/peak_memory_gib": measured / GIB,
+    }
     folder = write_run(tmp_path / "run", GPU_RUN, [line])
     assert run(["plan", "--config", file, "--nodes", "16", "--calibrate", folder]) == 0
     out = capsys.readouterr().out
