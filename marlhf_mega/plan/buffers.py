@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.layout import Layout, round_up
 from marlhf_mega.plan.parameters import Parameter
 
 _PARAMETER_MULTIPLE = 64
@@ -79,8 +79,8 @@ def _shares(bucket: Sequence[Parameter], replicas: int) -> tuple[int, list[int],
     spans, start = [], 0
     for parameter in bucket:
         spans.append((start, start + parameter.size))
-        start = _round_up(start + parameter.size, _PARAMETER_MULTIPLE)
-    length = _round_up(start, math.lcm(replicas, _BUCKET_MULTIPLE))
+        start = round_up(start + parameter.size, _PARAMETER_MULTIPLE)
+    length = round_up(start, math.lcm(replicas, _BUCKET_MULTIPLE))
     share = length // replicas
     real, tensors = [0] * replicas, [0] * replicas
     for low, high in spans:
@@ -89,7 +89,3 @@ def _shares(bucket: Sequence[Parameter], replicas: int) -> tuple[int, list[int],
             real[replica] += part
             tensors[replica] += 1
     return length, real, tensors
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -48,3 +48,8 @@ class Layout:
         parts += [f"EP{self.expert}"] if self.expert > 1 else []
         parts += [f"DP{self.data}"]
         return " x ".join(parts) + (" + SP" if self.sequence_parallel else "")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round a count up to a multiple."""
+    return -(-value // multiple) * multiple

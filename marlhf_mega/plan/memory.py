@@ -16,7 +16,7 @@ from marlhf_mega.plan.activations import (
     layer_workspace,
 )
 from marlhf_mega.plan.buffers import buffers
-from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.layout import Layout, round_up
 from marlhf_mega.plan.parameters import Parameter, count, stage_parameters
 from marlhf_mega.plan.workload import Microbatch, Role, Workload
 
@@ -170,8 +170,8 @@ def kv_cache_bytes(work: Workload, formats: Formats) -> int:
     layout, model = rollout_layout(work), work.policy.model
     slots = rollout_slots(work)
     groups = max(1, min(layout.pipeline, slots))
-    share = _round_up(max(1, -(-slots // groups)), work.config.precision.fp8_alignment)
-    longest = _round_up(_longest(work), work.config.precision.fp8_alignment)
+    share = round_up(max(1, -(-slots // groups)), work.config.precision.fp8_alignment)
+    longest = round_up(_longest(work), work.config.precision.fp8_alignment)
     heads = max(1, model.query_groups // layout.tensor)
     layers = model.num_layers // layout.pipeline
     return layers * 2 * groups * share * heads * longest * model.kv_channels * formats.element
@@ -272,6 +272,10 @@ def _update(
         (update_activations(work, role, stage, formats) for role in work.roles if role.learns),
         key=sum,
     )
+    if not (formats.has_engine or formats.on_cpu):
+        # Torch's Adam then holds another float32 value for each that it keeps state of.
+        states = max(role.optimizer for role in roles.values())
+        extra = max(extra, states // (2 if formats.element == _FLOAT32 else 3) - kept)
     found["activations"] = kept
     found["backward"] = extra
     found["messages"] = _messages(work, formats)
@@ -328,7 +332,3 @@ def _by_format(
         ([[p for p in chunk if p.is_product == fp8] for chunk in chunks], 1 if fp8 else None)
         for fp8 in (True, False)
     ]
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

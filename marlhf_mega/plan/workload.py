@@ -9,7 +9,7 @@ from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
-from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.layout import Layout, round_up
 from marlhf_mega.plan.parameters import Head
 
 PlannedJob = Literal["sft", "reward", "ppo"]
@@ -99,7 +99,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     response = (
         config.rollout.max_response_tokens if job == "ppo" else config.data.max_response_tokens
     )
-    seq = _round_up(config.data.max_prompt_tokens + response, layout.sequence_share)
+    seq = round_up(config.data.max_prompt_tokens + response, layout.sequence_share)
     if planned == "ppo" and config.ppo.microbatch_tokens is not None:
         rows = max(1, config.ppo.microbatch_tokens // seq)
     rows = max(1, min(rows, minibatch))
@@ -110,7 +110,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         layout=layout,
         roles=_roles(config, planned),
         microbatch=Microbatch(rows=rows, seq=seq, response=response),
-        num_microbatches=_round_up(count, layout.pipeline if layout.chunks > 1 else 1),
+        num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),
         minibatch_rows=minibatch,
         batch_rows=batch,
     )
@@ -163,7 +163,3 @@ def _shape(source: str, policy: ModelConfig) -> tuple[ModelConfig, bool]:
     if not Path(source).exists():
         return policy, True
     return find_origin(Path(source), key="reward.source").model, False
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -79,7 +79,10 @@ def dry_run(config: Config, job: Job, world_size: int) -> tuple[list[str], list[
             if job == "ppo":
                 _build_rollout(work, mesh, found)
     seconds = time.perf_counter() - start
-    return _report(work, found, len(ranks), seconds), found.problems
+    lines = _report(work, found, len(ranks), seconds)
+    if config.precision.fp8 != "off":
+        lines.append("FP8: its settings are valid; its modules need a GPU and were not built")
+    return lines, found.problems
 
 
 def _distinct_ranks(work: Workload) -> list[int]:

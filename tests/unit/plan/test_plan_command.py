@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from shapes import GEMMA2_27B, LLAMA_8B, LLAMA_70B, QWEN3_30B
@@ -151,6 +152,15 @@ def test_recompute_and_fp8_change_what_they_should():
     assert gathered.stages[0].roles["policy"].weights == (
         plain.stages[0].roles["policy"].weights - products
     )
+
+
+def test_torchs_adam_needs_more_than_a_small_backward_pass():
+    keys = {"memory.recompute": "full", "ppo.microbatch_size": 1}
+    config = with_keys(Config.model_validate(PPO), keys)
+    without = replace(cluster(), has_engine=False)
+    held = make_plan(config, "ppo", without).stages[0].phases["update"]
+    state = 2_270_756_864 // 4
+    assert held["activations"] + held["backward"] == pytest.approx(4 * state, rel=1e-3)
 
 
 def test_softcaps_keep_whole_attention_matrices_unless_recomputed():

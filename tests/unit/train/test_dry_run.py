@@ -29,6 +29,7 @@ def test_a_shipped_config_builds_on_every_rank(path):
     config = load_config(path, overrides, need_weights=False)
     lines, problems = dry_run(config, path.stem.rsplit("_", 1)[1], world_of(path))
     assert problems == []
+    assert any(line.startswith("FP8: ") for line in lines) == ("fp8" in path.stem)
     assert f"dry run: {path.stem.rsplit('_', 1)[1]} on {world_of(path)} ranks: " in lines[0]
 
 
