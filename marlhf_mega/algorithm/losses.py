@@ -82,6 +82,30 @@ def log_ratios(
     return actions.spread(pooled)
 
 
+def sampler_weights(
+    old_logprobs: Tensor,
+    sampled_logprobs: Tensor,
+    actions: MacroActions,
+    *,
+    ratio: Ratio,
+    cap: float,
+) -> Tensor:
+    """Truncated importance weights min(pi_trainer / pi_sampler, cap), which scale the advantages.
+
+    They mend what the sampler computes otherwise than the trainer: another precision, or weights
+    of an earlier step. Not clipped from below: a token that the trainer finds unlikely counts less.
+
+    Args:
+        old_logprobs: like actions.ids, of the policy at rollout, by the trainer.
+        sampled_logprobs: like actions.ids, the same by the sampler.
+        actions: segmentation.
+        ratio: of tokens or of macro actions, as in the loss.
+        cap: C, at least 1.
+    """
+    gaps = log_ratios(old_logprobs, sampled_logprobs, actions, ratio)
+    return gaps.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

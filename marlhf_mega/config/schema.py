@@ -275,6 +275,9 @@ class PPOConfig(Section):
     """Ratio is clipped to 1 +- this."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound of the loss for negative advantages; none: off."""
+    sampler_cap: float | None = Field(None, ge=1)
+    """Weigh each term by how much likelier the trainer finds it than the sampler did, at most
+    this; none: off."""
     value_clip_range: float | None = Field(0.2, gt=0)
     """New values are clipped to old +- this; none: off."""
     kl_coef: float = Field(0.05, ge=0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.advantages import MacroAdvantages, macro_advantages
+from marlhf_mega.algorithm.losses import sampler_weights
 from marlhf_mega.algorithm.macro_actions import MacroActions
 from marlhf_mega.algorithm.masked import masked_moments, mean_and_variance, whiten
 from marlhf_mega.algorithm.rewards import (
@@ -101,6 +102,16 @@ class ExperienceBuilder:
         kl = kl_estimate(old[0], ref_logprobs, self.config.ppo.kl_estimator) * mask
         rewards = token_rewards(kl, shaped, last_token_positions(mask), kl_coef=kl_coef)
         outcome = self._advantages(rewards, values, actions)
+        advantages = self._whitened(outcome, actions)
+        ppo = self.config.ppo
+        if ppo.sampler_cap is not None:
+            advantages = advantages * sampler_weights(
+                old[0],
+                rollout.logprobs,
+                actions,
+                ratio=self.config.macro.ratio,
+                cap=ppo.sampler_cap,
+            )
         experience = Experience(
             prompts=rollout.prompts,
             responses=rollout.responses,
@@ -108,7 +119,7 @@ class ExperienceBuilder:
             old_logprobs=old[0],
             ref_logprobs=ref_logprobs,
             old_values=values,
-            advantages=self._whitened(outcome, actions),
+            advantages=advantages,
             returns=outcome.token_returns,
         )
         raw = torch.where(scores.valid, scores.scores, torch.nan)

@@ -24,6 +24,6 @@ class Experience:
     old_values: Tensor
     """[batch, response] of the critic at rollout."""
     advantages: Tensor
-    """[batch, response] of the token's macro action, whitened if asked for."""
+    """[batch, response] of the token's macro action; whitened and weighted if asked for."""
     returns: Tensor
     """[batch, response] of the token's macro action."""

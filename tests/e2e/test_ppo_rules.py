@@ -194,3 +194,10 @@ def test_prompts_are_written_only_where_the_config_says_so(files, mesh, tmp_path
     }
     assert written == ({"samples.jsonl", "report.html"} if samples else set())
     assert not any(prompt in caplog.text for prompt in prompts)
+
+
+def test_weights_of_a_sampler_that_agrees_with_the_trainer_change_nothing(files, mesh, tmp_path):
+    plain = metrics_of(files, mesh, tmp_path / "plain")[-1]
+    weighted = metrics_of(files, mesh, tmp_path / "weighted", ppo={"sampler_cap": 2.0})[-1]
+    assert weighted["rollout/logprob_gap_max"] < 1e-4
+    assert weighted["policy/grad_norm"] == pytest.approx(plain["policy/grad_norm"], rel=1e-3)

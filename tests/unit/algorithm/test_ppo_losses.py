@@ -12,6 +12,7 @@ from marlhf_mega.algorithm.losses import (
     kl_loss,
     log_ratios,
     policy_loss,
+    sampler_weights,
     sft_loss,
     value_loss,
 )
@@ -43,6 +44,24 @@ def test_worked_clipping(ratio, clipped):
     )
     total, count = found.metrics["clip_fraction"]
     assert (total.item(), count.item()) == (clipped, 3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "weights"),
+    # the trainer finds the tokens 2, 1/4 and 1 times as likely as the sampler did
+    [("token", [1.5, 0.25, 1.0]), ("macro", [0.5] * 3), ("macro_geo", [0.5 ** (1 / 3)] * 3)],
+)
+def test_worked_sampler_weights(ratio, weights):
+    sampled = torch.full((1, 3), -3.0, dtype=torch.float64)
+    old = sampled + torch.tensor([[2.0, 0.25, 1.0]], dtype=torch.float64).log()
+    found = sampler_weights(old, sampled, one_action(3), ratio=ratio, cap=1.5)
+    assert found[0].tolist() == pytest.approx(weights)
+
+
+def test_sampler_weights_stay_finite():
+    old, sampled = torch.tensor([[0.0, -1e4]]), torch.tensor([[-1e4, 0.0]])
+    found = sampler_weights(old, sampled, one_action(2), ratio="token", cap=2.0)
+    assert found.tolist() == [[2.0, 0.0]]
 
 
 @pytest.mark.parametrize(
