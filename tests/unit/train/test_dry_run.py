@@ -76,6 +76,20 @@ def test_sizes_that_do_not_fit_are_refused_without_data(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--world-size", "0"], "--world-size=0: must be above 0. Give a positive number."),
+        (["--world-size", "6"], "parallel: tensor_size * pipeline_size * context_size = 4 must"),
+        (["--world-size", "4", "ppo.kl_coef=-1"], "ppo.kl_coef=-1: input should be"),
+        (["--world-size", "4", "model.max_positions=9"], "rollout.max_response_tokens: with"),
+    ],
+)
+def test_what_a_start_would_refuse_is_refused(arguments, line, capsys):
+    assert run(["ppo", "--dry-run", *arguments, *PPO]) == 2
+    assert capsys.readouterr().err.startswith(line)
+
+
 def test_what_is_not_as_planned_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(module, "count", lambda chunks: 1)
     arguments = ["ppo", *PPO, "--dry-run", "--world-size", "4"]
