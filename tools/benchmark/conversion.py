@@ -146,6 +146,9 @@ def read_plain(path: Path) -> None:
 def plan(args: argparse.Namespace) -> int:
     """Print what an import of Llama-3-70B needs on the first rank, from shapes alone."""
     from marlhf_mega.checkpoint.hf.table import Layout, WeightTable
+    from marlhf_mega.config.schema import ParallelConfig
+    from marlhf_mega.plan.layout import Layout as World
+    from marlhf_mega.plan.parameters import chunk_parameters
 
     model = ModelConfig(
         num_layers=80,
@@ -157,22 +160,12 @@ def plan(args: argparse.Namespace) -> int:
     )
     layout = Layout(padded_vocab_size=model.vocab_size or 0, tp_size=args.tensor_size)
     table = WeightTable(model, "causal_lm")
-    inside = (
-        "input_layernorm.weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.linear_proj.weight",
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    )
-    layers = model.num_layers // args.pipeline_size
-    shards = [table.shard("embedding.word_embeddings.weight", None, layout)]
-    shards += [
-        table.shard(f"decoder.layers.{n}.{name}", n, layout)
-        for n in range(layers)
-        for name in inside
-    ]
-    sizes = [torch.Size(shard.shape).numel() for shard in shards]
+    degrees = ParallelConfig(tensor_size=args.tensor_size, pipeline_size=args.pipeline_size)
+    ranks = World.of(degrees, degrees.model_size)
+    parameters = chunk_parameters(model, ranks, head="language", stage=0, chunk=0)
+    # All layers are alike: which one a parameter is of changes no size.
+    shards = [table.shard(p.name, 0, layout) for p in parameters]
+    sizes = [parameter.size for parameter in parameters]
     largest = max(
         torch.Size(shard.shape).numel() * piece.size // shard.shape[piece.dim]
         for shard in shards
