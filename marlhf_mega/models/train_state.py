@@ -39,8 +39,6 @@ def ddp_config(config: TransformerConfig) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        # An exchange and a sum on each rank; gloo's reduce-scatter takes four times as long.
-        reduce_scatter_with_fp32_accumulation=config.use_cpu_initialization,
         fp8_param_gather=config.fp8_param,
         reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(config),
     )

@@ -124,6 +124,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Chunks of a low-precision model are summed in float32 and rounded once.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # Asking a GPU would mean to wait for it.
+        with_entropy = grad_entropy.device.type != "cpu" or bool(grad_entropy.any())
         done = 0
         chunks = _chunks(
             shard, hidden, targets, entropy, log_normaliser, grad_logprobs, grad_entropy
@@ -132,14 +134,21 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits, slope = _scaled_logits(h, rows, ctx.temperature, ctx.softcap)
             logp = logits.sub_(log_z[:, None])
             # d logp[target] / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
-            weight_on_p = grad_lp[:, None] + grad_ent[:, None] * (logp + ent[:, None])
-            grad = logp.exp_().mul_(weight_on_p).neg_()
+            if with_entropy:
+                p = logp.exp()
+                weight_on_p = logp.add_(ent[:, None]).mul_(-grad_ent[:, None])
+                grad = weight_on_p.sub_(grad_lp[:, None]).mul_(p)
+                del p
+            else:
+                grad = logp.exp_().mul_(-grad_lp[:, None])
             local, mine = _own_targets(t, shard)
             if shard.num_real:
                 grad.scatter_add_(1, local[:, None], (grad_lp * mine)[:, None])
             if slope is not None:
                 grad.mul_(slope)
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            if ctx.temperature != 1.0:
+                grad.div_(ctx.temperature)
+            grad = grad.to(hidden.dtype)
             grad_hidden[done : done + len(h)] = matmul(grad, rows)
             grad_weight[: shard.num_real].add_(matmul(grad.t(), h))
             done += len(h)

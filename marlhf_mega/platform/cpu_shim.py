@@ -91,6 +91,7 @@ def _on_import(patches: PatchSet, module: ModuleType) -> None:
             patches.replace(module, "_set_cuda_rng_state", _set_rng_state)
         case "distributed.param_and_grad_buffer":
             patches.replace(module, "dist_all_gather_func", _all_gather)
+            patches.replace(module, "dist_reduce_scatter_func", _reduce_scatter)
 
 
 def _namespace(module: ModuleType, **changes: object) -> ModuleType:
@@ -208,6 +209,28 @@ def _all_gather(
     for message in messages:
         if message is not None:
             message.wait()
+
+
+def _reduce_scatter(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    *,
+    op: object,
+    group: torch.distributed.ProcessGroup,
+    async_op: bool,
+) -> None:
+    """Exchange shards of the gradients and add them up here: gloo's own takes four times as long.
+
+    `output` is this rank's slice of `input`, as Megatron's distributed optimizer has it.
+    """
+    assert not async_op
+    assert op == torch.distributed.ReduceOp.SUM
+    size = group.size()
+    assert output.data_ptr() == input.chunk(size)[group.rank()].data_ptr()
+    if size > 1:
+        received = torch.empty_like(input)
+        torch.distributed.all_to_all_single(received, input, group=group)
+        torch.sum(received.view(size, -1), 0, out=output)
 
 
 def _int_list(sizes: Iterable[int] | None) -> list[int] | None:

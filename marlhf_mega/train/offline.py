@@ -132,7 +132,7 @@ def run_offline(inputs: Inputs[OfflineExample], mesh: Mesh) -> dict[str, float]:
         run=RUN,
         loss=lambda output, microbatch: _loss(output, microbatch, config),
         metric_names=("advantage", "kl"),
-        num_tokens=lambda e: len(e.example.prompt_ids) + len(e.example.response_ids),
+        output_size=config.model.vocab_size or 0,
         evaluate=evaluate,
     )
     try:

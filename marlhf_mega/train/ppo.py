@@ -17,7 +17,7 @@ from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter, load_parser
 from marlhf_mega.experience.types import Experience
-from marlhf_mega.metrics.flops import forward_flops, mfu, peak_flops, training_flops
+from marlhf_mega.metrics import rates
 from marlhf_mega.metrics.memory import PHASE_PEAKS
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.metrics.timing import PhaseTimers
@@ -48,6 +48,8 @@ from marlhf_mega.update.ppo import local_indices, ppo_update
 
 _STATE = ("step", "stream", "kl_coef", "reward_moments", "first_scores")
 """What a checkpoint holds besides the models and the configuration."""
+
+PHASES = ("rollout", "experience", "policy", "critic")
 
 
 def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
@@ -172,7 +174,7 @@ class PpoRun:
         config, timers, peaks = self.config, self.output.timers, self.output.peaks
         sums = MetricSums(
             mean=[*builder.MEANS, *update.MEANS],
-            total=["tokens/rollout", "tokens/update"],
+            total=rates.declared(PHASES),
             maximum=[*builder.MAXIMA, *PHASE_PEAKS],
         )
         with timers("rollout"), peaks("rollout"):
@@ -199,10 +201,10 @@ class PpoRun:
                 timers=self.role_timers,
             )
         peaks.drain(sums)
-        self._count_tokens(sums, rollout)
+        self._count_work(sums, rollout)
         metrics = _derived(self.output.reduce(sums)) | divergence
         metrics["policy/kl_coef"] = self.kl_coef
-        self._add_rates(metrics, rollout)
+        self._add_rates(metrics)
         if config.ppo.kl_target is not None:
             self.kl_coef = adaptive_kl_coef(
                 self.kl_coef,
@@ -326,41 +328,38 @@ class PpoRun:
         wins = sum((now > then) + 0.5 * (now == then) for now, then in pairs)
         return {"eval/win_rate": wins / len(pairs)} if pairs else {}
 
-    def _count_tokens(self, sums: MetricSums, rollout: Rollout) -> None:
+    def _count_work(self, sums: MetricSums, rollout: Rollout) -> None:
         if self.mesh.is_reporter:
-            new = sum(map(len, rollout.responses))
-            sums.add_total("tokens/rollout", float(new))
-            sums.add_total("tokens/update", float(new + sum(map(len, rollout.prompts))))
+            work = rates.ppo_work(
+                self.config.model,
+                [len(p) for p in rollout.prompts],
+                [len(r) for r in rollout.responses],
+                epochs=self.config.ppo.epochs,
+                num_rewards=len(self.roles.rewards),
+            )
+            rates.add(sums, work)
 
-    def _add_rates(self, metrics: dict[str, float], rollout: Rollout) -> None:
-        """Turn token counts and seconds into rates, and into MFU where the peak is known."""
-        timers, model = self.output.timers, self.config.model
-        new, all_tokens = metrics.pop("tokens/rollout"), metrics.pop("tokens/update")
-        seconds = (
-            timers.seconds("rollout") + timers.seconds("experience") + timers.seconds("update")
+    def _add_rates(self, metrics: dict[str, float]) -> None:
+        """Turn work and seconds into rates, and into MFU where the peak is known."""
+        timers, roles = self.output.timers, self.role_timers
+        seconds = {phase: timers.seconds(phase) for phase in ("rollout", "experience")}
+        whole = sum(seconds.values()) + timers.seconds("update")
+        seconds |= {role: roles.seconds(role) for role in ("policy", "critic")}
+        roles.drain()
+        metrics["perf/tokens_per_second"] = metrics["experience/work_tokens"] / whole
+        found = rates.rates(
+            metrics,
+            seconds,
+            num_devices=self.mesh.world_size,
+            device_name=self.mesh.platform.device_name,
         )
+        metrics["rollout/tokens_per_second"] = found.pop("perf/tokens_per_second_rollout")
+        metrics |= found
         if self.mover is not None:
             metrics["time/reshard_seconds"] = self.mover.seconds
             metrics["rollout/reshard_gib"] = self.mover.total_bytes / 2**30
         if self.roles.offload.is_on:
             metrics["time/offload_seconds"] = self.roles.offload.drain_seconds()
-        metrics["rollout/tokens_per_second"] = new / timers.seconds("rollout")
-        metrics["perf/tokens_per_second"] = all_tokens / seconds
-        peak = peak_flops(self.mesh.platform.device_name)
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
-        for role, size in (("policy", model.vocab_size or 0), ("critic", 1)):
-            forward = forward_flops(
-                model, lengths, output_size=size, output_tokens=sum(map(len, rollout.responses))
-            )
-            share = mfu(
-                training_flops(forward) * self.config.ppo.epochs,
-                seconds=self.role_timers.seconds(role),
-                num_devices=self.mesh.world_size // self.mesh.dp_size,
-                peak=peak,
-            )
-            if share is not None:
-                metrics[f"perf/mfu_{role}"] = share
-        self.role_timers.drain()
 
 
 def _derived(metrics: dict[str, Any]) -> dict[str, float]:

@@ -78,7 +78,7 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
         run=score_step,
         loss=lambda output, microbatch: _loss(output, microbatch, config),
         metric_names=("accuracy", "margin", "score", "score_square"),
-        num_tokens=lambda p: 2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids),
+        output_size=1,
         evaluate=evaluate,
     )
     return train_supervised(spec, inputs, chunks, mesh)

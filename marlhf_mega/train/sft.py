@@ -79,7 +79,7 @@ def run_sft(inputs: Inputs[SupervisedExample], mesh: Mesh) -> dict[str, float]:
         run=RUN,
         loss=loss,
         metric_names=(),
-        num_tokens=lambda e: len(e.sequence),
+        output_size=config.model.vocab_size or 0,
         evaluate=evaluate,
     )
     return train_supervised(spec, inputs, chunks, mesh)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput
+from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.data.stream import SampleStream, WeightedStream
+from marlhf_mega.metrics import rates
 from marlhf_mega.metrics.progress import Job
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.models.gpt import StageModel
@@ -53,7 +55,8 @@ class SupervisedJob(Generic[Example]):
     loss: Callable[[Tensor, Microbatch], LossOutput]
     metric_names: Sequence[str]
     """Keys of the loss's metrics."""
-    num_tokens: Callable[[Example], int]
+    output_size: int
+    """Columns of the head: the vocabulary size, or 1."""
     evaluate: Callable[[TrainState, Sequence[Example]], Mapping[str, float]]
     """Held-out results of this rank's model on all validation examples."""
 
@@ -102,8 +105,7 @@ def train_supervised(
         for step in range(first, steps):
             with output.step(step + 1), output.timers("update"):
                 metrics = _step(spec, inputs, state, stream, mesh, output, step)
-            seconds = output.timers.seconds("step")
-            metrics["perf/tokens_per_second"] = metrics.pop("tokens") / seconds
+            metrics |= _rates(spec, metrics, output.timers.seconds("step"), mesh)
             done = step + 1
             if inputs.validation and _due(done, config.evaluate.interval, steps):
                 with output.timers("evaluate"):
@@ -157,9 +159,9 @@ def _step(
         keep_skipped(state, tokens, inputs.config, mesh, role=prefix, step=step)
     names = [f"{job}/loss", *(f"{job}/{n}" for n in spec.metric_names)]
     names += [f"{prefix}/{n}" for n in ("lr", "grad_norm", "skipped_fraction")]
-    sums = MetricSums(mean=names, total=["tokens"])
+    sums = MetricSums(mean=names, total=rates.declared([prefix]))
     if mesh.is_reporter:
-        sums.add_total("tokens", torch.tensor(sum(map(spec.num_tokens, own))))
+        rates.add(sums, {prefix: _work(spec, inputs.config.model, microbatches)})
         sums.add_means({f"{prefix}/skipped_fraction": float(result.skipped)}, count=1)
     if mesh.is_reporter and not result.skipped:
         for loss in losses:
@@ -170,3 +172,28 @@ def _step(
             {f"{prefix}/lr": result.lr, f"{prefix}/grad_norm": result.grad_norm}, count=1
         )
     return output.reduce(sums)
+
+
+def _work(
+    spec: SupervisedJob[Example], model: ModelConfig, microbatches: Sequence[Microbatch]
+) -> rates.Work:
+    """Count what this replica's microbatches take; rows that only fill up count nowhere."""
+    prompts = torch.cat([m.batch.prompt_lengths for m in microbatches])
+    responses = torch.cat([m.batch.response_lengths for m in microbatches])
+    real = responses > 0
+    return rates.training_work(
+        model, prompts[real].tolist(), responses[real].tolist(), output_size=spec.output_size
+    )
+
+
+def _rates(
+    spec: SupervisedJob[Example], metrics: dict[str, float], seconds: float, mesh: Mesh
+) -> dict[str, float]:
+    role = spec.optimizer_prefix
+    found = rates.rates(
+        metrics,
+        {role: seconds},
+        num_devices=mesh.world_size,
+        device_name=mesh.platform.device_name,
+    )
+    return found | {"perf/tokens_per_second": found[f"perf/tokens_per_second_{role}"]}

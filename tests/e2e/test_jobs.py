@@ -20,6 +20,8 @@ rollout/tokens_per_second policy/loss policy/kl policy/entropy policy/clip_fract
 policy/grad_norm policy/lr critic/loss critic/explained_variance critic/clip_fraction
 critic/grad_norm macro/actions_per_response macro/tokens_per_action time/step_seconds
 time/rollout_seconds time/experience_seconds time/update_seconds perf/tokens_per_second
+perf/tflops_rollout perf/tflops_policy perf/tflops_critic perf/tokens_per_second_experience
+perf/tokens_per_second_policy perf/tokens_per_second_critic
 perf/peak_memory_gib perf/rollout_peak_memory_gib perf/experience_peak_memory_gib
 perf/update_peak_memory_gib eval/score_mean eval/gold_mean eval/win_rate
 """.split()

@@ -67,3 +67,15 @@ def test_padding_rows_get_no_gradient(shard):
 )
 def test_the_vocabulary_is_padded_to_whole_shards(vocab_size, tensor_size, padded):
     assert padded_vocab_size(vocab_size, tensor_size) == padded
+
+
+def test_the_gradient_without_entropy_is_that_with_an_entropy_of_no_weight(shard):
+    hidden, weight, targets, pull = case()
+    logprobs, entropy = vocab_parallel_logprobs(
+        hidden, weight, targets, shard=shard, temperature=0.7
+    )
+    alone = torch.autograd.grad((logprobs * pull[0]).sum(), (hidden, weight), retain_graph=True)
+    almost = (logprobs * pull[0]).sum() + 1e-30 * entropy.sum()
+    both = torch.autograd.grad(almost, (hidden, weight))
+    for mine, other in zip(alone, both, strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)

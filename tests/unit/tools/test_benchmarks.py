@@ -76,6 +76,27 @@ def test_train_step_counts_every_token():
 
 
 @pytest.mark.slow
+def test_scaling_gives_every_rank_the_same_work(tmp_path):
+    script, out = FOLDER / "scaling.py", tmp_path / "scaling.json"
+    options = [*TINY, "--world", "1", "2", "--batch", "2", "--rounds", "2", "--out", str(out)]
+    command = [sys.executable, "-W", "ignore", str(script), *options]
+    subprocess.run(command, check=True, timeout=240)
+    found = json.loads(out.read_text())
+    one, two = (found["step_s"][ranks]["median"] for ranks in ("1", "2"))
+    assert found["growth"] == {"1": 1.0, "2": pytest.approx(two / one)}
+
+
+@pytest.mark.slow
+def test_the_head_takes_no_more_memory_for_more_tokens():
+    """Chunks of 2^24 logits: 1024 rows of this shard, in three buffers at most."""
+    sizes = ["--vocab", "32768", "--hidden", "16", "--tokens", "2048", "4096", "--warmup", "0"]
+    done = benchmark("logprob_head", *sizes, "--ranks", "2", "--tensor-size", "2", "--iters", "1")
+    extra = json.loads(done.stdout.splitlines()[-1])["extra_bytes"]
+    assert 0 < extra["4096"] < 3.5 * 2**26
+    assert extra["4096"] < 1.1 * extra["2048"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "line"),
     [
