@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code, see `marlhf --help`."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _set_up_logging()
     try:
         dry, planned = getattr(options, "dry_run", False), options.command == "plan"
@@ -64,6 +64,16 @@ def run(arguments: Sequence[str]) -> int:
             sys.stderr.write(f"{error}\n")
         return EXIT_USAGE
     return job()
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; settings may stand before and after options."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if unknown := [word for word in more if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += more
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,6 +62,20 @@ def test_an_override_needs_an_equals_sign(call):
     assert call("ppo", "ppo.epochs") == line
 
 
+def test_settings_may_stand_before_and_after_options(capsys):
+    assert run(["ppo", "ppo.gamma=0.5", "--print-config", "ppo.gae_lambda=0.25"]) == 0
+    shown = capsys.readouterr().out
+    assert "  gamma: 0.5\n" in shown
+    assert "  gae_lambda: 0.25\n" in shown
+
+
+def test_an_unknown_option_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(["ppo", "--nope", "ppo.gamma=0.5"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err
+
+
 def test_the_tensor_size_must_divide_the_heads(call):
     line = call("sft", "parallel.tensor_size=3", "model.ffn_hidden_size=384", world_size=3)
     assert "must divide model.num_attention_heads=4. Use 1, 2 or 4." in line.replace("\n", " ")
