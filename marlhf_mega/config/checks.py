@@ -65,6 +65,7 @@ def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
     yield from _batch_problems(config, job, data_size)
     if job == "ppo":
         yield from _ppo_problems(config)
+        yield from _sampler_problems(config)
     yield from _offload_problems(config, job)
     if job in ("ppo", *WITHOUT_TRAINING):
         yield from _budget_problems(config)
@@ -282,6 +283,14 @@ def _ppo_problems(config: Config) -> Iterator[str]:
         yield (
             f"ppo.minibatch_size={config.ppo.minibatch_size}: must divide rollout.batch_size="
             f"{config.rollout.batch_size}. Use {_divisors(config.rollout.batch_size)}."
+        )
+
+
+def _sampler_problems(config: Config) -> Iterator[str]:
+    if config.ppo.old_logprobs == "sampler" and config.ppo.sampler_cap is not None:
+        yield (
+            f"ppo.sampler_cap={config.ppo.sampler_cap}: needs the trainer's log-probs beside the "
+            "sampler's. Set ppo.old_logprobs=trainer, or ppo.sampler_cap=null."
         )
 
 

@@ -275,6 +275,9 @@ class PPOConfig(Section):
     """Ratio is clipped to 1 +- this."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound of the loss for negative advantages; none: off."""
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    """Log-probs at rollout: computed again as in training, or as the sampler found them, which
+    saves one of the scoring passes and shows neither entropy nor the gap between the two."""
     sampler_cap: float | None = Field(None, ge=1)
     """Weigh each term by how much likelier the trainer finds it than the sampler did, at most
     this; none: off."""

@@ -92,21 +92,21 @@ class ExperienceBuilder:
             sum_over_data=lambda vector: sum_over_data(vector, self.mesh),
         )
         self._check_valid(scores.valid, scores.errors)
-        old = self._logprobs(self.roles.policy.chunks, rollout)
+        old_logprobs, entropy = self._old_logprobs(rollout)
         with self.roles.offload.present("reference"):
             ref_logprobs = self._logprobs(self.roles.reference, rollout)[0]
         with self.roles.offload.present("critic"):
             values = self._forward(self.roles.critic.chunks, rollout, value_step, ())
         mask = _response_mask(rollout, self.mesh.device) & scores.valid[:, None]
         actions, num_fallbacks = self.segmenter.segment(rollout, mask, ref_logprobs, step=step)
-        kl = kl_estimate(old[0], ref_logprobs, self.config.ppo.kl_estimator) * mask
+        kl = kl_estimate(old_logprobs, ref_logprobs, self.config.ppo.kl_estimator) * mask
         rewards = token_rewards(kl, shaped, last_token_positions(mask), kl_coef=kl_coef)
         outcome = self._advantages(rewards, values, actions)
         advantages = self._whitened(outcome, actions)
         ppo = self.config.ppo
         if ppo.sampler_cap is not None:
             advantages = advantages * sampler_weights(
-                old[0],
+                old_logprobs,
                 rollout.logprobs,
                 actions,
                 ratio=self.config.macro.ratio,
@@ -116,7 +116,7 @@ class ExperienceBuilder:
             prompts=rollout.prompts,
             responses=rollout.responses,
             actions=actions,
-            old_logprobs=old[0],
+            old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             old_values=values,
             advantages=advantages,
@@ -124,7 +124,7 @@ class ExperienceBuilder:
         )
         raw = torch.where(scores.valid, scores.scores, torch.nan)
         if self.mesh.is_reporter:
-            _report(sums, rollout, experience, entropy=old[1], raw=raw, fallbacks=num_fallbacks)
+            _report(sums, rollout, experience, entropy=entropy, raw=raw, fallbacks=num_fallbacks)
         return experience, raw
 
     def _forward(
@@ -144,6 +144,13 @@ class ExperienceBuilder:
             run=run,
             leading=leading,
         )
+
+    def _old_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs of the policy at rollout, and entropies where the trainer finds them."""
+        if self.config.ppo.old_logprobs == "sampler":
+            return rollout.logprobs, None
+        logprobs, entropy = self._logprobs(self.roles.policy.chunks, rollout)
+        return logprobs, entropy
 
     def _logprobs(self, chunks: Sequence[torch.nn.Module], rollout: Rollout) -> Tensor:
         """Return [2, batch, response]: log-probs at the sampling temperature, entropies."""
@@ -198,7 +205,7 @@ def _report(
     rollout: Rollout,
     experience: Experience,
     *,
-    entropy: Tensor,
+    entropy: Tensor | None,
     raw: Tensor,
     fallbacks: int,
 ) -> None:
@@ -214,12 +221,15 @@ def _report(
     sums.add_mean("rollout/response_tokens", lengths)
     sums.add_mean("rollout/truncated_fraction", ~torch.tensor(rollout.finished))
     sums.add_mean("rollout/invalid_fraction", raw.isnan())
-    gap = ((experience.old_logprobs - rollout.logprobs) * mask).abs()
     tokens = mask.sum()
-    sums.add_means({"rollout/logprob_gap": gap.sum()}, count=tokens)
-    sums.add_extreme("rollout/logprob_gap_max", gap.max())
+    if entropy is not None:
+        gap = ((experience.old_logprobs - rollout.logprobs) * mask).abs()
+        sums.add_means(
+            {"rollout/logprob_gap": gap.sum(), "policy/entropy": (entropy * mask).sum()},
+            count=tokens,
+        )
+        sums.add_extreme("rollout/logprob_gap_max", gap.max())
     sums.add_means({"policy/kl": kl.sum()}, count=mask.any(1).sum())
-    sums.add_means({"policy/entropy": (entropy * mask).sum()}, count=tokens)
     num_actions = (experience.actions.lengths > 0).sum()
     sums.add_means({"macro/actions_per_response": num_actions}, count=mask.any(1).sum())
     sums.add_means({"macro/tokens_per_action": tokens}, count=num_actions)

@@ -18,7 +18,7 @@ class Experience:
     actions: MacroActions
     """ids [batch, response]; -1 throughout a sample without a score, which takes no part."""
     old_logprobs: Tensor
-    """[batch, response] of the policy at rollout, recomputed by the training code."""
+    """[batch, response] of the policy at rollout, by the trainer or the sampler."""
     ref_logprobs: Tensor
     """[batch, response] of the reference."""
     old_values: Tensor

@@ -42,7 +42,8 @@ def step_seconds(
         offload = _offload(work, formats, rates)
         if offload:
             found["offload"] = offload
-        for role in work.roles:
+        again = work.config.ppo.old_logprobs == "trainer"
+        for role in (r for r in work.roles if again or r.name != "policy"):
             found[f"experience {role.name}"] = _forward(work, role, gpu, rates)
     epochs = work.config.ppo.epochs if work.job == "ppo" else 1
     for role in (r for r in work.roles if r.learns):

@@ -201,3 +201,11 @@ def test_weights_of_a_sampler_that_agrees_with_the_trainer_change_nothing(files,
     weighted = metrics_of(files, mesh, tmp_path / "weighted", ppo={"sampler_cap": 2.0})[-1]
     assert weighted["rollout/logprob_gap_max"] < 1e-4
     assert weighted["policy/grad_norm"] == pytest.approx(plain["policy/grad_norm"], rel=1e-3)
+
+
+def test_log_probs_of_the_sampler_serve_as_the_trainers(files, mesh, tmp_path):
+    plain = metrics_of(files, mesh, tmp_path / "plain")[0]
+    sampled = metrics_of(files, mesh, tmp_path / "sampled", ppo={"old_logprobs": "sampler"})[0]
+    assert "rollout/logprob_gap" not in sampled
+    for name in ("policy/kl", "policy/grad_norm", "policy/loss", "critic/loss"):
+        assert sampled[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5)

@@ -147,6 +147,13 @@ def test_ppo_needs_random_samples(call):
     assert "ppo needs random samples" in call("ppo", "rollout.temperature=0")
 
 
+def test_weights_of_the_sampler_need_both_log_probs(call):
+    assert call("ppo", "ppo.sampler_cap=2", "ppo.old_logprobs=sampler") == (
+        "ppo.sampler_cap=2.0: needs the trainer's log-probs beside the sampler's. Set "
+        "ppo.old_logprobs=trainer, or ppo.sampler_cap=null."
+    )
+
+
 def test_ppo_needs_a_reward(call):
     assert call("ppo", "reward.source=[]").startswith("reward.source: ppo needs a reward.")
 

@@ -164,6 +164,7 @@ def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config
         "minibatch_size": minibatch,
         "microbatch_size": size,
         "microbatch_tokens": args.microbatch_tokens,
+        "old_logprobs": args.old_logprobs,
     }
     rollout = {
         "tensor_size": args.rollout_tensor_size,
@@ -187,7 +188,8 @@ def phase_flops(args: argparse.Namespace, config: Config, lengths: list[int]) ->
     generation = forward_flops(
         model, [n - 1 for n in whole], output_size=vocabulary, output_tokens=tokens
     )
-    scoring = 2 * language + 2 * scalar
+    again = config.ppo.old_logprobs == "trainer"
+    scoring = (1 + again) * language + 2 * scalar
     training = training_flops(language + scalar) * config.ppo.epochs
     total = generation + scoring + training
     return {"iter": total, "generation": generation, "scoring": scoring, "update": training}
@@ -200,6 +202,9 @@ def main() -> int:
     options.add_argument("--ppo-epochs", type=int, default=1)
     options.add_argument("--microbatch-size", type=int, help="sequences per forward on one rank")
     options.add_argument("--microbatch-tokens", type=int, help="tokens per forward instead")
+    options.add_argument(
+        "--old-logprobs", choices=("trainer", "sampler"), default="trainer", help="by whom"
+    )
     options.add_argument("--rollout-tensor-size", type=int, help="default: as in the update")
     options.add_argument("--rollout-pipeline-size", type=int, help="default: as in the update")
     options.add_argument("--lengths", help=common.LENGTHS_HELP)
