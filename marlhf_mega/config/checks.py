@@ -311,14 +311,19 @@ def _offload_problems(config: Config, job: Job) -> Iterator[str]:
 
 
 def _budget_problems(config: Config) -> Iterator[str]:
+    if config.ppo.packing and config.ppo.microbatch_tokens is None:
+        yield (
+            "ppo.packing=true: needs a number of tokens per forward; ppo.microbatch_tokens is not "
+            "set. Set it, or ppo.packing=false."
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.parallel.sequence_parallel:
+    if config.parallel.sequence_parallel and not config.ppo.packing:
         longest = -(-longest // config.parallel.tensor_size) * config.parallel.tensor_size
     if config.ppo.microbatch_tokens is not None and config.ppo.microbatch_tokens < longest:
         yield (
             f"ppo.microbatch_tokens={config.ppo.microbatch_tokens}: must hold the longest "
-            f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest} with "
-            f"padding. Use at least {longest}."
+            f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
+            f"{'' if config.ppo.packing else ' with padding'}. Use at least {longest}."
         )
 
 

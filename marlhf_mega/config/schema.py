@@ -267,6 +267,9 @@ class PPOConfig(Section):
     microbatch_tokens: int | None = Field(None, gt=0)
     """Tokens per forward, padding included, instead of `microbatch_size`: short sequences go many
     at a time, and every data-parallel rank gets about as many tokens of each minibatch."""
+    packing: bool = False
+    """Sequences of a microbatch lie one after the other without padding, which
+    `microbatch_tokens` then does not count."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount."""
     gae_lambda: float = Field(0.95, ge=0, le=1)

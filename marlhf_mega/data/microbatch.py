@@ -1,5 +1,6 @@
 """Pad sequences and cut a rank's samples into microbatches of similar lengths."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,38 +68,44 @@ def split_by_size(
 
 
 def split_by_tokens(
-    lengths: Sequence[int], *, max_tokens: int, min_microbatches: int = 1
+    lengths: Sequence[int], *, max_tokens: int, min_microbatches: int = 1, packed: bool = False
 ) -> Microbatches:
-    """Sort samples by length and cut them so that each microbatch has few padded tokens.
+    """Cut samples so that microbatches are few, within `max_tokens` and of about the same cost.
 
-    The cost of a microbatch is its size times its longest sequence. First the fewest contiguous
-    microbatches within `max_tokens` are counted, at least `min_microbatches`, which must not be
-    more than there are samples; then the smallest possible largest cost for that number is found,
-    which balances them. No sequence may be longer than `max_tokens`.
+    Padded, a microbatch costs its size times its longest sequence, and samples are cut in the order
+    of their lengths; the number of microbatches and then the largest cost are the smallest that
+    such cuts can have. Packed, it costs the sum of its sequences, and samples are put together by
+    best fit, longest first; that is near the smallest (MULTIFIT, Coffman, Garey and Johnson 1978).
+
+    Args:
+        lengths: tokens of each sample, none of them above `max_tokens`.
+        max_tokens: largest cost.
+        min_microbatches: make at least so many; must not be more than there are samples.
+        packed: how microbatches are laid out.
     """
-    order = _by_length(lengths)
-    ordered = [lengths[index] for index in order.tolist()]
-    num_microbatches = max(fewest_by_tokens(lengths, max_tokens=max_tokens), min_microbatches)
+    fill = _fill_packed if packed else _fill_padded
+    num_microbatches = max(len(fill(lengths, max_tokens)), min_microbatches)
     assert num_microbatches <= len(lengths), (num_microbatches, len(lengths))
-    low, high = ordered[-1], max_tokens
+    low, high = max(lengths), max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(ordered, middle)) <= num_microbatches:
+        if len(fill(lengths, middle)) <= num_microbatches:
             high = middle
         else:
             low = middle + 1
-    sizes = _cut(ordered, high)
-    while len(sizes) < num_microbatches:
-        largest = max(range(len(sizes)), key=sizes.__getitem__)
-        half = sizes[largest] // 2
-        sizes[largest : largest + 1] = [sizes[largest] - half, half]
-    return Microbatches(indices=list(torch.split(order, sizes)))
+    found = fill(lengths, high)
+    while len(found) < num_microbatches:
+        largest = max(range(len(found)), key=lambda number: len(found[number]))
+        whole = found[largest]
+        half = -(-len(whole) // 2)
+        found[largest : largest + 1] = [whole[:half], whole[half:]]
+    return Microbatches(indices=[torch.tensor(samples) for samples in found])
 
 
-def fewest_by_tokens(lengths: Sequence[int], *, max_tokens: int) -> int:
+def fewest_by_tokens(lengths: Sequence[int], *, max_tokens: int, packed: bool = False) -> int:
     """Return how many microbatches `split_by_tokens` needs."""
     assert max(lengths) <= max_tokens, (max(lengths), max_tokens)
-    return len(_cut(sorted(lengths), max_tokens))
+    return len((_fill_packed if packed else _fill_padded)(lengths, max_tokens))
 
 
 def deal_by_tokens(lengths: Sequence[int], *, num_ranks: int) -> list[list[int]]:
@@ -131,11 +138,27 @@ def _by_length(lengths: Sequence[int]) -> Tensor:
     return torch.tensor(lengths).argsort(stable=True)
 
 
-def _cut(ordered: Sequence[int], max_tokens: int) -> list[int]:
-    """Fill microbatches from short to long; returns their sizes."""
-    sizes = [0]
-    for length in ordered:
-        if (sizes[-1] + 1) * length > max_tokens:
-            sizes.append(0)
-        sizes[-1] += 1
-    return sizes
+def _fill_padded(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Fill one microbatch after the other from short to long; returns their samples."""
+    found: list[list[int]] = [[]]
+    for sample in _by_length(lengths).tolist():
+        if (len(found[-1]) + 1) * lengths[sample] > max_tokens:
+            found.append([])
+        found[-1].append(sample)
+    return found
+
+
+def _fill_packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Put each sample, longest first, where the least room is left that holds it."""
+    found: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []
+    for sample in reversed(_by_length(lengths).tolist()):
+        place = bisect_left(rooms, (lengths[sample], 0))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
+        else:
+            room, number = max_tokens, len(found)
+            found.append([])
+        found[number].append(sample)
+        insort(rooms, (room - lengths[sample], number))
+    return found

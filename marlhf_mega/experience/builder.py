@@ -141,6 +141,7 @@ class ExperienceBuilder:
             mesh=self.mesh,
             microbatch_size=self.config.ppo.microbatch_size,
             microbatch_tokens=self.config.ppo.microbatch_tokens,
+            packing=self.config.ppo.packing,
             run=run,
             leading=leading,
         )

@@ -34,9 +34,10 @@ def cut_rows(
     *,
     microbatch_size: int,
     microbatch_tokens: int | None = None,
+    packing: bool = False,
     mesh: Mesh,
 ) -> list[Cut]:
-    """Sort rows by length and cut them to microbatches that suit the layout.
+    """Cut rows by their lengths to microbatches that suit the layout.
 
     An interleaved pipeline needs a multiple of its stages, and ranks that share experts need the
     same number; where there are too few rows, rows without a response, which count nowhere, fill
@@ -46,29 +47,33 @@ def cut_rows(
         prompts: token ids of each row.
         responses: token ids of each row.
         microbatch_size: most rows of a microbatch.
-        microbatch_tokens: most padded tokens of a microbatch, instead of a number of rows.
+        microbatch_tokens: most tokens of a microbatch, instead of a number of rows.
+        packing: rows of a microbatch lie one after the other; else each is padded, and
+            `microbatch_tokens` counts padding.
         mesh: where this rank stands.
     """
 
-    def padded(length: int) -> int:
-        return round_up(length, mesh.sequence_multiple)
+    def taken(length: int) -> int:
+        return length if packing else round_up(length, mesh.sequence_multiple)
 
-    lengths = [padded(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    lengths = [taken(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
     if microbatch_tokens is None or not lengths:
         needed = -(-len(lengths) // microbatch_size)
     else:
-        needed = fewest_by_tokens(lengths, max_tokens=microbatch_tokens)
+        needed = fewest_by_tokens(lengths, max_tokens=microbatch_tokens, packed=packing)
     if mesh.ep_size > 1:
         needed = max_over_replicas(needed, mesh)
     count = round_up(max(needed, 1), mesh.pp_size if mesh.num_chunks > 1 else 1)
     num_fillers = max(0, count - len(prompts))
     all_prompts = [*prompts, *([[0]] * num_fillers)]
     all_responses: list[list[int]] = [*responses, *([[]] * num_fillers)]
-    lengths += [padded(1)] * num_fillers
+    lengths += [taken(1)] * num_fillers
     if microbatch_tokens is None:
         parts = split_by_size(lengths, microbatch_size=microbatch_size, min_microbatches=count)
     else:
-        parts = split_by_tokens(lengths, max_tokens=microbatch_tokens, min_microbatches=count)
+        parts = split_by_tokens(
+            lengths, max_tokens=microbatch_tokens, min_microbatches=count, packed=packing
+        )
     return [
         Cut(
             rows=rows,
@@ -78,6 +83,7 @@ def cut_rows(
                 pad_id=0,
                 multiple=mesh.sequence_multiple,
                 device=mesh.device,
+                packed=packing,
             ),
         )
         for rows in parts.indices
@@ -92,6 +98,7 @@ def forward_rows(
     mesh: Mesh,
     microbatch_size: int,
     microbatch_tokens: int | None = None,
+    packing: bool = False,
     run: Callable[[Any, SequenceBatch], Tensor],
     leading: tuple[int, ...] = (),
 ) -> Tensor:
@@ -105,7 +112,8 @@ def forward_rows(
         responses: token ids of each row.
         mesh: where this rank stands.
         microbatch_size: rows per forward.
-        microbatch_tokens: padded tokens per forward, instead of a number of rows.
+        microbatch_tokens: tokens per forward, instead of a number of rows.
+        packing: rows lie one after the other without padding.
         run: calls one chunk; the last stage's output is [*leading, batch, response].
         leading: (2,) for a language head, which gives log-probs and entropies.
 
@@ -117,6 +125,7 @@ def forward_rows(
         responses,
         microbatch_size=microbatch_size,
         microbatch_tokens=microbatch_tokens,
+        packing=packing,
         mesh=mesh,
     )
     outputs = run_forward(chunks, [cut.batch for cut in cuts], run)

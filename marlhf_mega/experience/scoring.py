@@ -31,6 +31,7 @@ class Scorer:
         *,
         microbatch_size: int,
         microbatch_tokens: int | None = None,
+        packing: bool = False,
         key: str = "reward.source",
     ) -> None:
         """Start the rules and open the servers, on one rank of each replica.
@@ -41,11 +42,13 @@ class Scorer:
             tokenizer: turns responses into text for the rules.
             mesh: where this rank stands.
             microbatch_size: rows per forward.
-            microbatch_tokens: padded tokens per forward, instead of a number of rows.
+            microbatch_tokens: tokens per forward, instead of a number of rows.
+            packing: rows lie one after the other without padding.
             key: the config key that error messages name.
         """
         self.terms, self.tokenizer, self.mesh = terms, tokenizer, mesh
         self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
+        self.packing = packing
         learned = iter(models)
         self.sources: list[Sequence[StageModel] | RuleReward | HttpReward | None] = []
         for term in terms:
@@ -85,6 +88,7 @@ class Scorer:
             mesh=self.mesh,
             microbatch_size=self.microbatch_size,
             microbatch_tokens=self.microbatch_tokens,
+            packing=self.packing,
         )
         finite = scores.isfinite()
         errors = ["the reward model's score is not finite"] * int((~finite).sum())
@@ -120,6 +124,7 @@ def last_token_scores(
     mesh: Mesh,
     microbatch_size: int,
     microbatch_tokens: int | None = None,
+    packing: bool = False,
 ) -> Tensor:
     """Return float32 [batch]: a reward model's score at the last token of every response."""
     grid = forward_rows(
@@ -129,6 +134,7 @@ def last_token_scores(
         mesh=mesh,
         microbatch_size=microbatch_size,
         microbatch_tokens=microbatch_tokens,
+        packing=packing,
         run=score_step,
     )
     last = torch.tensor([len(r) - 1 for r in responses], device=grid.device)

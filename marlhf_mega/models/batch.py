@@ -1,7 +1,8 @@
-"""What a model is run on: right-padded sequences of a prompt and a response each."""
+"""What a model is run on: sequences of a prompt and a response each, padded or packed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,15 +13,22 @@ class SequenceBatch:
     """One microbatch. Column t of a `[batch, response]` tensor belongs to response token t."""
 
     tokens: Tensor
-    """[batch, seq] int64: prompt, response, padding."""
+    """[batch, seq] int64: prompt, response, padding; packed [1, seq]: sequence after sequence, then
+    padding."""
+    lengths: tuple[int, ...] | None
+    """Packed: tokens of each sequence, prompt and response. None: each has its row."""
     prompt_lengths: Tensor
     """[batch] int64, at least 1."""
     response_lengths: Tensor
-    """[batch] int64, the end token included; 0 for a row that only fills up a batch."""
+    """[batch] int64, the end token included; 0 for one that only fills up a batch."""
     rows: Tensor
-    """[real] int64: the row of every real response token, row after row."""
+    """[real] int64: the sequence of every real response token, one after the other."""
     columns: Tensor
     """[real] int64: its column."""
+    lines: Tensor
+    """[real] int64: its row in `tokens`."""
+    positions: Tensor
+    """[real] int64: where in that row it stands."""
     num_columns: int
     """Width of `[batch, response]` tensors: the longest response, at least 1."""
 
@@ -32,30 +40,43 @@ class SequenceBatch:
         pad_id: int,
         multiple: int,
         device: torch.device,
+        packed: bool = False,
     ) -> "SequenceBatch":
-        """Pad sequences to the longest, rounded up so that ranks can share them evenly.
+        """Pad sequences to the longest, or put them all in one row.
+
+        A row's length is rounded up so that ranks can share it evenly.
 
         Args:
-            prompts: token ids, one list per row.
-            responses: token ids, one list per row.
+            prompts: token ids of each sequence.
+            responses: token ids of each sequence.
             pad_id: fills up; any id of the vocabulary, since nothing reads it.
-            multiple: the padded length is a multiple of this.
+            multiple: a row's length is a multiple of this.
             device: where the tensors go.
+            packed: put the sequences one after the other in one row.
         """
         rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        lengths = tuple(map(len, rows))
+        starts = torch.tensor([len(p) for p in prompts])
+        responses_at = starts
+        if packed:
+            responses_at = starts + torch.tensor([0, *accumulate(lengths[:-1])])
+            rows = [[token for row in rows for token in row]]
         longest = max(map(len, rows))
         width = -(-longest // multiple) * multiple
         tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-        lengths = torch.tensor([len(r) for r in responses])
-        num_columns = max(1, int(lengths.max()))
-        real = torch.arange(num_columns) < lengths[:, None]
+        response_lengths = torch.tensor([len(r) for r in responses])
+        num_columns = max(1, int(response_lengths.max()))
+        real = torch.arange(num_columns) < response_lengths[:, None]
         row_index, column_index = real.nonzero(as_tuple=True)
         return SequenceBatch(
             tokens=tokens.to(device),
-            prompt_lengths=torch.tensor([len(p) for p in prompts], device=device),
-            response_lengths=lengths.to(device),
+            lengths=lengths if packed else None,
+            prompt_lengths=starts.to(device),
+            response_lengths=response_lengths.to(device),
             rows=row_index.to(device),
             columns=column_index.to(device),
+            lines=(torch.zeros_like(row_index) if packed else row_index).to(device),
+            positions=(responses_at[row_index] + column_index).to(device),
             num_columns=num_columns,
         )
 
@@ -66,16 +87,11 @@ class SequenceBatch:
         return grid < self.response_lengths[:, None]
 
     @property
-    def positions(self) -> Tensor:
-        """[real] int64: where in the sequence every real response token stands."""
-        return self.prompt_lengths[self.rows] + self.columns
-
-    @property
     def response_tokens(self) -> Tensor:
         """[real] int64: the ids of the real response tokens."""
-        return self.tokens[self.rows, self.positions]
+        return self.tokens[self.lines, self.positions]
 
     def to_grid(self, values: Tensor) -> Tensor:
         """Lay [real] values out as [batch, response], zero on padding; differentiable."""
-        grid = values.new_zeros(len(self.tokens), self.num_columns)
+        grid = values.new_zeros(len(self.prompt_lengths), self.num_columns)
         return grid.index_put((self.rows, self.columns), values)

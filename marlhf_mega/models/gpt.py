@@ -20,6 +20,7 @@ from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.packing import Packing
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
 from marlhf_mega.models.spec import block_spec, transformer_config
 from marlhf_mega.parallel.mesh import Mesh
@@ -173,11 +174,16 @@ class StageModel(LanguageModule):
 
     def _run_layers(self, batch: SequenceBatch) -> Tensor:
         tokens = self._aligned(batch.tokens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        width, device = tokens.shape[1], tokens.device
+        positions, packing = torch.arange(width, device=device), None
+        if batch.lengths is not None:
+            packing = Packing.of(batch.lengths, width=width, device=device)
+            positions = packing.positions
         hidden: Tensor = self.decoder(
             hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=rotation_angles(self.rotary_speeds, positions)[:, None, None, :],
+            packed_seq_params=packing,
         )
         return hidden
 
@@ -259,7 +265,7 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
 
 def _select(hidden: Tensor, batch: SequenceBatch, shift: int) -> Tensor:
     """Take the states around real response tokens: [seq, batch, hidden] -> [real, hidden]."""
-    flat = (batch.positions + shift) * hidden.shape[1] + batch.rows
+    flat = (batch.positions + shift) * hidden.shape[1] + batch.lines
     return hidden.flatten(0, 1).index_select(0, flat)
 
 

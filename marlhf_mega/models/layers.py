@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marlhf_mega.models.cpu_kernels import LONGEST_SCORES, rms_norm, short_causal_attention
+from marlhf_mega.models.packing import Packing
 from marlhf_mega.parallel.linear import linear
 from marlhf_mega.parallel.mesh import Group
 
@@ -116,7 +117,7 @@ FEW_QUERIES = 16
 class SdpaAttention(torch.nn.Module):
     """Causal attention through torch's scaled-dot-product kernels.
 
-    Sequences are right-padded, so no padding mask is needed: no real token sees padding.
+    Sequences are packed or right-padded, so no padding mask is needed: no real token sees padding.
     """
 
     def __init__(
@@ -139,7 +140,13 @@ class SdpaAttention(torch.nn.Module):
         self.window = window if (layer_number - 1) % window_every == 0 else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        packed_seq_params: Packing | None = None,
+        **_: Any,
     ) -> Tensor:
         """Attend causally.
 
@@ -148,11 +155,14 @@ class SdpaAttention(torch.nn.Module):
             key: [seq, batch, groups, head_dim].
             value: like key.
             attention_mask: always none: the order of positions is the mask.
+            packed_seq_params: sequences that lie in one row (batch 1); they do not see each other.
 
         Returns:
             [seq, batch, heads * head_dim].
         """
         assert attention_mask is None
+        if packed_seq_params is not None:
+            return packed_seq_params.apart(self.forward, query, key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None
         if self.window is not None and self.window < query.shape[0]:

@@ -32,6 +32,7 @@ from marlhf_mega.models.layers import (
     RMSNorm,
     SdpaAttention,
 )
+from marlhf_mega.models.packing import packing_engine
 from marlhf_mega.parallel.mesh import Mesh
 
 
@@ -111,9 +112,12 @@ def transformer_config(
 def layer_spec(model: ModelConfig, mesh: Mesh) -> TransformerBlockSubmodules | ModuleSpec:
     """Choose the modules of a transformer layer for this platform and model."""
     if uses_transformer_engine(model, mesh):
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
         )
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = packing_engine(attention.core_attention)
+        return spec
     return _local_layer_spec(model)
 
 

@@ -143,6 +143,7 @@ class Evaluator:
                 mesh=self.mesh,
                 microbatch_size=self.config.ppo.microbatch_size,
                 microbatch_tokens=self.config.ppo.microbatch_tokens,
+                packing=self.config.ppo.packing,
                 run=LogprobStep(temperature),
                 leading=(2,),
             )[0]
@@ -244,6 +245,7 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
         mesh,
         microbatch_size=config.ppo.microbatch_size,
         microbatch_tokens=config.ppo.microbatch_tokens,
+        packing=config.ppo.packing,
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)

@@ -70,6 +70,7 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
         mesh,
         microbatch_size=config.ppo.microbatch_size,
         microbatch_tokens=config.ppo.microbatch_tokens,
+        packing=config.ppo.packing,
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     files = []

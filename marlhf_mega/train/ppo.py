@@ -129,6 +129,7 @@ class PpoRun:
             mesh,
             microbatch_size=ppo.microbatch_size,
             microbatch_tokens=ppo.microbatch_tokens,
+            packing=ppo.packing,
         )
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
         self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)

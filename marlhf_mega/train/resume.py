@@ -33,7 +33,7 @@ _FREE = {
     "rollout.tensor_size",
     "rollout.pipeline_size",
 }
-_FREE_NAMES = {"microbatch_size", "microbatch_tokens"}
+_FREE_NAMES = {"microbatch_size", "microbatch_tokens", "packing"}
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -238,6 +238,7 @@ def make_microbatches(
         [experience.responses[i] for i in chosen],
         microbatch_size=config.ppo.microbatch_size,
         microbatch_tokens=config.ppo.microbatch_tokens,
+        packing=config.ppo.packing,
         mesh=mesh,
     )
     return [_take(experience, rows[cut.rows], cut.batch) for cut in cuts]

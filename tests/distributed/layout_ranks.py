@@ -114,7 +114,12 @@ def ppo_case(config, mesh, folder):
         generator.generate([prompts[i] for i in own], own, rule=rule, **options)
         for rule in (SamplingRule(temperature=0.0), SamplingRule(temperature=1.0))
     )
-    cut = {"mesh": mesh, "microbatch_size": 4, "microbatch_tokens": config.ppo.microbatch_tokens}
+    cut = {
+        "mesh": mesh,
+        "microbatch_size": 4,
+        "microbatch_tokens": config.ppo.microbatch_tokens,
+        "packing": config.ppo.packing,
+    }
     if config.ppo.microbatch_tokens is not None:
         rollout = balance(rollout, minibatch_size=BATCH, mesh=mesh)
     balanced = rollout.sample_indices

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 TP2, PP2, TP4 = {"tensor_size": 2}, {"pipeline_size": 2}, {"tensor_size": 4}
 SP, VPP2, EP2 = {"sequence_parallel": True}, {"virtual_pipeline_size": 2}, {"expert_size": 2}
 BUDGET = {"microbatch_size": 2, "microbatch_tokens": 40}
+PACKING = BUDGET | {"packing": True}
 # World size, degrees, microbatch size or token budget.
 LAYOUTS = {
     "TP1": (1, {}, 4),
@@ -35,9 +36,17 @@ LAYOUTS = {
     "DP2 tokens": (2, {}, BUDGET),
     "EP2 tokens": (2, EP2, BUDGET),
     "PP2 VPP2 DP2 tokens": (4, PP2 | VPP2, BUDGET),
+    "TP1 packed": (1, {}, PACKING),
+    "TP2 SP packed": (2, TP2 | SP, PACKING),
+    "DP2 packed": (2, {}, PACKING),
+    "EP2 packed": (2, EP2, PACKING),
+    "TP2 PP2 SP packed": (4, TP2 | PP2 | SP, PACKING),
+    "PP2 VPP2 DP2 packed": (4, PP2 | VPP2, PACKING),
+    "TP2 PP2 SP FP8 rows packed": (4, TP2 | PP2 | SP, PACKING),
 }
 TOKENS = ["TP2 SP tokens", "DP2 tokens", "PP2 VPP2 DP2 tokens"]
-DENSE = [name for name in LAYOUTS if "EP2" not in name and name not in TOKENS]
+PACKED = ["TP2 SP packed", "DP2 packed", "PP2 VPP2 DP2 packed", "TP2 PP2 SP FP8 rows packed"]
+DENSE = [name for name in LAYOUTS if not any(word in name for word in ("EP2", "tokens", "packed"))]
 QWEN = {"architecture": "qwen2", "qkv_bias": True}
 GEMMA2 = {
     "architecture": "gemma2",
@@ -63,16 +72,42 @@ EXPERTS = {
 }
 # Model and the layouts it is run at.
 MODELS = {
-    "untied": (QWEN, DENSE + TOKENS),
-    "tied": (QWEN | {"tied_embeddings": True}, [name for name in DENSE if "FP8" not in name]),
+    "untied": (QWEN, DENSE + TOKENS + PACKED),
+    "tied": (
+        QWEN | {"tied_embeddings": True},
+        [name for name in DENSE if "FP8" not in name] + ["TP2 PP2 SP packed"],
+    ),
     "qk norm": (
         {"architecture": "qwen3", "qk_norm": True},
         ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4"],
     ),
-    "gemma2": (GEMMA2, ["TP1", "TP2", "TP2 SP", "PP2 VPP2", "TP2 PP2 SP", "TP4"]),
+    "gemma2": (
+        GEMMA2,
+        [
+            "TP1",
+            "TP2",
+            "TP2 SP",
+            "PP2 VPP2",
+            "TP2 PP2 SP",
+            "TP4",
+            "TP1 packed",
+            "TP2 SP packed",
+            "PP2 VPP2 DP2 packed",
+        ],
+    ),
     "experts": (
         EXPERTS,
-        ["TP1", "TP2 SP", "PP2 VPP2", "DP4", "EP2", "TP2 SP EP2", "PP2 EP2", "EP2 tokens"],
+        [
+            "TP1",
+            "TP2 SP",
+            "PP2 VPP2",
+            "DP4",
+            "EP2",
+            "TP2 SP EP2",
+            "PP2 EP2",
+            "EP2 tokens",
+            "EP2 packed",
+        ],
     ),
 }
 CASES = [(model, layout) for model in MODELS for layout in MODELS[model][1]]

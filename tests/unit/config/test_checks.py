@@ -341,6 +341,21 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     data = {"max_prompt_tokens": 38}
     found = job_problems(job, ppo={"microbatch_tokens": 99}, parallel=parallel, data=data)
     assert [line.split(":")[0] for line in found] == ["ppo.microbatch_tokens=99"]
+    # Packed sequences are not padded one by one.
+    packed = {"microbatch_tokens": 98, "packing": True}
+    assert job_problems(job, ppo=packed, parallel=parallel, data=data) == []
+    assert job_problems(job, ppo=packed) == [
+        "ppo.microbatch_tokens=98: must hold the longest sequence, data.max_prompt_tokens + "
+        "rollout.max_response_tokens = 100. Use at least 100."
+    ]
+
+
+@pytest.mark.parametrize("job", ["ppo", "evaluate", "generate"])
+def test_packing_needs_a_token_budget(job_problems, job):
+    assert job_problems(job, ppo={"packing": True}) == [
+        "ppo.packing=true: needs a number of tokens per forward; ppo.microbatch_tokens is not set. "
+        "Set it, or ppo.packing=false."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,44 @@ def test_no_other_cut_is_smaller_or_better_balanced(lengths: list[int], max_toke
     assert max(cost(indices, lengths) for indices in found.indices) == largest_costs[fewest]
 
 
+@given(LENGTHS, st.integers(50, 300), st.integers(1, 24))
+def test_packing_stays_within_the_budget(lengths: list[int], max_tokens: int, least: int) -> None:
+    least = min(least, len(lengths))
+    found = split_by_tokens(lengths, max_tokens=max_tokens, min_microbatches=least, packed=True)
+    assert sorted(torch.cat(found.indices).tolist()) == list(range(len(lengths)))
+    fewest = fewest_by_tokens(lengths, max_tokens=max_tokens, packed=True)
+    assert len(found.indices) == max(fewest, least)
+    assert min(sizes(found)) >= 1
+    tokens = [sum(lengths[i] for i in part.tolist()) for part in found.indices]
+    assert max(tokens) <= max_tokens
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(50, 150))
+def test_packing_is_near_the_best_of_all_partitions(lengths: list[int], max_tokens: int) -> None:
+    best: dict[int, int] = {}
+    for places in itertools.product(range(len(lengths)), repeat=len(lengths)):
+        tokens = [0] * len(lengths)
+        for place, length in zip(places, lengths, strict=True):
+            tokens[place] += length
+        number = sum(t > 0 for t in tokens)
+        best[number] = min(best.get(number, max(tokens)), max(tokens))
+    found = split_by_tokens(lengths, max_tokens=max_tokens, packed=True)
+    fewest = min(number for number, largest in best.items() if largest <= max_tokens)
+    # Best fit, longest first, takes at most 11/9 of the fewest, plus 6/9 (Dosa et al. 2013).
+    assert fewest <= len(found.indices) <= (11 * fewest + 6) // 9
+    largest = max(sum(lengths[i] for i in part.tolist()) for part in found.indices)
+    assert largest <= best[len(found.indices)] * 4 / 3
+
+
+def test_packing_by_hand() -> None:
+    # Two of at most 10: 6 + 3 and 5 + 4, where a cut in the order of lengths would need three.
+    found = split_by_tokens([3, 4, 5, 6], max_tokens=10, packed=True)
+    assert [indices.tolist() for indices in found.indices] == [[3, 0], [2, 1]]
+    # Three although one would do: the longest goes alone, and the rest, 3 + 2 + 1, is halved.
+    found = split_by_tokens([2, 9, 3, 1], max_tokens=20, min_microbatches=3, packed=True)
+    assert sorted(sorted(i.tolist()) for i in found.indices) == [[0, 2], [1], [3]]
+
+
 @given(LENGTHS, st.integers(1, 4))
 def test_dealing_gives_every_rank_as_many_samples_and_nearly_as_many_tokens(
     lengths: list[int], num_ranks: int

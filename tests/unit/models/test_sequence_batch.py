@@ -9,8 +9,10 @@ from marlhf_mega.models.batch import SequenceBatch
 CPU = torch.device("cpu")
 
 
-def create(prompts, responses, multiple=1):
-    return SequenceBatch.create(prompts, responses, pad_id=0, multiple=multiple, device=CPU)
+def create(prompts, responses, multiple=1, *, packed=False):
+    return SequenceBatch.create(
+        prompts, responses, pad_id=0, multiple=multiple, device=CPU, packed=packed
+    )
 
 
 def test_a_batch_worked_by_hand():
@@ -30,15 +32,28 @@ def test_a_batch_worked_by_hand():
     assert batch.response_tokens.tolist() == [11, 12, 13, 14]
 
 
+def test_a_packed_batch_worked_by_hand():
+    batch = create([[5, 6, 7], [8]], [[11], [12, 13, 14]], multiple=6, packed=True)
+    assert batch.tokens.tolist() == [[5, 6, 7, 11, 8, 12, 13, 14, 0, 0, 0, 0]]
+    assert batch.lengths == (4, 4)
+    assert batch.response_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert batch.rows.tolist() == [0, 1, 1, 1]
+    assert batch.lines.tolist() == [0, 0, 0, 0]
+    assert batch.positions.tolist() == [3, 5, 6, 7]
+    assert batch.response_tokens.tolist() == [11, 12, 13, 14]
+    assert batch.to_grid(batch.response_tokens).tolist() == [[11, 0, 0], [12, 13, 14]]
+
+
 def test_the_length_is_rounded_up_to_the_multiple():
     assert create([[1, 2, 3]], [[4, 5]], multiple=4).tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
     assert create([[1, 2, 3]], [[4]], multiple=4).tokens.shape == (1, 4)
 
 
 def test_a_filler_row_has_no_response():
-    batch = create([[0], [3, 4]], [[], [5]])
-    assert batch.response_mask.tolist() == [[False], [True]]
-    assert batch.response_tokens.tolist() == [5]
+    for packed in (False, True):
+        batch = create([[0], [3, 4]], [[], [5]], packed=packed)
+        assert batch.response_mask.tolist() == [[False], [True]]
+        assert batch.response_tokens.tolist() == [5]
 
 
 def test_a_batch_of_fillers_keeps_one_column():
@@ -66,10 +81,11 @@ ids = st.integers(1, 99)
         max_size=5,
     ),
     multiple=st.integers(1, 5),
+    packed=st.booleans(),
 )
-def test_every_response_is_found_again(rows, multiple):
+def test_every_response_is_found_again(rows, multiple, packed):
     prompts, responses = zip(*rows, strict=True)
-    batch = create(prompts, responses, multiple)
+    batch = create(prompts, responses, multiple, packed=packed)
     assert batch.tokens.shape[1] % multiple == 0
     assert batch.response_tokens.tolist() == [token for r in responses for token in r]
     grid = batch.to_grid(batch.response_tokens)
