@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from marlhf_mega.config.checks import rollout_ranks
 from marlhf_mega.config.exit_codes import (
     EXIT_CODE_FILE,
     EXIT_FAILED,
@@ -125,7 +126,8 @@ def _prepare(command: str, config: Config) -> Callable[[], int]:
 
     inputs = getattr(job, f"{command}_inputs")(config, world_size_from_environment())
     run_job = getattr(job, f"run_{command}")
-    return lambda: _on_mesh(inputs.config, lambda mesh: run_job(inputs, mesh))
+    apart = rollout_ranks(inputs.config, command)
+    return lambda: _on_mesh(inputs.config, lambda mesh: run_job(inputs, mesh), apart)
 
 
 def _dry_run(config: Config, options: argparse.Namespace) -> int:
@@ -147,11 +149,16 @@ def _doctor(config: Config) -> int:
     return EXIT_FAILED if any(finding.status == "FAIL" for finding in findings) else 0
 
 
-def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
+def _on_mesh(config: Config, work: Callable[[Any], Any], num_rollout_ranks: int) -> int:
     from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
     from marlhf_mega.train.stop import EarlyEndError
 
-    mesh = create_mesh(config.parallel, timeout_seconds=config.watchdog.collective_seconds)
+    mesh = create_mesh(
+        config.parallel,
+        num_rollout_ranks=num_rollout_ranks,
+        rollout_parallel=config.rollout_parallel,
+        timeout_seconds=config.watchdog.collective_seconds,
+    )
     code = 0
     try:
         work(mesh)
@@ -159,7 +166,7 @@ def _on_mesh(config: Config, work: Callable[[Any], Any]) -> int:
         logging.getLogger(__name__).info("%s", end)
         code = end.code
     except (RuntimeError, ValueError) as error:
-        logging.getLogger(__name__).exception("rank %d failed: %s", mesh.rank, error)
+        logging.getLogger(__name__).exception("rank %d failed: %s", mesh.launch.rank, error)
         return EXIT_FAILED
     destroy_mesh()
     return code

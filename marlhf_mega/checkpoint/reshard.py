@@ -45,20 +45,30 @@ def describe(
     return blocks
 
 
+Place = tuple[Sequence[StageModel], Mesh]
+"""This rank's chunks of a model and where it stands in their layout."""
+
+
 def connect(
-    source: tuple[Sequence[StageModel], Mesh],
-    target: tuple[Sequence[StageModel], Mesh],
-    *,
-    bucket_bytes: int = MOVE_BUCKET_BYTES,
+    source: Place | None, target: Place | None, *, bucket_bytes: int = MOVE_BUCKET_BYTES
 ) -> Mover:
-    """Plan how to fill one model from another of the same shape. All ranks call it.
+    """Plan how to fill one model from another of the same shape. All ranks of the launch call it.
 
     Args:
-        source: this rank's chunks and its place in their layout.
-        target: likewise.
+        source: what this rank gives; none: nothing.
+        target: what it is to get; none: nothing.
         bucket_bytes: memory that a move may take besides the weights.
     """
-    return Mover(_described(*source), _described(*target), source[1], bucket_bytes=bucket_bytes)
+    place = source or target
+    assert place is not None, "every rank has a part in one of the models"
+    _, mesh = place
+    return Mover(
+        _described(*source) if source else ([], []),
+        _described(*target) if target else ([], []),
+        mesh.launch,
+        mesh.platform,
+        bucket_bytes=bucket_bytes,
+    )
 
 
 def _described(chunks: Sequence[StageModel], mesh: Mesh) -> tuple[list[Block], list[Tensor]]:

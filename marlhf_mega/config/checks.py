@@ -12,25 +12,38 @@ WITHOUT_TRAINING: tuple[Job, ...] = ("evaluate", "generate")
 GENERATING: tuple[Job, ...] = ("ppo", "offline", *WITHOUT_TRAINING)
 
 
-def check_world(config: Config, world_size: int) -> int:
-    """Check that the layout fits the model and the world.
+def rollout_ranks(config: Config, job: str) -> int:
+    """Return how many ranks of a job only generate; other jobs than ppo have none."""
+    return config.rollout.ranks if job == "ppo" else 0
+
+
+def check_world(config: Config, world_size: int, *, apart: int = 0) -> int:
+    """Check that the layout fits the model and the ranks.
 
     Args:
         config: the resolved configuration.
         world_size: number of ranks.
+        apart: so many of them only generate.
 
     Returns:
-        The data-parallel size.
+        The data-parallel size of training.
 
     Raises:
         ConfigError: one line for every rule that is broken.
     """
-    problems = list(_layout_problems(config, config.parallel, "parallel", world_size))
-    if config.rollout_parallel != config.parallel and not problems:
-        problems += _layout_problems(config, config.rollout_parallel, "rollout", world_size)
+    if apart >= world_size:
+        raise ConfigError(
+            f"rollout.ranks={apart}: must leave ranks that train; {world_size} are started. Lower "
+            "it or start more ranks."
+        )
+    num_training = world_size - apart
+    problems = list(_layout_problems(config, config.parallel, "parallel", num_training))
+    if (apart or config.rollout_parallel != config.parallel) and not problems:
+        num_generating = apart or world_size
+        problems += _layout_problems(config, config.rollout_parallel, "rollout", num_generating)
     if problems:
         raise ConfigError("\n".join(problems))
-    return world_size // config.parallel.model_size
+    return num_training // config.parallel.model_size
 
 
 def check_job(config: Config, job: Job, data_size: int) -> None:
@@ -66,6 +79,7 @@ def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
     if job == "ppo":
         yield from _ppo_problems(config)
         yield from _sampler_problems(config)
+        yield from _separate_problems(config)
     yield from _offload_problems(config, job)
     if job in ("ppo", *WITHOUT_TRAINING):
         yield from _budget_problems(config)
@@ -156,10 +170,12 @@ def _fp8_problems(config: Config) -> Iterator[str]:
             f"precision.fp8_edge_layers_bf16={edge}: must not exceed the {here} layers of a "
             "pipeline stage. Lower it."
         )
-    if precision.fp8_param_gather and config.rollout_parallel != parallel:
+    moves = config.rollout.ranks or config.rollout_parallel != parallel
+    if precision.fp8_param_gather and moves:
         yield (
-            "precision.fp8_param_gather=true: weights in FP8 cannot move to the rollout's own "
-            "layout. Set it to false, or leave out rollout.tensor_size and rollout.pipeline_size."
+            "precision.fp8_param_gather=true: weights in FP8 cannot move to ranks or a layout of "
+            "the rollout's own. Set it to false, or leave out rollout.ranks, rollout.tensor_size "
+            "and rollout.pipeline_size."
         )
 
 
@@ -291,6 +307,26 @@ def _sampler_problems(config: Config) -> Iterator[str]:
         yield (
             f"ppo.sampler_cap={config.ppo.sampler_cap}: needs the trainer's log-probs beside the "
             "sampler's. Set ppo.old_logprobs=trainer, or ppo.sampler_cap=null."
+        )
+
+
+def _separate_problems(config: Config) -> Iterator[str]:
+    """Ranks that only generate."""
+    rollout, ppo, precision = config.rollout, config.ppo, config.precision
+    if rollout.staleness and not rollout.ranks:
+        yield (
+            f"rollout.staleness={rollout.staleness}: needs rollout.ranks > 0, or nothing would "
+            "overlap; it is 0. Set rollout.ranks, or rollout.staleness=0."
+        )
+    if rollout.staleness and ppo.old_logprobs == "trainer" and ppo.sampler_cap is None:
+        yield (
+            f"rollout.staleness={rollout.staleness}: samples of older weights need "
+            "ppo.sampler_cap; it is not set. Set it to 2, say, or ppo.old_logprobs=sampler."
+        )
+    if rollout.ranks and precision.fp8 != "off" and precision.fp8_on_divergence == "leave":
+        yield (
+            "precision.fp8_on_divergence=leave: ranks that only generate would not leave FP8. Set "
+            "it to warn, or rollout.ranks=0."
         )
 
 

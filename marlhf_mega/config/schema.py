@@ -199,6 +199,11 @@ class RolloutConfig(Section):
     """Responses to each prompt; batch_size must be a multiple."""
     slots: int | None = Field(None, gt=0)
     """Sequences decoded together on one data-parallel rank; none: the rank's whole share."""
+    ranks: int = Field(0, ge=0)
+    """ppo: so many ranks, the last ones, only generate; 0: all ranks train and generate."""
+    staleness: Literal[0, 1] = 0
+    """1: `ranks` generate the next step's samples while this one's are trained on, by weights that
+    are one step old; 0: they wait for the newest weights."""
     tensor_size: int | None = Field(None, gt=0)
     """Ranks that share every matrix while generating; none: as in training."""
     pipeline_size: int | None = Field(None, gt=0)

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from marlhf_mega import platform
 from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.parallel.launch import Launch
 from marlhf_mega.platform import Platform
 
 Group = dist.ProcessGroup
@@ -46,6 +48,10 @@ class Mesh:
     ep_size: int
     dp_rank: int
     dp_size: int
+    launch: Launch
+    """The ranks of this world and, where some ranks only generate, of the other one."""
+    only_generates: bool
+    """Whether this world is that of the ranks that only generate."""
     groups: ProcessGroupCollection
     """Megatron-Core's groups: tp, pp, cp, ep, dp, dp_cp, embd, ..."""
     rollout_pp: Group
@@ -100,23 +106,53 @@ class Mesh:
         parts += [f"DP{self.dp_size}"]
         sp = " + SP" if self.parallel.sequence_parallel else ""
         where = f"{self.platform.backend}, {self.platform.name}"
-        return f"{self.world_size} ranks: {' x '.join(parts)}{sp} ({where})"
+        others = self.launch.size - self.world_size
+        more = f", {others} more that {'train' if self.only_generates else 'only generate'}"
+        ranks = f"{self.world_size} ranks: {' x '.join(parts)}{sp} ({where})"
+        return ranks + (more if others else "")
 
 
-def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) -> Mesh:
+def create_mesh(
+    parallel: ParallelConfig,
+    *,
+    num_rollout_ranks: int = 0,
+    rollout_parallel: ParallelConfig | None = None,
+    timeout_seconds: float = 1800.0,
+) -> Mesh:
     """Join the world, unless joined already, and build every process group. All ranks call it.
 
     Without torchrun's environment the world is this one process.
 
     Args:
         parallel: degrees; what is left of the world is data parallel.
+        num_rollout_ranks: so many ranks, the last ones, become a world of their own.
+        rollout_parallel: degrees of that world.
         timeout_seconds: how long a collective may take.
 
     Returns:
-        The mesh as this rank sees it.
+        The mesh of this rank's world as this rank sees it.
     """
     here = platform.current()
-    _join_world(here, timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    if not num_rollout_ranks:
+        _join_world(here, timeout)
+        return _build_mesh(parallel, here, _whole_world(here), timeout_seconds=timeout_seconds)
+    launch, only_generates = _join_half(here, num_rollout_ranks, timeout)
+    if only_generates and rollout_parallel is not None:
+        parallel = rollout_parallel
+    return _build_mesh(
+        parallel, here, launch, only_generates=only_generates, timeout_seconds=timeout_seconds
+    )
+
+
+def _build_mesh(
+    parallel: ParallelConfig,
+    here: Platform,
+    launch: Launch,
+    *,
+    only_generates: bool = False,
+    timeout_seconds: float,
+) -> Mesh:
     virtual = parallel.virtual_pipeline_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_size,
@@ -148,6 +184,8 @@ def create_mesh(parallel: ParallelConfig, *, timeout_seconds: float = 1800.0) ->
         ep_size=groups.ep.size(),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
+        launch=launch,
+        only_generates=only_generates,
         groups=groups,
         rollout_pp=_copy_of_pipeline_groups(groups.pp),
         timeout_seconds=timeout_seconds,
@@ -164,7 +202,9 @@ def create_second_mesh(parallel: ParallelConfig, main: Mesh) -> Mesh:
     """
     vars(parallel_state).update(_NO_GROUPS)
     try:
-        return create_mesh(parallel, timeout_seconds=main.timeout_seconds)
+        return _build_mesh(
+            parallel, main.platform, main.launch, timeout_seconds=main.timeout_seconds
+        )
     finally:
         vars(parallel_state).update(main.megatron_globals)
 
@@ -211,6 +251,43 @@ def _join_world(here: Platform, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=device_id,
     )
+
+
+def _whole_world(here: Platform) -> Launch:
+    return Launch(
+        group=dist.group.WORLD, rank=dist.get_rank(), size=dist.get_world_size(), device=here.device
+    )
+
+
+def _join_half(here: Platform, num_rollout_ranks: int, timeout: timedelta) -> tuple[Launch, bool]:
+    """Make two worlds of the ranks, joined by one backend.
+
+    Everything that speaks of the world, Megatron's groups included, then means one half. No
+    ordinary process group could span both: torch numbers a group's ranks by the world's.
+
+    Returns:
+        What joins them, and whether this rank is of the half that only generates.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    num_training = size - num_rollout_ranks
+    generates = rank >= num_training
+    dist.init_process_group(
+        here.backend,
+        store=PrefixStore("rollout" if generates else "training", store),
+        rank=rank - num_training if generates else rank,
+        world_size=num_rollout_ranks if generates else num_training,
+        timeout=timeout,
+        device_id=here.device if here.name == "cuda" else None,
+    )
+    # Between two messages the other half does a whole step, of which every phase has its limit.
+    patience, joining = timeout * 8, PrefixStore("launch", store)
+    if here.name == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = patience
+        backend: Any = dist.ProcessGroupNCCL(joining, rank, size, options)
+    else:
+        backend = dist.ProcessGroupGloo(joining, rank, size, patience)
+    return Launch(group=backend, rank=rank, size=size, device=here.device), generates
 
 
 def _copy_of_pipeline_groups(pipeline: Group) -> Group:

@@ -1,4 +1,4 @@
-"""Move weights between two layouts of the same ranks, a bucket at a time."""
+"""Move weights between two layouts, a bucket at a time."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
-from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.launch import Launch
 from marlhf_mega.parallel.transfer_plan import (
     Block,
     Transfer,
@@ -18,6 +18,7 @@ from marlhf_mega.parallel.transfer_plan import (
     plan_transfers,
     schedule_rounds,
 )
+from marlhf_mega.platform import Platform
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class _Round:
 
 
 class Mover:
-    """Fills parameters of one layout from those of another. All ranks call every method."""
+    """Fills parameters of one layout from those of another; all ranks of both call its methods."""
 
     def __init__(
         self,
         sources: tuple[Sequence[Block], Sequence[Tensor]],
         targets: tuple[Sequence[Block], Sequence[Tensor]],
-        mesh: Mesh,
+        launch: Launch,
+        platform: Platform,
         *,
         bucket_bytes: int = MOVE_BUCKET_BYTES,
     ) -> None:
@@ -50,53 +52,51 @@ class Mover:
         Args:
             sources: this rank's blocks, and the parameters that their numbers mean.
             targets: what it is to hold, likewise.
-            mesh: of either layout: only the world and the device are read.
+            launch: the ranks of both layouts; one may have a part in one of them only.
+            platform: of this rank.
             bucket_bytes: memory for all buckets of a rank together.
 
         Raises:
             RuntimeError: the layouts are not of the same model.
         """
-        self.mesh = mesh
+        self.launch, self.platform = launch, platform
         self.sources, self.targets = list(sources[1]), list(targets[1])
-        both: list[tuple[Sequence[Block], Sequence[Block]]]
-        both = [(sources[0], targets[0])] * mesh.world_size
-        dist.all_gather_object(both, (sources[0], targets[0]))
+        both = launch.gather((sources[0], targets[0]))
         plan = plan_transfers([b[0] for b in both], [b[1] for b in both])
         rounds = schedule_rounds(plan, limit_bytes=bucket_bytes // 4)
         self.total_bytes = sum(t.num_bytes for t in plan if not t.is_local)
         """What all ranks together send to others in one move."""
         self.seconds = 0.0
         """How long the last move took on this rank."""
-        self._local = [t for t in plan if t.is_local and t.source == mesh.rank]
+        self._local = [t for t in plan if t.is_local and t.source == launch.rank]
         self._rounds = [self._own(transfers) for transfers in rounds]
 
     @torch.no_grad()
     def move(self) -> None:
         """Copy the source's values into the target; returns when this rank's are in place."""
-        self.mesh.platform.synchronize()
+        self.platform.synchronize()
         start = time.perf_counter()
         self._allocate()
         buckets = [self._buckets(number) for number in range(min(2, len(self._rounds)))]
-        works: list[dist.Work | None] = []
+        works: list[dist.Work] = []
         for number, this in enumerate(self._rounds):
             out, into = buckets[number % 2]
             if number >= 2:
                 self._unpack(number - 2, works, into)
             self._pack(this, out)
             works.append(
-                dist.all_to_all_single(
+                self.launch.exchange(
                     into[: sum(this.into_sizes)],
                     out[: sum(this.out_sizes)],
-                    output_split_sizes=this.into_sizes,
-                    input_split_sizes=this.out_sizes,
-                    async_op=True,
+                    into_sizes=this.into_sizes,
+                    out_sizes=this.out_sizes,
                 )
             )
         for transfer in self._local:
             self._target_part(transfer).copy_(self._source_part(transfer))
         for number in range(max(0, len(works) - 2), len(works)):
             self._unpack(number, works, buckets[number % 2][1])
-        self.mesh.platform.synchronize()
+        self.platform.synchronize()
         self.seconds = time.perf_counter() - start
 
     def release(self) -> None:
@@ -122,7 +122,7 @@ class Mover:
                 tensor.zero_()
 
     def _own(self, transfers: Sequence[Transfer]) -> _Round:
-        rank, world = self.mesh.rank, range(self.mesh.world_size)
+        rank, world = self.launch.rank, range(self.launch.size)
         out = sorted((t for t in transfers if t.source == rank), key=lambda t: t.target)
         into = sorted((t for t in transfers if t.target == rank), key=lambda t: t.source)
         return _Round(
@@ -138,7 +138,7 @@ class Mover:
 
         def room(sizes: Sequence[list[int]]) -> Tensor:
             most = max(map(sum, sizes))
-            return torch.empty(most, dtype=torch.uint8, device=self.mesh.device)
+            return torch.empty(most, dtype=torch.uint8, device=self.launch.device)
 
         return room([r.out_sizes for r in mine]), room([r.into_sizes for r in mine])
 
@@ -149,10 +149,8 @@ class Mover:
             _typed(bucket, done, transfer, part).copy_(part)
             done += padded_bytes(transfer)
 
-    def _unpack(self, number: int, works: list[dist.Work | None], bucket: Tensor) -> None:
-        work = works[number]
-        assert work is not None
-        work.wait()
+    def _unpack(self, number: int, works: Sequence[dist.Work], bucket: Tensor) -> None:
+        works[number].wait()
         done = 0
         for transfer in self._rounds[number].into:
             part = self._target_part(transfer)

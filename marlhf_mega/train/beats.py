@@ -12,6 +12,9 @@ from typing import Literal, Self
 from marlhf_mega.config.exit_codes import EXIT_HUNG
 from marlhf_mega.config.schema import WatchdogConfig
 
+WAITING = "waiting for the training ranks"
+"""Phase of a rank that only generates: without a limit, since theirs are watched."""
+
 _NOTE_BYTES = 512
 
 
@@ -70,6 +73,8 @@ class Answer:
     """What a rank says of itself after an alarm: the first line of its file of stacks."""
 
     rank: int
+    trains: bool
+    """Whether it trains, or only generates."""
     count: int
     step: int
     phase: str
@@ -92,8 +97,8 @@ def describe(
 ) -> str:
     """Name the ranks that hold up the run, in one line.
 
-    Those are the ranks that do not answer, else those behind all others; of several, those that
-    do not wait for another rank.
+    Those are the ranks that do not answer, else those behind all others that go through the same
+    phases; of several, those that do not wait for another rank.
 
     Args:
         answers: of the ranks that could write their stacks; at least one.
@@ -113,8 +118,8 @@ def describe(
         said = [f"rank {n.rank} was last seen in step {n.step}, {n.phase}" for n in silent]
         said.append("no answer: stopped, or the machine is gone")
     else:
-        last = min(answer.count for answer in answers)
-        behind = [answer for answer in answers if answer.count == last]
+        asked = [a for a in answers if a.phase != WAITING]
+        behind = [a for a in asked if a.count == _lowest_count(asked, trains=a.trains)]
         busy = [answer for answer in behind if not answer.waits] or behind
         phase = busy[0].phase
         said = [
@@ -127,6 +132,10 @@ def describe(
         f"{EXIT_HUNG}, their stacks are in {stacks}. Start again, or raise the limit if the work "
         "takes that long."
     )
+
+
+def _lowest_count(answers: Sequence[Answer], *, trains: bool) -> int:
+    return min(answer.count for answer in answers if answer.trains == trains)
 
 
 def this_host() -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from marlhf_mega import platform
-from marlhf_mega.config.checks import WITHOUT_TRAINING, Job, check_job, check_world
+from marlhf_mega.config.checks import WITHOUT_TRAINING, Job, check_job, check_world, rollout_ranks
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
@@ -57,7 +57,7 @@ def read_inputs(
     Raises:
         ValueError: anything that the user has to mend.
     """
-    data_size = check_world(config, world_size)
+    data_size = check_world(config, world_size, apart=rollout_ranks(config, job))
     check_job(config, job, data_size)
     check_wandb(config.logging.wandb)
     _check_fp8(config)

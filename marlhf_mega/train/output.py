@@ -49,7 +49,7 @@ class RunOutput:
         self.config = inputs.config
         self.timers = PhaseTimers(mesh.platform.synchronize, self._enter_phase)
         self.peaks = PhasePeaks(mesh.platform)
-        self._faults = Faults(mesh.rank, self.config.run.dir)
+        self._faults = Faults(mesh.launch.rank, self.config.run.dir)
         self._stragglers = Stragglers(mesh)
         self._watchdog = Watchdog(self.config, mesh, step=first_step)
         self._writer: MetricsWriter | None = None

@@ -11,7 +11,6 @@ from torch import Tensor
 from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
-from marlhf_mega.data.stream import SampleStream
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
@@ -26,11 +25,8 @@ from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.offload import TRAINING
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rewards.rule import check_importable
-from marlhf_mega.rollout.deal import balance
-from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
 from marlhf_mega.train.build import (
-    build_generator,
     build_roles,
     critic_origin,
     policy_origin,
@@ -41,10 +37,11 @@ from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
+from marlhf_mega.train.rollouts import create_rollouts, serve_rollouts
 from marlhf_mega.train.stop import StopRequest, count_attempt
 from marlhf_mega.update import ppo as update
 from marlhf_mega.update.divergence import PrecisionGuard
-from marlhf_mega.update.ppo import local_indices, ppo_update
+from marlhf_mega.update.ppo import ppo_update
 
 _STATE = ("step", "stream", "kl_coef", "reward_moments", "first_scores")
 """What a checkpoint holds besides the models and the configuration."""
@@ -71,17 +68,21 @@ def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
 
 
 def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[str, float]]:
-    """Train the policy against the reward. All ranks call it.
+    """Train the policy against the reward. All ranks call it; some may only generate.
 
     Returns:
-        Held-out results before the first step (empty after a resume) and at the end.
+        Held-out results before the first step (empty after a resume) and at the end; nothing on
+        ranks that only generate.
     """
+    if mesh.only_generates:
+        serve_rollouts(inputs, mesh)
+        return {}, {}
     run = PpoRun(inputs, mesh)
     config, first = inputs.config, run.first_step
     before: dict[str, float] = {}
-    count_attempt(config, first, mesh)
-    request = StopRequest(config, mesh)
-    with run.output as output:
+    with run.output as output, run.rollouts:
+        count_attempt(config, first, mesh)
+        request = StopRequest(config, mesh)
         if first == 0:
             before = run.evaluate(step=0)
         for step in range(first, run.num_steps):
@@ -114,14 +115,12 @@ class PpoRun:
         config, tokenizer = inputs.config, inputs.tokenizer
         self.config, self.inputs, self.mesh, self.tokenizer = config, inputs, mesh, tokenizer
         rollout, ppo = config.rollout, config.ppo
-        num_prompts = rollout.batch_size // rollout.samples_per_prompt
-        self.num_steps = config.run.steps or max(1, len(inputs.train) // num_prompts)
+        prompts_per_step = rollout.batch_size // rollout.samples_per_prompt
+        self.num_steps = config.run.steps or max(1, len(inputs.train) // prompts_per_step)
         optimizer_steps = self.num_steps * ppo.epochs * (rollout.batch_size // ppo.minibatch_size)
         self.roles = build_roles(config, tokenizer, mesh, optimizer_steps=optimizer_steps)
         self.policy: list[StageModel] = [ddp.module for ddp in self.roles.policy.chunks]
-        self.generator, self.mover = build_generator(
-            self.policy, config, mesh, eos_id=tokenizer.eos_id
-        )
+        self.rollouts = create_rollouts(inputs, mesh, self.policy, num_steps=self.num_steps)
         self.scorer = Scorer(
             config.reward.source,
             self.roles.rewards,
@@ -139,19 +138,12 @@ class PpoRun:
                 inputs.validation,
                 tokenizer,
                 self.scorer,
-                self.generator,
+                self.rollouts.generator,
                 mesh,
                 offload=self.roles.offload,
             )
             if inputs.validation
             else None
-        )
-        self.stream = SampleStream(
-            num_samples=len(inputs.train),
-            batch_size=num_prompts,
-            seed=config.run.seed,
-            shuffle=config.data.shuffle,
-            data_hash=inputs.data_hash,
         )
         self.role_timers = PhaseTimers(mesh.platform.synchronize)
         self.kl_coef = ppo.kl_coef
@@ -159,7 +151,7 @@ class PpoRun:
         self.precision = PrecisionGuard(
             config,
             mesh,
-            [*self.roles.policy.chunks, *self.roles.critic.chunks, *self.generator.chunks],
+            [*self.roles.policy.chunks, *self.roles.critic.chunks, *self.rollouts.generator.chunks],
         )
         self.last_results: dict[str, float] = {}
         self.trained = {"policy": self.roles.policy, "critic": self.roles.critic}
@@ -179,7 +171,7 @@ class PpoRun:
             maximum=[*builder.MAXIMA, *PHASE_PEAKS],
         )
         with timers("rollout"), peaks("rollout"):
-            prompts, rollout = self._rollout(step)
+            prompts, rollout = self.rollouts.next(step)
         self.saver.poll()
         with timers("experience"), peaks("experience"):
             experience, scores = self.builder.build(
@@ -233,9 +225,10 @@ class PpoRun:
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` PPO steps."""
         moments = self.builder.moments
+        self.rollouts.settle()
         state = {
             "step": done,
-            "stream": self.stream.state_dict(),
+            **self.rollouts.state_dict(),
             "kl_coef": self.kl_coef,
             "reward_moments": [moments.count, moments.mean, moments.square_deviation],
             "first_scores": self.first_scores,
@@ -263,7 +256,7 @@ class PpoRun:
         state = resume(self.config, "ppo", self.trained, self.mesh, required=_STATE)
         if state is None:
             return 0
-        self.stream.load_state_dict(state["stream"])
+        self.rollouts.load_state_dict(state)
         self.kl_coef = float(state["kl_coef"])
         count, mean, square_deviation = state["reward_moments"]
         self.builder.moments = RunningMoments(
@@ -273,31 +266,6 @@ class PpoRun:
         if state.get("fp8_left"):
             self.precision.leave()
         return int(state["step"])
-
-    def _rollout(self, step: int) -> tuple[list[Prompt], Rollout]:
-        """Generate this replica's share of the step's samples."""
-        settings = self.config.rollout
-        drawn = self.stream.next_batch().tolist()
-        own = local_indices(settings.batch_size, self.config.ppo.minibatch_size, self.mesh)
-        everyone = [
-            self.inputs.train[drawn[i // settings.samples_per_prompt]]
-            for i in range(settings.batch_size)
-        ]
-        rollout = self.generator.generate(
-            [everyone[i].prompt_ids for i in own],
-            own,
-            rule=SamplingRule(
-                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-            ),
-            max_response_tokens=settings.max_response_tokens,
-            seed=self.config.run.seed,
-            step=step,
-            slots=settings.slots,
-        )
-        if self.config.ppo.microbatch_tokens is not None:
-            size = self.config.ppo.minibatch_size
-            rollout = balance(rollout, minibatch_size=size, mesh=self.mesh)
-        return [everyone[i] for i in rollout.sample_indices], rollout
 
     def _samples(
         self, prompts: Sequence[Prompt], experience: Experience, scores: Tensor
@@ -343,22 +311,24 @@ class PpoRun:
     def _add_rates(self, metrics: dict[str, float]) -> None:
         """Turn work and seconds into rates, and into MFU where the peak is known."""
         timers, roles = self.output.timers, self.role_timers
-        seconds = {phase: timers.seconds(phase) for phase in ("rollout", "experience")}
-        whole = sum(seconds.values()) + timers.seconds("update")
-        seconds |= {role: roles.seconds(role) for role in ("policy", "critic")}
+        generating, num_generating = self.rollouts.work_seconds(timers.seconds("rollout"))
+        training = {"experience": timers.seconds("experience")}
+        whole = sum(map(timers.seconds, ("rollout", "experience", "update")))
+        training |= {role: roles.seconds(role) for role in ("policy", "critic")}
         roles.drain()
         metrics["perf/tokens_per_second"] = metrics["experience/work_tokens"] / whole
-        found = rates.rates(
-            metrics,
-            seconds,
-            num_devices=self.mesh.world_size,
-            device_name=self.mesh.platform.device_name,
-        )
-        metrics["rollout/tokens_per_second"] = found.pop("perf/tokens_per_second_rollout")
-        metrics |= found
-        if self.mover is not None:
-            metrics["time/reshard_seconds"] = self.mover.seconds
-            metrics["rollout/reshard_gib"] = self.mover.total_bytes / 2**30
+        for seconds, num_devices in (
+            ({"rollout": generating}, num_generating),
+            (training, self.mesh.world_size),
+        ):
+            metrics |= rates.rates(
+                metrics,
+                seconds,
+                num_devices=num_devices,
+                device_name=self.mesh.platform.device_name,
+            )
+        metrics["rollout/tokens_per_second"] = metrics.pop("perf/tokens_per_second_rollout")
+        metrics |= self.rollouts.metrics()
         if self.roles.offload.is_on:
             metrics["time/offload_seconds"] = self.roles.offload.drain_seconds()
 

@@ -72,6 +72,11 @@ def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
                 f"{section}: quickstart makes its own data and trains its own reward model. "
                 "Remove the section, or run sft, reward and ppo with a config of your own."
             )
+    if user.rollout.ranks:
+        raise ConfigError(
+            f"rollout.ranks={user.rollout.ranks}: quickstart runs all its jobs on the same ranks. "
+            "Leave it out, or run sft, reward and ppo with a config of your own."
+        )
     settings = _over(
         SETTINGS | {"parallel": _layout(world_size)}, user.model_dump(exclude_unset=True)
     )

@@ -30,6 +30,7 @@ _FREE = {
     "data.train_path",
     "data.validation_path",
     "rollout.slots",
+    "rollout.ranks",
     "rollout.tensor_size",
     "rollout.pipeline_size",
 }

@@ -21,9 +21,8 @@ from typing import Self
 
 from marlhf_mega.config.exit_codes import EXIT_HUNG
 from marlhf_mega.config.schema import Config
-from marlhf_mega.parallel.collectives import share_from_first
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.train.beats import Answer, Note, describe, this_host
+from marlhf_mega.train.beats import WAITING, Answer, Note, describe, this_host
 from marlhf_mega.train.stop import EarlyEndError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,12 @@ ANSWER_SECONDS = 3.0
 FAILED_SECONDS = 10.0
 """Time that the others get to fail as well, once a rank has."""
 
-_WAITING_FILES = ("distributed_c10d.py", "p2p_communication.py", "param_and_grad_buffer.py")
+_WAITING_FILES = (
+    "distributed_c10d.py",
+    "parallel/launch.py",
+    "p2p_communication.py",
+    "param_and_grad_buffer.py",
+)
 """Where the main thread stands while it waits for other ranks."""
 
 
@@ -54,7 +58,8 @@ class Watchdog:
         """
         self.step = step
         self._limits, self._run_dir, self._mesh = config.watchdog, config.run.dir, mesh
-        self._session = share_from_first(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", mesh)
+        session = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self._session = mesh.launch.broadcast(session, source=0)
         self._host = this_host()
         self._stacks = self._run_dir / "stacks" / self._session
         self._ended = threading.Event()
@@ -86,7 +91,7 @@ class Watchdog:
         self._put(
             Note(
                 session=self._session,
-                rank=self._mesh.rank,
+                rank=self._mesh.launch.rank,
                 pid=os.getpid(),
                 host=self._host,
                 count=self._count,
@@ -137,13 +142,14 @@ class Watchdog:
 
     def _next_note(self) -> Note | None:
         """Return the next rank's note; none of a rank alone, or before the note is there."""
-        rank = (self._mesh.rank + 1) % self._mesh.world_size
-        if rank == self._mesh.rank:
+        launch = self._mesh.launch
+        rank = (launch.rank + 1) % launch.size
+        if rank == launch.rank:
             return None
         return Note.read(self._note_path(rank), self._session)
 
     def _is_late(self, note: Note, seconds: float) -> bool:
-        _, limit = self._limits.limit_of(note.phase)
+        limit = None if note.phase == WAITING else self._limits.limit_of(note.phase)[1]
         if note.state != "running":
             limit = FAILED_SECONDS if note.state == "failed" else None
         return limit is not None and seconds > limit
@@ -178,7 +184,8 @@ class Watchdog:
         frame = _main_frame()
         file = Path(frame.f_code.co_filename)
         answer = Answer(
-            rank=self._mesh.rank,
+            rank=self._note.rank,
+            trains=not self._mesh.only_generates,
             count=self._note.count,
             step=self._note.step,
             phase=self._note.phase,
@@ -186,7 +193,7 @@ class Watchdog:
             where=f"{'/'.join(file.parts[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}",
             waits=_waits(frame),
         )
-        target = self._stack_path(self._mesh.rank)
+        target = self._stack_path(self._note.rank)
         partial = target.with_suffix(".tmp")
         with partial.open("w", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(answer)) + "\n\n")
@@ -196,7 +203,7 @@ class Watchdog:
 
     def _silent(self) -> list[Note]:
         """Return the notes of the ranks that should have answered and have not."""
-        ranks = range(self._mesh.world_size)
+        ranks = range(self._mesh.launch.size)
         missing = [rank for rank in ranks if not self._stack_path(rank).is_file()]
         notes = [Note.read(self._note_path(rank), self._session) for rank in missing]
         return [note for note in notes if note is not None and note.state != "ended"]

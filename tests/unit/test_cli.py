@@ -268,6 +268,11 @@ def test_quickstart_refuses_what_it_decides_itself(capsys):
     assert capsys.readouterr().err.startswith("data: quickstart makes its own data")
 
 
+def test_the_quickstart_runs_all_jobs_on_the_same_ranks(capsys):
+    assert run(["quickstart", "rollout.ranks=1"]) == 2
+    assert capsys.readouterr().err.startswith("rollout.ranks=1: quickstart runs all its jobs on")
+
+
 def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys):
     arguments = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train_path={files / 'sft.jsonl'}"]
     arguments += [f"tokenizer.path={files / 'tok'}", "model.vocab_size=400", "--check"]

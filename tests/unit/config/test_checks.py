@@ -20,9 +20,9 @@ def make(**sections):
     return Config.model_validate({"model": MODEL | sections.pop("model", {}), **sections})
 
 
-def world_problems(world_size, **sections):
+def world_problems(world_size, *, apart=0, **sections):
     with pytest.raises(ConfigError) as error:
-        check_world(make(**sections), world_size)
+        check_world(make(**sections), world_size, apart=apart)
     return str(error.value).splitlines()
 
 
@@ -436,16 +436,55 @@ def test_fp8_suits_the_model(precision, model, line):
     assert problems == [line]
 
 
-def test_weights_in_fp8_stay_at_the_training_layout():
+@pytest.mark.parametrize(("rollout", "apart"), [({"tensor_size": 2}, 0), ({"ranks": 1}, 1)])
+def test_weights_in_fp8_stay_at_the_training_layout(rollout, apart):
     problems = world_problems(
         2,
+        apart=apart,
         precision={"fp8": "hybrid", "fp8_param_gather": True},
         model={"hidden_size": 64},
-        rollout={"tensor_size": 2},
+        rollout=rollout,
     )
     assert problems == [
-        "precision.fp8_param_gather=true: weights in FP8 cannot move to the rollout's own "
-        "layout. Set it to false, or leave out rollout.tensor_size and rollout.pipeline_size."
+        "precision.fp8_param_gather=true: weights in FP8 cannot move to ranks or a layout of the "
+        "rollout's own. Set it to false, or leave out rollout.ranks, rollout.tensor_size and "
+        "rollout.pipeline_size."
+    ]
+
+
+def test_ranks_that_only_generate_leave_the_others_to_train():
+    layout = {"parallel": {"tensor_size": 2}, "rollout": {"ranks": 3, "tensor_size": 1}}
+    assert check_world(make(**layout), 7, apart=3) == 2
+    assert world_problems(3, apart=3, **layout) == [
+        "rollout.ranks=3: must leave ranks that train; 3 are started. Lower it or start more ranks."
+    ]
+    assert world_problems(6, apart=3, **layout)[0].startswith("parallel: tensor_size * pipeline")
+    both = {"parallel": {"tensor_size": 2}, "rollout": {"ranks": 3}}
+    assert world_problems(7, apart=3, **both) == [
+        "rollout: tensor_size * pipeline_size * context_size = 2 must divide the number of ranks; "
+        "it is 3. Start a multiple of 2 ranks."
+    ]
+
+
+def test_stale_samples_need_other_ranks_and_a_correction(job_problems):
+    stale = {"staleness": 1, "ranks": 1}
+    assert job_problems("ppo", rollout=stale, ppo={"sampler_cap": 2}) == []
+    assert job_problems("ppo", rollout=stale, ppo={"old_logprobs": "sampler"}) == []
+    assert job_problems("ppo", rollout=stale) == [
+        "rollout.staleness=1: samples of older weights need ppo.sampler_cap; it is not set. Set it "
+        "to 2, say, or ppo.old_logprobs=sampler."
+    ]
+    assert job_problems("ppo", rollout={"staleness": 1}, ppo={"sampler_cap": 2}) == [
+        "rollout.staleness=1: needs rollout.ranks > 0, or nothing would overlap; it is 0. Set "
+        "rollout.ranks, or rollout.staleness=0."
+    ]
+
+
+def test_ranks_that_only_generate_cannot_leave_fp8(job_problems):
+    precision = {"fp8": "hybrid", "fp8_on_divergence": "leave"}
+    assert job_problems("ppo", rollout={"ranks": 1}, precision=precision) == [
+        "precision.fp8_on_divergence=leave: ranks that only generate would not leave FP8. Set it "
+        "to warn, or rollout.ranks=0."
     ]
 
 

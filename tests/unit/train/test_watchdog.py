@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 
 from marlhf_mega.config.schema import WatchdogConfig
-from marlhf_mega.train.beats import Answer, Note, describe, this_host
+from marlhf_mega.train.beats import WAITING, Answer, Note, describe, this_host
 
 LIMITS = WatchdogConfig(seconds=60, update_seconds=5)
 STACKS = Path("stacks")
 HERE = Answer(
-    rank=0, count=7, step=3, phase="update", seconds=5.5, where="ppo.py:1 in f", waits=True
+    rank=0,
+    trains=True,
+    count=7,
+    step=3,
+    phase="update",
+    seconds=5.5,
+    where="ppo.py:1 in f",
+    waits=True,
 )
+AWAY = replace(HERE, rank=1, trains=False, count=2)
 NOTE = Note(session="s", rank=1, pid=os.getpid(), host=this_host(), count=7, step=3, phase="update")
 
 
@@ -37,8 +45,17 @@ def test_collectives_wait_longer_than_the_longest_phase():
         ([HERE, replace(HERE, rank=1, count=6, phase="experience")], [1]),
         ([replace(HERE, waits=False), replace(HERE, rank=1, count=6)], [1]),
         ([HERE, replace(HERE, rank=1)], [0, 1]),
+        ([HERE, replace(AWAY, phase="rollout", waits=False)], [1]),
+        ([HERE, replace(AWAY, phase=WAITING)], [0]),
     ],
-    ids=["does not wait", "is behind", "is behind though it waits", "all wait"],
+    ids=[
+        "does not wait",
+        "is behind",
+        "is behind though it waits",
+        "all wait",
+        "generates, in fewer phases",
+        "waits to generate",
+    ],
 )
 def test_the_rank_is_named_that_the_others_wait_for(answers, named):
     line = describe(answers, [], LIMITS, STACKS)
