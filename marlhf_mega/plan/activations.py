@@ -72,7 +72,7 @@ class LayerShape:
     @property
     def scores(self) -> int:
         """Elements of the attention matrix, which only softcaps and `keeps_scores` need whole."""
-        return self.microbatch.rows * self.heads * self.microbatch.seq**2
+        return self.microbatch.pairs * self.heads
 
     @property
     def keeps_scores(self) -> bool:
@@ -97,7 +97,7 @@ def layer_kept(shape: LayerShape, memory: MemoryConfig) -> int:
         + _attention_kept(shape, selective=memory.recompute == "selective")
         + (_experts_kept(shape) if model.num_experts else _gated_kept(shape, _ffn_width(shape)))
         + (_head_norms(shape) if model.qk_norm else 0)
-        + 4 * shape.microbatch.seq * (model.kv_channels * e)
+        + 4 * shape.microbatch.positions * (model.kv_channels * e)
     )
 
 
@@ -226,6 +226,8 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
     projected = shape.query + 2 * shape.key
     rotated = shape.query + shape.key
     output = shape.query * (e + (1 if shape.formats.fp8 else 0))
+    if shape.microbatch.packed is not None and not shape.formats.has_engine:
+        output += shape.query * e  # each sequence's, and all in one row
     if shape.keeps_scores and shape.model.attention_softcap is None:
         return (projected + rotated + (0 if selective else shape.scores)) * e + output
     if shape.model.attention_softcap is None:
@@ -235,7 +237,8 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
         return (projected + rotated) * e + output
     # Queries, keys and values with as many heads each, the squashed scores, the probabilities.
     rounded = e if e < _FLOAT32 else 0
-    matrices = shape.scores * (e + _FLOAT32 + rounded) + shape.microbatch.seq**2
+    masks = shape.microbatch.seq**2 if shape.microbatch.packed is None else shape.microbatch.pairs
+    matrices = shape.scores * (e + _FLOAT32 + rounded) + masks
     return 3 * shape.query * e + matrices + output
 
 

@@ -11,7 +11,7 @@ from marlhf_mega.plan.checkpoints import CheckpointPlan, Reliability, checkpoint
 from marlhf_mega.plan.gpus import GIB, Gpu
 from marlhf_mega.plan.memory import StageMemory, formats_of, stage_memory
 from marlhf_mega.plan.timing import Efficiencies, bubble, step_seconds
-from marlhf_mega.plan.workload import Workload, workload
+from marlhf_mega.plan.workload import Workload, microbatch_keys, workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +151,6 @@ def smallest_change(plan: Plan) -> tuple[dict[str, Any], Plan] | None:
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """List changes that need no other machine: one key, then several, then another layout."""
     config, layout = plan.work.config, plan.work.layout
-    size_key = {
-        "ppo": "ppo.microbatch_size",
-        "sft": "sft.microbatch_size",
-        "reward": "reward_model.microbatch_size",
-    }[plan.work.job]
     singles: list[dict[str, Any]] = []
     if layout.tensor > 1 and not layout.sequence_parallel:
         singles.append({"parallel.sequence_parallel": True})
@@ -164,7 +159,8 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
     size = plan.work.microbatch.rows
     while size > 1:
         size //= 2
-        singles.append({size_key: size})
+        seq = plan.work.microbatch.seq
+        singles.append(microbatch_keys(config, plan.work.job, rows=size, seq=seq))
     if plan.work.job == "ppo":
         slots = config.rollout.slots or config.rollout.batch_size // layout.data
         while slots > 8:

@@ -101,7 +101,7 @@ def _head(plan: Plan) -> list[str]:
         f"{work.job} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: "
         f"{work.layout.describe()}, {'float32' if plan.formats.element == 4 else 'bfloat16'}"
         + (f" + FP8 {work.config.precision.fp8_recipe}" if plan.formats.fp8 else ""),
-        f"microbatch {rows.rows} x {rows.seq} tokens, {work.num_microbatches} per optimizer step, "
+        f"microbatch {rows.describe()} tokens, {work.num_microbatches} per optimizer step, "
         f"pipeline idle {plan.bubble:.0%}",
     ]
     if work.job == "ppo":

@@ -6,7 +6,9 @@ from typing import Any
 
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.layout import round_up
 from marlhf_mega.plan.plan import Cluster, Plan, make_plan, with_keys
+from marlhf_mega.plan.workload import microbatch_keys
 
 _SIZES = (1, 2, 4, 8, 16)
 _MICROBATCHES = (1, 2, 4, 8, 16)
@@ -35,11 +37,7 @@ def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, A
 
 
 def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str, Any]]:
-    size_key = {
-        "ppo": "ppo.microbatch_size",
-        "sft": "sft.microbatch_size",
-        "reward": "reward_model.microbatch_size",
-    }.get(job, "ppo.microbatch_size")
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tensors = [size for size in _SIZES if size <= cluster.gpus_per_node]
     for tensor, pipeline in product(tensors, _SIZES):
         if cluster.world_size % (tensor * pipeline):
@@ -53,5 +51,5 @@ def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str
                 "parallel.sequence_parallel": tensor > 1,
                 "memory.recompute": recompute,
                 "memory.recompute_num_layers": None,
-                size_key: rows,
+                **microbatch_keys(config, job, rows=rows, seq=round_up(longest, tensor)),
             }

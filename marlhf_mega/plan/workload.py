@@ -36,16 +36,32 @@ class Microbatch:
     """Tokens of a sequence, padding to the ranks that share it included."""
     response: int
     """Response tokens of a sequence."""
+    packed: int | None = None
+    """Tokens of a packed row: beside so many sequences a shorter one. None: each has its row."""
 
     @property
     def tokens(self) -> int:
         """Tokens, padding included."""
-        return self.rows * self.seq
+        return self.rows * self.seq if self.packed is None else self.packed
 
     @property
     def response_tokens(self) -> int:
         """Tokens that the head sees."""
-        return self.rows * self.response
+        return -(-self.tokens * self.response // self.seq)
+
+    @property
+    def positions(self) -> int:
+        """Rotary angles: rows share them."""
+        return self.seq if self.packed is None else self.packed
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of positions of a sequence, over all sequences."""
+        return self.rows * self.seq**2 + (self.tokens - self.rows * self.seq) ** 2
+
+    def describe(self) -> str:
+        """Say the sizes, such as `4 x 512 tokens`."""
+        return f"{self.rows} x {self.seq}" if self.packed is None else f"{self.packed} packed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +117,13 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     response = (
         config.rollout.max_response_tokens if job == "ppo" else config.data.max_response_tokens
     )
-    seq = round_up(config.data.max_prompt_tokens + response, layout.sequence_share)
+    share, packed = layout.sequence_share, None
+    packs = planned == "ppo" and config.ppo.packing
+    seq = round_up(config.data.max_prompt_tokens + response, 1 if packs else share)
     if planned == "ppo" and config.ppo.microbatch_tokens is not None:
         rows = max(1, config.ppo.microbatch_tokens // seq)
+        if packs:
+            packed = round_up(min(config.ppo.microbatch_tokens, minibatch * seq), share)
     rows = max(1, min(rows, minibatch))
     count = -(-minibatch // rows)
     return Workload(
@@ -111,11 +131,19 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         job=planned,
         layout=layout,
         roles=_roles(config, planned),
-        microbatch=Microbatch(rows=rows, seq=seq, response=response),
+        microbatch=Microbatch(rows=rows, seq=seq, response=response, packed=packed),
         num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),
         minibatch_rows=minibatch,
         batch_rows=batch,
     )
+
+
+def microbatch_keys(config: Config, job: str, *, rows: int, seq: int) -> dict[str, int]:
+    """Return the key that makes microbatches of `rows` sequences of `seq` tokens."""
+    if job == "ppo" and config.ppo.microbatch_tokens is not None:
+        return {"ppo.microbatch_tokens": rows * seq}
+    section = {"sft": "sft", "reward": "reward_model"}.get(job, "ppo")
+    return {f"{section}.microbatch_size": rows}
 
 
 def _rows(config: Config, job: PlannedJob, layout: Layout) -> tuple[int, int, int]:

@@ -168,8 +168,8 @@ def _report(work: Workload, found: _Found, num_ranks: int, seconds: float) -> li
         for stage in range(layout.pipeline)
     ]
     lines.append(
-        f"schedule: {work.num_microbatches} microbatches of {work.microbatch.rows} x "
-        f"{work.microbatch.seq} tokens an optimizer step; in flight by stage "
+        f"schedule: {work.num_microbatches} microbatches of {work.microbatch.describe()} "
+        f"tokens an optimizer step; in flight by stage "
         f"{', '.join(map(str, flying))}; idle {bubble(layout, work.num_microbatches):.0%}"
     )
     total = sum(found.checkpoint_bytes.values())

@@ -47,13 +47,22 @@ def batches(work, mesh):
     generator = torch.Generator().manual_seed(mesh.dp_rank)
     top = work.config.model.vocab_size
 
-    def texts(length):
-        return torch.randint(0, top, (size.rows, length), generator=generator).tolist()
+    sizes = [(size.seq - size.response, size.response)] * size.rows
+    rest = size.tokens - size.rows * size.seq
+    if rest:
+        sizes.append((rest - size.response * rest // size.seq, size.response * rest // size.seq))
 
-    prompt = size.seq - size.response
+    def texts(part):
+        return [torch.randint(0, top, (s[part],), generator=generator).tolist() for s in sizes]
+
     return [
         SequenceBatch.create(
-            texts(prompt), texts(size.response), pad_id=0, multiple=1, device=mesh.device
+            texts(0),
+            texts(1),
+            pad_id=0,
+            multiple=1,
+            device=mesh.device,
+            packed=size.packed is not None,
         )
         for _ in range(work.num_microbatches)
     ]

@@ -68,6 +68,29 @@ CASES = {
         "ppo": PPO,
         "reward": {"source": "runs/none"},
     },
+    "PP2 packed": {
+        "model": {"num_layers": 4, "vocab_size": 300, "num_query_groups": 2},
+        "parallel": {"pipeline_size": 2},
+        "data": TEXT,
+        "rollout": SMALL,
+        "ppo": PPO | {"microbatch_tokens": 150, "packing": True},
+        "reward": {"source": "runs/none"},
+    },
+    "TP2 PP2 SP softcap packed": {
+        "model": {
+            "architecture": "gemma2",
+            "num_layers": 4,
+            "vocab_size": 300,
+            "post_norms": True,
+            "attention_softcap": 20.0,
+        },
+        "parallel": {"tensor_size": 2, "pipeline_size": 2, "sequence_parallel": True},
+        "precision": {"dtype": "bfloat16"},
+        "data": TEXT,
+        "rollout": SMALL,
+        "ppo": PPO | {"microbatch_tokens": 201, "packing": True},
+        "reward": {"source": "runs/none"},
+    },
     "TP2 SP EP2 experts": {
         "model": {
             "num_layers": 2,

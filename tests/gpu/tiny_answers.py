@@ -57,11 +57,11 @@ def main():
     mesh = create_mesh(ParallelConfig())
     policy = build("language", precision, mesh, origin)
     critic = build("scalar", precision, mesh, origin)
-    common = {"mesh": mesh, "microbatch_size": 2}
-    logprobs, entropies = forward_rows(
-        policy, prompts, responses, run=LogprobStep(1.0), leading=(2,), **common
-    )
-    values = forward_rows(critic, prompts, responses, run=value_step, **common)
+    rows = {"mesh": mesh, "prompts": prompts, "responses": responses, "microbatch_size": 2}
+    packed = rows | {"microbatch_tokens": 80, "packing": True}
+    language = {"run": LogprobStep(1.0), "leading": (2,)}
+    logprobs, entropies = forward_rows(policy, **rows, **language)
+    values = forward_rows(critic, **rows, run=value_step)
     greedy = Generator(policy, mesh, eos_id=2).generate(
         prompts,
         range(len(prompts)),
@@ -76,6 +76,8 @@ def main():
         "logprobs": by_row(logprobs, responses),
         "entropies": by_row(entropies, responses),
         "values": by_row(values, responses),
+        "packed_logprobs": by_row(forward_rows(policy, **packed, **language)[0], responses),
+        "packed_values": by_row(forward_rows(critic, **packed, run=value_step), responses),
         "greedy": greedy.responses,
         "greedy_logprobs": by_row(greedy.logprobs, greedy.responses),
     }

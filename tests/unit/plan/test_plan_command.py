@@ -95,6 +95,16 @@ def test_a_change_is_offered_and_makes_it_fit():
     assert planned(keys).spare == changed.spare
 
 
+def test_a_smaller_token_budget_is_offered_and_searched():
+    keys = {"ppo.microbatch_tokens": 8 * 1536, "ppo.packing": True}
+    plan = planned(keys)
+    assert not plan.fits
+    assert smallest_change(plan)[0] == {"ppo.microbatch_tokens": 4 * 1536}
+    small = with_keys(Config.model_validate(PPO | {"model": LLAMA_8B}), keys)
+    found = {changed["ppo.microbatch_tokens"] for changed, _ in search(small, "ppo", cluster())}
+    assert found == {1536, 2 * 1536, 4 * 1536, 8 * 1536, 16 * 1536}
+
+
 def test_nothing_helps_where_the_models_alone_are_too_large():
     plan = planned({"parallel.tensor_size": 1, "parallel.sequence_parallel": False}, nodes=1)
     assert not plan.fits
@@ -183,6 +193,24 @@ def test_experts_are_spread():
     assert plan.stages[0].roles["policy"].num_parameters == (
         experts + rest + 2 * 75968 * 2048 + 2048
     )
+
+
+def test_packed_microbatches_by_hand():
+    """Sequences of 511 + 1024 = 1535: 4000 tokens hold two, and 930 of a third."""
+    ppo = PPO["ppo"] | {"minibatch_size": 256, "microbatch_tokens": 4000, "packing": True}
+    config = Config.model_validate(PPO | {"data": {"max_prompt_tokens": 511}, "ppo": ppo})
+    work = workload(config, "ppo", 128)
+    batch = work.microbatch
+    assert (batch.rows, batch.seq, batch.tokens) == (2, 1535, 4000)
+    assert batch.response_tokens == 2669  # 4000 * 1024 / 1535 = 2668.4
+    assert batch.pairs == 2 * 1535**2 + 930**2
+    assert work.num_microbatches == 32  # of 64 sequences on each of 4 replicas
+    assert batch.describe() == "4000 packed"
+    # Rows are padded to the 8 ranks that share them, one by one unless packed.
+    padded = workload(with_keys(config, {"ppo.packing": False}), "ppo", 128).microbatch
+    assert (padded.rows, padded.seq, padded.describe()) == (2, 1536, "2 x 1536")
+    few = workload(with_keys(config, {"ppo.microbatch_tokens": 10**6}), "ppo", 128).microbatch
+    assert (few.rows, few.tokens, few.pairs) == (64, 64 * 1535, 64 * 1535**2)
 
 
 @pytest.mark.parametrize(
