@@ -1,0 +1,106 @@
+"""Time of a PPO step with ranks that only generate: in turn with the others, or a step ahead.
+
+    python tools/benchmark/overlap.py [--ranks 4 --rollout-ranks 2 --rounds 3] [key=value ...]
+
+Runs the ppo job itself, on built-in prompts with a rule as reward, three ways in turn: all ranks
+do everything; some only generate and the others wait (staleness 0); the same one step ahead
+(staleness 1). The first step of a run does not count. Prints readable lines and one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+
+from marlhf_mega.data import toy
+from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.train_tokenizer import train_tokenizer
+
+SETTINGS = [
+    *("model.hidden_size=512", "model.num_layers=8", "model.num_attention_heads=8"),
+    *("model.num_query_groups=4", "model.ffn_hidden_size=1408", "data.max_prompt_tokens=64"),
+    *("rollout.batch_size=32", "rollout.max_response_tokens=64", "ppo.minibatch_size=8"),
+    *("ppo.microbatch_size=8", "reward.source=marlhf_mega.data.toy:gold_reward"),
+    *("checkpoint.export_hf=false", "logging.tensorboard=false", "checkpoint.resume=never"),
+]
+"""27 million parameters; what the command line says wins."""
+PHASES = ("step", "rollout", "generation", "reshard", "experience", "update")
+
+
+def step_seconds(folder: Path, options: list[str], *, ranks: int) -> dict[str, float]:
+    """Run the job; return the median seconds of a step and of its parts.
+
+    Raises:
+        CalledProcessError: it failed; its own message has been printed.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "-m", "marlhf_mega", "ppo"]
+    files = [f"data.train_path={folder / 'prompts.jsonl'}", f"tokenizer.path={folder / 'tok'}"]
+    run_dir = folder / "run"
+    subprocess.run(
+        [*command, *SETTINGS, *files, f"run.dir={run_dir}", *options],
+        check=True,
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
+        stdout=subprocess.DEVNULL,
+    )
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    counted = [line for line in lines if line["step"] > 1]
+    # The last step has none to prepare.
+    counted = counted[:-1] or counted
+    return {
+        phase: statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in counted)
+        for phase in PHASES
+    }
+
+
+def main() -> int:
+    """Measure and print."""
+    options = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add_argument("--ranks", type=int, default=4)
+    options.add_argument("--rollout-ranks", type=int, default=2)
+    options.add_argument("--steps", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--out", type=Path, help="also write the JSON object here")
+    options.add_argument("overrides", nargs="*", metavar="key=value", help="for the ppo job")
+    args = options.parse_args()
+    apart = f"rollout.ranks={args.rollout_ranks}"
+    ways = {
+        "together": [],
+        "in turn": [apart],
+        "one step ahead": [apart, "rollout.staleness=1", "ppo.sampler_cap=2"],
+    }
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train_tokenizer(toy.tokenizer_text(0), folder / "tok", vocab_size=512)
+        write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 1024))
+        for _ in range(args.rounds):
+            for way, own in ways.items():
+                more = [f"run.steps={args.steps}", *args.overrides, *own]
+                found[way].append(step_seconds(folder, more, ranks=args.ranks))
+    spreads = {
+        way: {phase: common.spread([r[phase] for r in rounds]) for phase in PHASES}
+        for way, rounds in found.items()
+    }
+    for way, seconds in spreads.items():
+        parts = ", ".join(f"{p} {seconds[p]['median']:.2f}" for p in PHASES[1:])
+        step = seconds["step"]
+        print(f"{way:15}{step['median']:7.3f} s ({step['min']:.3f} .. {step['max']:.3f}): {parts}")
+    text = json.dumps({"benchmark": "overlap", "settings": vars(args) | {"out": None}} | spreads)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
