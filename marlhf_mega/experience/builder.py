@@ -26,6 +26,7 @@ from marlhf_mega.models.roles import LogprobStep, Roles, value_step
 from marlhf_mega.parallel.collectives import sum_over_data
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rewards.combine import check_enough_valid, shape
+from marlhf_mega.rewards.rule import Scores
 from marlhf_mega.rollout.types import Rollout
 
 MEANS = (
@@ -82,16 +83,7 @@ class ExperienceBuilder:
         Raises:
             RuntimeError: too many responses have no score.
         """
-        with self.roles.offload.present("rewards"):
-            scores = self.scorer.score(rollout, rows)
-        shaped, self.moments = shape(
-            scores,
-            torch.tensor(rollout.finished, device=self.mesh.device),
-            config=self.config.reward,
-            moments=self.moments,
-            sum_over_data=lambda vector: sum_over_data(vector, self.mesh),
-        )
-        self._check_valid(scores.valid, scores.errors)
+        scores, shaped = self._scores(rollout, rows)
         old_logprobs, entropy = self._old_logprobs(rollout)
         with self.roles.offload.present("reference"):
             ref_logprobs = self._logprobs(self.roles.reference, rollout)[0]
@@ -102,16 +94,6 @@ class ExperienceBuilder:
         kl = kl_estimate(old_logprobs, ref_logprobs, self.config.ppo.kl_estimator) * mask
         rewards = token_rewards(kl, shaped, last_token_positions(mask), kl_coef=kl_coef)
         outcome = self._advantages(rewards, values, actions)
-        advantages = self._whitened(outcome, actions)
-        ppo = self.config.ppo
-        if ppo.sampler_cap is not None:
-            advantages = advantages * sampler_weights(
-                old_logprobs,
-                rollout.logprobs,
-                actions,
-                ratio=self.config.macro.ratio,
-                cap=ppo.sampler_cap,
-            )
         experience = Experience(
             prompts=rollout.prompts,
             responses=rollout.responses,
@@ -119,13 +101,38 @@ class ExperienceBuilder:
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             old_values=values,
-            advantages=advantages,
+            advantages=self._whitened(outcome, actions)
+            * self._weights(old_logprobs, rollout, actions),
             returns=outcome.token_returns,
         )
         raw = torch.where(scores.valid, scores.scores, torch.nan)
         if self.mesh.is_reporter:
             _report(sums, rollout, experience, entropy=entropy, raw=raw, fallbacks=num_fallbacks)
         return experience, raw
+
+    def _scores(self, rollout: Rollout, rows: Sequence[Mapping[str, Any]]) -> tuple[Scores, Tensor]:
+        """Return the raw scores and, [batch], what the last tokens are rewarded with."""
+        with self.roles.offload.present("rewards"):
+            scores = self.scorer.score(rollout, rows)
+        shaped, self.moments = shape(
+            scores,
+            torch.tensor(rollout.finished, device=self.mesh.device),
+            config=self.config.reward,
+            moments=self.moments,
+            sum_over_data=lambda vector: sum_over_data(vector, self.mesh),
+        )
+        self._check_valid(scores.valid, scores.errors)
+        return scores, shaped
+
+    def _weights(
+        self, old_logprobs: Tensor, rollout: Rollout, actions: MacroActions
+    ) -> Tensor | float:
+        """Return what corrects for samples that another policy drew than the one that learns."""
+        cap = self.config.ppo.sampler_cap
+        if cap is None:
+            return 1.0
+        ratio = self.config.macro.ratio
+        return sampler_weights(old_logprobs, rollout.logprobs, actions, ratio=ratio, cap=cap)
 
     def _forward(
         self,

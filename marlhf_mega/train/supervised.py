@@ -84,13 +84,7 @@ def train_supervised(
     config = inputs.config
     steps = config.run.steps or max(1, len(inputs.train) // spec.batch_size)
     state = TrainState(chunks, spec.optimizer, total_steps=steps)
-    stream = stream or SampleStream(
-        num_samples=len(inputs.train),
-        batch_size=spec.batch_size,
-        seed=config.run.seed,
-        shuffle=config.data.shuffle,
-        data_hash=inputs.data_hash,
-    )
+    stream = stream or _epochs(inputs, spec.batch_size)
     roles = {spec.role: state}
     restored = resume(config, spec.job, roles, mesh, required=("step", "stream"))
     first = 0
@@ -128,6 +122,16 @@ def train_supervised(
                 export_hf(chunks, config, mesh, target=target, tokenizer=inputs.tokenizer)
         output.write_report()
     return dict(results)
+
+
+def _epochs(inputs: Inputs[Example], batch_size: int) -> SampleStream:
+    return SampleStream(
+        num_samples=len(inputs.train),
+        batch_size=batch_size,
+        seed=inputs.config.run.seed,
+        shuffle=inputs.config.data.shuffle,
+        data_hash=inputs.data_hash,
+    )
 
 
 def _due(done: int, interval: int, steps: int) -> bool:
