@@ -57,6 +57,22 @@ def test_ppo_step_times_the_three_phases_of_an_iteration():
 
 
 @pytest.mark.slow
+def test_overlap_runs_the_job_three_ways(tmp_path):
+    out = tmp_path / "overlap.json"
+    tiny = "model.num_layers=1 model.hidden_size=32 model.num_attention_heads=2".split()
+    tiny += "model.num_query_groups=2 model.ffn_hidden_size=48 rollout.batch_size=4".split()
+    tiny += "ppo.minibatch_size=4 rollout.max_response_tokens=8".split()
+    script = [sys.executable, str(FOLDER / "overlap.py"), "--out", str(out)]
+    often = ["--ranks", "2", "--rollout-ranks", "1", "--steps", "3", "--rounds", "1"]
+    subprocess.run([*script, *often, *tiny], capture_output=True, check=True, timeout=240)
+    found = json.loads(out.read_text())
+    assert found["together"]["generation"]["median"] == 0
+    for way in ("in turn", "one step ahead"):
+        assert 0 < found[way]["generation"]["median"] < found[way]["step"]["median"]
+        assert found[way]["reshard"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_reshard_moves_all_bytes_that_a_rank_lacks():
     options = ["--ranks", "2", "--tensor-size", "1", "--pipeline-size", "2"]
     found = json.loads(benchmark("reshard", *options).stdout.splitlines()[-1])
