@@ -11,6 +11,8 @@ LONGEST_SCORES = 512
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return hidden / rms(hidden) * weight over the last dim; torch composes it of many kernels."""
+    if not torch.is_grad_enabled():
+        return (hidden * _inverse_rms(hidden, eps)).mul_(weight)
     normed: Tensor = _RmsNorm.apply(hidden, weight, eps)
     return normed
 
@@ -34,11 +36,15 @@ def short_causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
     return context
 
 
+def _inverse_rms(hidden: Tensor, eps: float) -> Tensor:
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return length.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        inverse_rms = length.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        inverse_rms = _inverse_rms(hidden, eps)
         ctx.save_for_backward(hidden, weight, inverse_rms)
         return (hidden * inverse_rms).mul_(weight)
 

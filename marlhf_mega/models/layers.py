@@ -110,10 +110,6 @@ class PostNormRowParallelLinear(LocalRowParallelLinear):
         return own | make_sharded_tensors_for_checkpoint(norm, prefix, {}, sharded_offsets)
 
 
-FEW_QUERIES = 16
-"""Queries of one head of keys in a decode step: the heads that share it."""
-
-
 class SdpaAttention(torch.nn.Module):
     """Causal attention through torch's scaled-dot-product kernels.
 
@@ -194,9 +190,7 @@ class SdpaAttention(torch.nn.Module):
             [batch, heads, queries, head_dim].
         """
         grouped = q.shape[1] != k.shape[1]
-        # For a decode step on a CPU the fused kernel takes twice as long as plain products.
-        decodes = mask is not None and q.shape[2] <= FEW_QUERIES and q.device.type == "cpu"
-        if self.softcap is None and not (decodes and q.dtype == torch.float32):
+        if self.softcap is None:
             return F.scaled_dot_product_attention(
                 q,
                 k,

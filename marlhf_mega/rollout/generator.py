@@ -21,10 +21,11 @@ from marlhf_mega.parallel.collectives import (
     share_sampled,
 )
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rollout.decoder import ChunkDecoder, Decode, Prefill, Work, generating
+from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 from marlhf_mega.rollout.slots import Response, SlotGroup
 from marlhf_mega.rollout.types import Rollout
+from marlhf_mega.rollout.work import Decode, Prefill, Work
 
 
 class Generator:
@@ -172,7 +173,7 @@ class _Run:
         )
         for source, target in moves:
             for decoder in self.decoders[index]:
-                decoder.move_slot(source, target)
+                decoder.cache.move_slot(source, target)
 
     def _send(self, hidden: Tensor) -> None:
         mesh = self.mesh

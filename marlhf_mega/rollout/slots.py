@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.config.limits import PREFILL_TOKENS
-from marlhf_mega.rollout.decoder import Decode, Prefill, Work
+from marlhf_mega.rollout.work import Decode, Prefill, Work
 
 
 @dataclass
