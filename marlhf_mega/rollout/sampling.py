@@ -40,46 +40,43 @@ def sample_tokens(
         tokens [batch] int64 and their log-probs [batch] float32 under softmax(logits /
         temperature), unfiltered; greedy choices are scored at temperature 1.
     """
-    if rule.temperature > 0:
+    if rule.temperature not in (0.0, 1.0):
         logits = logits / rule.temperature
-    masses, log_z = _masses(logits, shard)
+    if rule.temperature > 0 and rule.top_k == 0 and rule.top_p == 1.0:
+        return _invert_cumulative(logits, uniform, shard)
+    own = torch.logsumexp(logits, -1, keepdim=True)
+    log_z = torch.logsumexp(gather_over_tensor(own, shard.group), -1)
     if rule.temperature == 0:
-        tokens, chosen = _top(logits, 1, shard)
-        return tokens[:, 0], chosen[:, 0] - log_z
-    if rule.top_k == 0 and rule.top_p == 1.0:
-        tokens, chosen = _invert_cumulative(logits, uniform, masses, shard)
+        best, values = _top(logits, 1, shard)
+        tokens, chosen = best[:, 0], values[:, 0]
     else:
         tokens, chosen = _sample_filtered(logits, uniform, log_z, rule, shard)
     return tokens, chosen - log_z
 
 
-def _masses(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Return every rank's share of the probability, float64 [batch, tp], and log Z [batch]."""
-    own = torch.logsumexp(logits, -1)
-    every = gather_over_tensor(own[:, None], shard.group)
-    log_z = torch.logsumexp(every, -1)
-    return (every.double() - log_z[:, None]).exp(), log_z
-
-
-def _invert_cumulative(
-    logits: Tensor, uniform: Tensor, masses: Tensor, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
+def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Find the token at which the cumulative distribution, in id order, passes the number."""
-    bounds = masses.cumsum(-1)
+    # A rank whose columns are all padding has nothing above -inf.
+    highest = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    # Sums in float64, so that the order of summation never decides a token.
+    weights = (logits - highest).exp_().cumsum(-1, dtype=torch.float64)
+    own = highest + weights[:, -1:].log()
+    every = gather_over_tensor(own, shard.group)
+    log_z = torch.logsumexp(every, -1)
+    bounds = (every - log_z[:, None]).exp_().cumsum(-1)
     target = uniform * bounds[:, -1]
     rank = shard.group.rank()
     owner = torch.searchsorted(bounds, target[:, None], right=True)[:, 0]
-    owner = owner.clamp(max=masses.shape[1] - 1)
-    below = bounds[:, rank] - masses[:, rank]
-    weights = torch.softmax(logits.double(), -1).cumsum(-1)
-    share = ((target - below) / masses[:, rank]).clamp(0, 1) * weights[:, -1]
+    owner = owner.clamp(max=bounds.shape[1] - 1)
+    mass = (own[:, 0] - log_z).exp_()
+    below = bounds[:, rank] - mass
+    share = ((target - below) / mass).clamp(0, 1) * weights[:, -1]
     local = torch.searchsorted(weights, share[:, None], right=True)
     local = local.clamp(max=logits.shape[1] - 1)
-    chosen = logits.gather(1, local)[:, 0]
-    mine = owner == rank
+    logprobs = logits.gather(1, local)[:, 0] - log_z
     # One sum carries both: ids are exact in float64, and only the owner adds anything.
-    answer = torch.stack((local[:, 0] + shard.start, chosen.double()))
-    answer = sum_over_tensor(torch.where(mine, answer, 0.0), shard.group)
+    answer = torch.stack((local[:, 0] + shard.start, logprobs))
+    answer = sum_over_tensor(torch.where(owner == rank, answer, 0.0), shard.group)
     return answer[0].long(), answer[1].float()
 
 
