@@ -80,7 +80,7 @@ def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[
     run = PpoRun(inputs, mesh)
     config, first = inputs.config, run.first_step
     before: dict[str, float] = {}
-    with run.output as output, run.rollouts:
+    with run.output as output, run.rollouts.open():
         count_attempt(config, first, mesh)
         request = StopRequest(config, mesh)
         if first == 0:

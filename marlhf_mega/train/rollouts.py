@@ -1,9 +1,9 @@
 """Where the samples of a PPO step come from: the training ranks, or ranks that only generate."""
 
 import signal
-from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -100,16 +100,10 @@ class Rollouts:
             "rollout/reshard_gib": self._mover.total_bytes / 2**30,
         }
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Let go of whoever else generates."""
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Let go, at the end of a `with` block, of whoever else generates."""
+        yield
 
     def _connect(self, policy: Sequence[StageModel]) -> None:
         self.generator, self._mover = build_generator(
@@ -195,18 +189,16 @@ class SeparateRollouts(Rollouts):
         }
         return super().metrics() | own
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    @contextmanager
+    def open(self) -> Iterator[None]:
         """Let the other ranks end as this one does, unless it fails: then the launcher ends all."""
-        if error is None:
-            self._remote.end(End(code=0, reason=""))
-        elif isinstance(error, EarlyEndError):
+        try:
+            yield
+        except EarlyEndError as error:
             self.settle()
             self._remote.end(End(code=error.code, reason=str(error)))
+            raise
+        self._remote.end(End(code=0, reason=""))
 
     def _connect(self, policy: Sequence[StageModel]) -> None:
         self.generator = Generator(policy, self.mesh, eos_id=self._eos_id)
