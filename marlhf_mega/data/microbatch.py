@@ -7,6 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import BoolTensor, Tensor
 
+from marlhf_mega.config.schema import PPOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicrobatchLimit:
+    """How much goes through a model at a time on one data-parallel rank."""
+
+    rows: int
+    """Most sequences."""
+    tokens: int | None = None
+    """Most tokens, instead of a number of sequences; padding counts."""
+    packed: bool = False
+    """Sequences lie one after the other in one row, without padding."""
+
+    @staticmethod
+    def of(ppo: PPOConfig) -> "MicrobatchLimit":
+        """Return what the configuration says."""
+        return MicrobatchLimit(
+            rows=ppo.microbatch_size, tokens=ppo.microbatch_tokens, packed=ppo.packing
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatches:

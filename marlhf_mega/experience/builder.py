@@ -17,6 +17,7 @@ from marlhf_mega.algorithm.rewards import (
     token_rewards,
 )
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter
@@ -146,9 +147,7 @@ class ExperienceBuilder:
             rollout.prompts,
             rollout.responses,
             mesh=self.mesh,
-            microbatch_size=self.config.ppo.microbatch_size,
-            microbatch_tokens=self.config.ppo.microbatch_tokens,
-            packing=self.config.ppo.packing,
+            limit=MicrobatchLimit.of(self.config.ppo),
             run=run,
             leading=leading,
         )

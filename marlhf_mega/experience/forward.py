@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.data.microbatch import (
+    MicrobatchLimit,
     fewest_by_tokens,
     round_up,
     split_by_size,
@@ -32,9 +33,7 @@ def cut_rows(
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     *,
-    microbatch_size: int,
-    microbatch_tokens: int | None = None,
-    packing: bool = False,
+    limit: MicrobatchLimit,
     mesh: Mesh,
 ) -> list[Cut]:
     """Cut rows by their lengths to microbatches that suit the layout.
@@ -46,21 +45,18 @@ def cut_rows(
     Args:
         prompts: token ids of each row.
         responses: token ids of each row.
-        microbatch_size: most rows of a microbatch.
-        microbatch_tokens: most tokens of a microbatch, instead of a number of rows.
-        packing: rows of a microbatch lie one after the other; else each is padded, and
-            `microbatch_tokens` counts padding.
+        limit: of a microbatch.
         mesh: where this rank stands.
     """
 
     def taken(length: int) -> int:
-        return length if packing else round_up(length, mesh.sequence_multiple)
+        return length if limit.packed else round_up(length, mesh.sequence_multiple)
 
     lengths = [taken(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
-    if microbatch_tokens is None or not lengths:
-        needed = -(-len(lengths) // microbatch_size)
+    if limit.tokens is None or not lengths:
+        needed = -(-len(lengths) // limit.rows)
     else:
-        needed = fewest_by_tokens(lengths, max_tokens=microbatch_tokens, packed=packing)
+        needed = fewest_by_tokens(lengths, max_tokens=limit.tokens, packed=limit.packed)
     if mesh.ep_size > 1:
         needed = max_over_replicas(needed, mesh)
     count = round_up(max(needed, 1), mesh.pp_size if mesh.num_chunks > 1 else 1)
@@ -68,11 +64,11 @@ def cut_rows(
     all_prompts = [*prompts, *([[0]] * num_fillers)]
     all_responses: list[list[int]] = [*responses, *([[]] * num_fillers)]
     lengths += [taken(1)] * num_fillers
-    if microbatch_tokens is None:
-        parts = split_by_size(lengths, microbatch_size=microbatch_size, min_microbatches=count)
+    if limit.tokens is None:
+        parts = split_by_size(lengths, microbatch_size=limit.rows, min_microbatches=count)
     else:
         parts = split_by_tokens(
-            lengths, max_tokens=microbatch_tokens, min_microbatches=count, packed=packing
+            lengths, max_tokens=limit.tokens, min_microbatches=count, packed=limit.packed
         )
     return [
         Cut(
@@ -83,7 +79,7 @@ def cut_rows(
                 pad_id=0,
                 multiple=mesh.sequence_multiple,
                 device=mesh.device,
-                packed=packing,
+                packed=limit.packed,
             ),
         )
         for rows in parts.indices
@@ -96,9 +92,7 @@ def forward_rows(
     responses: Sequence[list[int]],
     *,
     mesh: Mesh,
-    microbatch_size: int,
-    microbatch_tokens: int | None = None,
-    packing: bool = False,
+    limit: MicrobatchLimit,
     run: Callable[[Any, SequenceBatch], Tensor],
     leading: tuple[int, ...] = (),
 ) -> Tensor:
@@ -111,23 +105,14 @@ def forward_rows(
         prompts: token ids of each row.
         responses: token ids of each row.
         mesh: where this rank stands.
-        microbatch_size: rows per forward.
-        microbatch_tokens: tokens per forward, instead of a number of rows.
-        packing: rows lie one after the other without padding.
+        limit: of a microbatch.
         run: calls one chunk; the last stage's output is [*leading, batch, response].
         leading: (2,) for a language head, which gives log-probs and entropies.
 
     Returns:
         float32 [*leading, rows, response], zero on padding; response is the longest response.
     """
-    cuts = cut_rows(
-        prompts,
-        responses,
-        microbatch_size=microbatch_size,
-        microbatch_tokens=microbatch_tokens,
-        packing=packing,
-        mesh=mesh,
-    )
+    cuts = cut_rows(prompts, responses, limit=limit, mesh=mesh)
     outputs = run_forward(chunks, [cut.batch for cut in cuts], run)
     columns = max((len(r) for r in responses), default=1)
     whole = None

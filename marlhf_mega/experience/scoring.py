@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.config.schema import RewardTerm
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.models.gpt import StageModel
@@ -29,9 +30,7 @@ class Scorer:
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
-        microbatch_size: int,
-        microbatch_tokens: int | None = None,
-        packing: bool = False,
+        limit: MicrobatchLimit,
         key: str = "reward.source",
     ) -> None:
         """Start the rules and open the servers, on one rank of each replica.
@@ -41,14 +40,10 @@ class Scorer:
             models: the chunks of the learned ones, in order.
             tokenizer: turns responses into text for the rules.
             mesh: where this rank stands.
-            microbatch_size: rows per forward.
-            microbatch_tokens: tokens per forward, instead of a number of rows.
-            packing: rows lie one after the other without padding.
+            limit: of a microbatch.
             key: the config key that error messages name.
         """
-        self.terms, self.tokenizer, self.mesh = terms, tokenizer, mesh
-        self.microbatch_size, self.microbatch_tokens = microbatch_size, microbatch_tokens
-        self.packing = packing
+        self.terms, self.tokenizer, self.mesh, self.limit = terms, tokenizer, mesh, limit
         learned = iter(models)
         self.sources: list[Sequence[StageModel] | RuleReward | HttpReward | None] = []
         for term in terms:
@@ -86,9 +81,7 @@ class Scorer:
             rollout.prompts,
             rollout.responses,
             mesh=self.mesh,
-            microbatch_size=self.microbatch_size,
-            microbatch_tokens=self.microbatch_tokens,
-            packing=self.packing,
+            limit=self.limit,
         )
         finite = scores.isfinite()
         errors = ["the reward model's score is not finite"] * int((~finite).sum())
@@ -122,9 +115,7 @@ def last_token_scores(
     responses: Sequence[list[int]],
     *,
     mesh: Mesh,
-    microbatch_size: int,
-    microbatch_tokens: int | None = None,
-    packing: bool = False,
+    limit: MicrobatchLimit,
 ) -> Tensor:
     """Return float32 [batch]: a reward model's score at the last token of every response."""
     grid = forward_rows(
@@ -132,9 +123,7 @@ def last_token_scores(
         prompts,
         responses,
         mesh=mesh,
-        microbatch_size=microbatch_size,
-        microbatch_tokens=microbatch_tokens,
-        packing=packing,
+        limit=limit,
         run=score_step,
     )
     last = torch.tensor([len(r) - 1 for r in responses], device=grid.device)

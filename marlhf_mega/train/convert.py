@@ -12,6 +12,7 @@ from marlhf_mega.checkpoint.store import load_weights
 from marlhf_mega.checkpoint.weights import fill_from, has_scalar_head
 from marlhf_mega.config.origin import Origin
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.models.batch import SequenceBatch
@@ -86,7 +87,7 @@ def answer_ids(
     if chunks[0].head == "scalar":
         prompts, rest = [row[:1] for row in rows], [row[1:] for row in rows]
         grid = forward_rows(
-            chunks, prompts, rest, mesh=mesh, microbatch_size=len(rows), run=score_step
+            chunks, prompts, rest, mesh=mesh, limit=MicrobatchLimit(rows=len(rows)), run=score_step
         )
         return {f"score.{i}": grid[i, len(r) - 1].reshape(1).cpu() for i, r in enumerate(rest)}
     made = Generator(chunks, mesh, eos_id=-1).generate(

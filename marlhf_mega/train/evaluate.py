@@ -11,6 +11,7 @@ from torch import Tensor
 from marlhf_mega.config.schema import Config, RewardTerm
 from marlhf_mega.data.datasets import ExampleBuilder, Prompt
 from marlhf_mega.data.files import Row
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.experience.scoring import Scorer
@@ -69,7 +70,7 @@ class Evaluator:
                 [],
                 tokenizer,
                 mesh,
-                microbatch_size=config.evaluate.batch_size,
+                limit=MicrobatchLimit(rows=config.evaluate.batch_size),
                 key="evaluate.gold",
             )
         )
@@ -141,9 +142,7 @@ class Evaluator:
                 rollout.prompts,
                 rollout.responses,
                 mesh=self.mesh,
-                microbatch_size=self.config.ppo.microbatch_size,
-                microbatch_tokens=self.config.ppo.microbatch_tokens,
-                packing=self.config.ppo.packing,
+                limit=MicrobatchLimit.of(self.config.ppo),
                 run=LogprobStep(temperature),
                 leading=(2,),
             )[0]
@@ -243,9 +242,7 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
         rewards,
         tokenizer,
         mesh,
-        microbatch_size=config.ppo.microbatch_size,
-        microbatch_tokens=config.ppo.microbatch_tokens,
-        packing=config.ppo.packing,
+        limit=MicrobatchLimit.of(config.ppo),
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)

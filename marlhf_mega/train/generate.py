@@ -9,6 +9,7 @@ from marlhf_mega.checkpoint import durable
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.files import content_hash, write_jsonl
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.parallel.collectives import gather_objects_over_data, share_from_first
 from marlhf_mega.parallel.mesh import Mesh
@@ -68,9 +69,7 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
         models,
         tokenizer,
         mesh,
-        microbatch_size=config.ppo.microbatch_size,
-        microbatch_tokens=config.ppo.microbatch_tokens,
-        packing=config.ppo.packing,
+        limit=MicrobatchLimit.of(config.ppo),
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     files = []

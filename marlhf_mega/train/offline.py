@@ -20,6 +20,7 @@ from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import ExampleBuilder, OfflineExample
 from marlhf_mega.data.files import Row
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.stream import SampleStream, WeightedStream
 from marlhf_mega.experience.forward import cut_rows, forward_rows
 from marlhf_mega.experience.scoring import Scorer
@@ -97,7 +98,7 @@ def run_offline(inputs: Inputs[OfflineExample], mesh: Mesh) -> dict[str, float]:
         ],
         tokenizer,
         mesh,
-        microbatch_size=settings.microbatch_size,
+        limit=MicrobatchLimit(rows=settings.microbatch_size),
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)
@@ -170,7 +171,7 @@ def _known_before(
             prompts,
             [[0]] * len(prompts),
             mesh=mesh,
-            microbatch_size=settings.microbatch_size,
+            limit=MicrobatchLimit(rows=settings.microbatch_size),
             run=value_step,
         )
         _put(values, own, rows, mesh)
@@ -180,7 +181,7 @@ def _known_before(
             prompts,
             responses,
             mesh=mesh,
-            microbatch_size=settings.microbatch_size,
+            limit=MicrobatchLimit(rows=settings.microbatch_size),
             run=RUN,
             leading=(2,),
         )[0]
@@ -237,7 +238,7 @@ def _learn_values(
         cuts = cut_rows(
             [prompts[i] for i in own.tolist()],
             [[0]] * len(own),
-            microbatch_size=settings.microbatch_size,
+            limit=MicrobatchLimit(rows=settings.microbatch_size),
             mesh=mesh,
         )
         targets = torch.nn.functional.pad(scores[own], (0, mesh.pp_size)).to(mesh.device)
@@ -314,7 +315,7 @@ def _cut(chosen: Sequence[ValuedExample], config: Config, mesh: Mesh) -> list[Mi
     cuts = cut_rows(
         [c.example.prompt_ids for c in chosen],
         [c.example.response_ids for c in chosen],
-        microbatch_size=config.offline.microbatch_size,
+        limit=MicrobatchLimit(rows=config.offline.microbatch_size),
         mesh=mesh,
     )
     rewards = torch.tensor([c.example.reward for c in chosen], device=mesh.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
@@ -126,9 +127,7 @@ class PpoRun:
             self.roles.rewards,
             tokenizer,
             mesh,
-            microbatch_size=ppo.microbatch_size,
-            microbatch_tokens=ppo.microbatch_tokens,
-            packing=ppo.packing,
+            limit=MicrobatchLimit.of(ppo),
         )
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
         self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)

@@ -10,7 +10,7 @@ from marlhf_mega.algorithm.losses import LossOutput, preference_loss, preference
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import ExampleBuilder, PreferencePair
 from marlhf_mega.data.files import Row
-from marlhf_mega.data.microbatch import round_up, split_by_size
+from marlhf_mega.data.microbatch import MicrobatchLimit, round_up, split_by_size
 from marlhf_mega.experience.scoring import last_token_scores
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.roles import score_step
@@ -62,7 +62,7 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
                 [p.prompt_ids for p in own],
                 responses,
                 mesh=mesh,
-                microbatch_size=2 * settings.microbatch_size,
+                limit=MicrobatchLimit(rows=2 * settings.microbatch_size),
             )
             for responses in ([p.chosen_ids for p in own], [p.rejected_ids for p in own])
         )

@@ -8,6 +8,7 @@ from marlhf_mega.algorithm.losses import LossOutput, sft_loss
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import ExampleBuilder, SupervisedExample
 from marlhf_mega.data.files import Row
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.forward import cut_rows, forward_rows
 from marlhf_mega.models.roles import LogprobStep
 from marlhf_mega.models.train_state import TrainState
@@ -46,7 +47,7 @@ def run_sft(inputs: Inputs[SupervisedExample], mesh: Mesh) -> dict[str, float]:
         cuts = cut_rows(
             [e.prompt_ids for e in examples],
             [e.response_ids for e in examples],
-            microbatch_size=config.sft.microbatch_size,
+            limit=MicrobatchLimit(rows=config.sft.microbatch_size),
             mesh=mesh,
         )
         return [Microbatch(batch=cut.batch) for cut in cuts]
@@ -61,7 +62,7 @@ def run_sft(inputs: Inputs[SupervisedExample], mesh: Mesh) -> dict[str, float]:
             [e.prompt_ids for e in own],
             [e.response_ids for e in own],
             mesh=mesh,
-            microbatch_size=config.sft.microbatch_size,
+            limit=MicrobatchLimit(rows=config.sft.microbatch_size),
             run=RUN,
             leading=(2,),
         )[0]

@@ -17,6 +17,7 @@ from marlhf_mega.algorithm.losses import (
 )
 from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.forward import cut_rows
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics.reduce import MetricSums
@@ -236,9 +237,7 @@ def make_microbatches(
     cuts = cut_rows(
         [experience.prompts[i] for i in chosen],
         [experience.responses[i] for i in chosen],
-        microbatch_size=config.ppo.microbatch_size,
-        microbatch_tokens=config.ppo.microbatch_tokens,
-        packing=config.ppo.packing,
+        limit=MicrobatchLimit.of(config.ppo),
         mesh=mesh,
     )
     return [_take(experience, rows[cut.rows], cut.batch) for cut in cuts]

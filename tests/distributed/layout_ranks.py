@@ -10,6 +10,7 @@ import torch.distributed as dist
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import PreferencePair
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.forward import forward_rows
@@ -114,12 +115,7 @@ def ppo_case(config, mesh, folder):
         generator.generate([prompts[i] for i in own], own, rule=rule, **options)
         for rule in (SamplingRule(temperature=0.0), SamplingRule(temperature=1.0))
     )
-    cut = {
-        "mesh": mesh,
-        "microbatch_size": 4,
-        "microbatch_tokens": config.ppo.microbatch_tokens,
-        "packing": config.ppo.packing,
-    }
+    cut = {"mesh": mesh, "limit": MicrobatchLimit.of(config.ppo)}
     if config.ppo.microbatch_tokens is not None:
         rollout = balance(rollout, minibatch_size=BATCH, mesh=mesh)
     balanced = rollout.sample_indices
@@ -195,7 +191,7 @@ def reward_case(config, mesh, folder):
         [prompts[i] for i in own],
         [chosen[i] for i in own],
         mesh=mesh,
-        microbatch_size=4,
+        limit=MicrobatchLimit(rows=4),
         run=score_step,
     )
     export_hf(chunks, config, mesh, target=folder / "reward")

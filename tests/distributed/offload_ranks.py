@@ -16,6 +16,7 @@ import torch.distributed as dist
 from layout_ranks import BATCH, EOS, model, texts
 
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
@@ -53,7 +54,7 @@ def build_roles(config, mesh, folder):
 def take_step(config, roles, mesh, step, peaks):
     sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=[*builder.MAXIMA, *PHASE_PEAKS])
     policy = [ddp.module for ddp in roles.policy.chunks]
-    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, microbatch_size=4)
+    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, limit=MicrobatchLimit(rows=4))
     segmenter = Segmenter(config.macro, None, mesh, seed=0)
     maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
     own = update.local_indices(BATCH, BATCH, mesh)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from layout_ranks import BATCH, EOS, config_for, model, texts
 
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
@@ -63,7 +64,7 @@ def main():
         seed=11,
         step=3,
     )
-    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, microbatch_size=4)
+    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, limit=MicrobatchLimit(rows=4))
     segmenter = Segmenter(config.macro, None, mesh, seed=0)
     maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
     means = [*builder.MEANS, *update.MEANS]

@@ -12,6 +12,7 @@ from marlhf_mega.checkpoint.weights import fill_from, fill_random
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import ParallelConfig, PrecisionConfig
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.roles import LogprobStep, value_step
@@ -57,8 +58,9 @@ def main():
     mesh = create_mesh(ParallelConfig())
     policy = build("language", precision, mesh, origin)
     critic = build("scalar", precision, mesh, origin)
-    rows = {"mesh": mesh, "prompts": prompts, "responses": responses, "microbatch_size": 2}
-    packed = rows | {"microbatch_tokens": 80, "packing": True}
+    rows = {"mesh": mesh, "prompts": prompts, "responses": responses}
+    packed = rows | {"limit": MicrobatchLimit(rows=1, tokens=80, packed=True)}
+    rows["limit"] = MicrobatchLimit(rows=2)
     language = {"run": LogprobStep(1.0), "leading": (2,)}
     logprobs, entropies = forward_rows(policy, **rows, **language)
     values = forward_rows(critic, **rows, run=value_step)

@@ -16,6 +16,7 @@ import torch
 from ppo_step import build_roles
 
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
@@ -54,8 +55,8 @@ class Way:
         """Score and update once, and note the slowest rank's seconds and all ranks' CPU seconds."""
         config, mesh = self.config, self.mesh
         sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
-        ppo = config.ppo.model_dump(include={"microbatch_size", "microbatch_tokens", "packing"})
-        scorer = Scorer(config.reward.source, self.roles.rewards, None, mesh, **ppo)
+        limit = MicrobatchLimit.of(config.ppo)
+        scorer = Scorer(config.reward.source, self.roles.rewards, None, mesh, limit=limit)
         segmenter = Segmenter(config.macro, None, mesh, seed=self.seed)
         maker = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)
 

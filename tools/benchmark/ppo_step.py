@@ -16,6 +16,7 @@ from macro_ops import measure as measure_macro_ops
 from macro_ops import rules
 
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
@@ -48,8 +49,7 @@ class Iteration:
             self.roles.rewards,
             None,
             mesh,
-            microbatch_size=config.ppo.microbatch_size,
-            microbatch_tokens=config.ppo.microbatch_tokens,
+            limit=MicrobatchLimit.of(config.ppo),
         )
         segmenter = Segmenter(config.macro, None, mesh, seed=args.seed)
         self.builder = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)

@@ -12,6 +12,7 @@ import common
 
 from marlhf_mega.algorithm.losses import sft_loss
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.forward import cut_rows
 from marlhf_mega.metrics.flops import forward_flops, training_flops
 from marlhf_mega.models.roles import LogprobStep
@@ -33,7 +34,8 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     prompts = common.random_tokens(args.seed, [args.prompt_len] * share, vocabulary)
     responses = common.random_tokens(args.seed + 1, [args.response_len] * share, vocabulary)
     size = -(-share // args.microbatches)
-    batches = [c.batch for c in cut_rows(prompts, responses, microbatch_size=size, mesh=mesh)]
+    limit = MicrobatchLimit(rows=size)
+    batches = [c.batch for c in cut_rows(prompts, responses, limit=limit, mesh=mesh)]
     run = LogprobStep(1.0)
     mesh.platform.reset_memory_peak()
 
