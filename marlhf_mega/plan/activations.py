@@ -5,14 +5,14 @@ and Transformer Engine's, which fuses norms into the matrix behind them. The CPU
 against autograd and the allocator by a test; the others are read from their source, not measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from marlhf_mega.config.limits import LOGITS_CHUNK_ELEMENTS
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import MemoryConfig
 from marlhf_mega.plan.layout import Layout
 from marlhf_mega.plan.parameters import Head
-from marlhf_mega.plan.workload import Microbatch
+from marlhf_mega.plan.workload import Microbatch, Role
 
 _FLOAT32 = 4
 
@@ -84,6 +84,14 @@ class LayerShape:
     @property
     def _tp(self) -> int:
         return self.layout.tensor
+
+
+def layer_shape(role: Role, layout: Layout, microbatch: Microbatch, formats: Formats) -> LayerShape:
+    """Return the widths of a role's layers; softcaps and post norms rule the engine out."""
+    model = role.model
+    engine = formats.has_engine and not model.post_norms and model.attention_softcap is None
+    own = replace(formats, has_engine=engine, fp8=formats.fp8 and engine)
+    return LayerShape(model=model, layout=layout, microbatch=microbatch, formats=own)
 
 
 def layer_kept(shape: LayerShape, memory: MemoryConfig) -> int:

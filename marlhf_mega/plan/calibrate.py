@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from marlhf_mega.config.checks import rollout_ranks
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.jsonl import read_lines
@@ -40,9 +41,9 @@ def activation_factor(run: Path, cluster: Cluster) -> float:
             "Name another run."
         )
     config = Config.model_validate({k: v for k, v in values.items() if k in Config.model_fields})
-    world = int(layout.split()[0])
     seen = {name for line in metrics for name in line}
     job = next((job for job, name in _TELLING.items() if name in seen), "ppo")
+    world = int(layout.split()[0]) + rollout_ranks(config, job)
     own = replace(cluster, nodes=1, gpus_per_node=world, activation_factor=1.0)
     stages = make_plan(config, job, own).stages
     metric, stage = _PEAK, stages[0]

@@ -47,7 +47,7 @@ def checkpoint_plan(
 
     Args:
         work: the job.
-        nodes: machines, which write together.
+        nodes: machines with ranks that train, which write together.
         element: bytes of a weight.
         step_seconds: of one step, if known.
         rates: of failures and of writing.
@@ -55,7 +55,7 @@ def checkpoint_plan(
     sizes = [whole_model_size(r.model, r.head) for r in work.roles if r.learns]
     num_bytes = sum(sizes) * (element + 12)
     write = num_bytes / (rates.write_bytes * nodes)
-    mtbf = rates.mtbf_hours * 3600 / work.layout.world
+    mtbf = rates.mtbf_hours * 3600 / work.world_size
     interval = max(math.sqrt(2 * write * mtbf) - write, write)
     redo = interval / 2 + rates.restart_seconds
     return CheckpointPlan(

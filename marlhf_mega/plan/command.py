@@ -9,9 +9,10 @@ from pathlib import Path
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.calibrate import activation_factor
+from marlhf_mega.plan.changes import smallest_change
 from marlhf_mega.plan.checkpoints import Reliability
 from marlhf_mega.plan.gpus import GPUS, find_gpu
-from marlhf_mega.plan.plan import Cluster, make_plan, smallest_change, with_keys
+from marlhf_mega.plan.plan import Cluster, make_plan, with_keys
 from marlhf_mega.plan.report import as_json, as_text
 from marlhf_mega.plan.search import search
 from marlhf_mega.plan.timing import Efficiencies

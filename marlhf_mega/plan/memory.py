@@ -3,22 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from marlhf_mega.config.limits import MOVE_BUCKET_BYTES, PREFILL_TOKENS
+from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
 from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
 from marlhf_mega.plan.activations import (
     Formats,
-    LayerShape,
     chunk_kept,
     forward_workspace,
     head_workspace,
     in_flight,
     layer_kept,
+    layer_shape,
     layer_workspace,
 )
 from marlhf_mega.plan.buffers import buffers
-from marlhf_mega.plan.layout import Layout, round_up
-from marlhf_mega.plan.parameters import Parameter, count, stage_parameters
-from marlhf_mega.plan.workload import Microbatch, Role, Workload
+from marlhf_mega.plan.generation import Generation, generation_memory
+from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.parameters import Parameter, count, largest_stage, stage_parameters
+from marlhf_mega.plan.workload import Role, Workload
 
 WORKING = ("activations", "backward", "forward", "prefill and sampling")
 """What passes hold: estimates, which a measured run corrects. All else is exact."""
@@ -26,6 +27,8 @@ WORKING = ("activations", "backward", "forward", "prefill and sampling")
 _FLOAT32 = 4
 _MOMENTS = 2
 _STEP_COUNTER = 4
+_ONE_WAY = MOVE_BUCKET_BYTES // 2
+"""Buckets of a move on a rank that only sends, or only receives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class StageMemory:
     """One rank of a pipeline stage."""
 
     stage: int
+    only_generates: bool = False
+    """The stage is of the ranks that do; all others train."""
     roles: Mapping[str, RoleMemory]
     phases: Mapping[str, Mapping[str, int]]
     """Phase -> what it holds -> bytes."""
@@ -68,6 +73,13 @@ class StageMemory:
     def worst_phase(self) -> str:
         """The phase that needs the most."""
         return max(self.phases, key=self.total)
+
+    @property
+    def where(self) -> str:
+        """The stage and the phase that needs the most there."""
+        if self.only_generates:
+            return f"rollout rank of stage {self.stage}"
+        return f"stage {self.stage}, {self.worst_phase}"
 
 
 def formats_of(precision: PrecisionConfig, *, on_gpu: bool, has_engine: bool) -> Formats:
@@ -90,7 +102,7 @@ def formats_of(precision: PrecisionConfig, *, on_gpu: bool, has_engine: bool) ->
 def stage_memory(
     work: Workload, stage: int, formats: Formats, *, activation_factor: float = 1.0
 ) -> StageMemory:
-    """Return what the ranks of one stage hold in every phase.
+    """Return what the ranks of one stage that train hold in every phase.
 
     Args:
         work: the job.
@@ -105,17 +117,47 @@ def stage_memory(
     phases = {"update": _update(work, stage, formats, roles)}
     if work.job == "ppo":
         phases = {
-            "rollout": _rollout(work, stage, formats, roles),
+            "rollout": _rollout(work, formats, roles),
             "experience": _experience(work, stage, formats, roles),
         } | phases
-    corrected = {
+    if work.num_rollout_ranks and work.config.data.validation_path is not None:
+        phases["evaluate"] = _evaluate(work, formats, roles)
+    return StageMemory(stage=stage, roles=roles, phases=_corrected(phases, activation_factor))
+
+
+def rollout_rank_memory(
+    work: Workload, stage: int, formats: Formats, *, activation_factor: float = 1.0
+) -> StageMemory:
+    """Return what the ranks of one stage hold that only generate: the policy and its cache.
+
+    Args:
+        work: a job with such ranks.
+        stage: of their own pipeline, from 0.
+        formats: number formats.
+        activation_factor: as of `stage_memory`.
+    """
+    generation = Generation.of_rollout(work)
+    # It does not learn, but computes in the formats of the policy that does.
+    precision = work.config.precision.model_copy(update={"fp8_frozen": True})
+    still = replace(work.policy, learns=False)
+    roles = {"policy": role_memory(still, generation.layout, stage, formats, precision)}
+    held = _resident(roles, work.config.memory, "rollout") | {"buckets of the move": _ONE_WAY}
+    phases = {"rollout": held | generation_memory(work, generation, formats)}
+    return StageMemory(
+        stage=stage,
+        only_generates=True,
+        roles=roles,
+        phases=_corrected(phases, activation_factor),
+    )
+
+
+def _corrected(phases: Mapping[str, Mapping[str, int]], factor: float) -> dict[str, dict[str, int]]:
+    return {
         phase: {
-            name: int(size * activation_factor) if name in WORKING else size
-            for name, size in held.items()
+            name: int(size * factor) if name in WORKING else size for name, size in held.items()
         }
         for phase, held in phases.items()
     }
-    return StageMemory(stage=stage, roles=roles, phases=corrected)
 
 
 def role_memory(
@@ -154,44 +196,6 @@ def role_memory(
     )
 
 
-def layer_shape(role: Role, layout: Layout, microbatch: Microbatch, formats: Formats) -> LayerShape:
-    """Return the widths of a role's layers; softcaps and post norms rule the engine out."""
-    model = role.model
-    engine = formats.has_engine and not model.post_norms and model.attention_softcap is None
-    own = replace(formats, has_engine=engine, fp8=formats.fp8 and engine)
-    return LayerShape(model=model, layout=layout, microbatch=microbatch, formats=own)
-
-
-def kv_cache_bytes(work: Workload, formats: Formats) -> int:
-    """Return the bytes of keys and values on every rank of the rollout's layout.
-
-    With a pipeline there are as many groups of slots as stages.
-    """
-    layout, model = rollout_layout(work), work.policy.model
-    slots = rollout_slots(work)
-    groups = max(1, min(layout.pipeline, slots))
-    share = round_up(max(1, -(-slots // groups)), work.config.precision.fp8_alignment)
-    longest = round_up(_longest(work), work.config.precision.fp8_alignment)
-    heads = max(1, model.query_groups // layout.tensor)
-    layers = model.num_layers // layout.pipeline
-    return layers * 2 * groups * share * heads * longest * model.kv_channels * formats.element
-
-
-def rollout_layout(work: Workload) -> Layout:
-    """Return the layout that generates."""
-    return Layout.of(work.config.rollout_parallel, work.layout.world)
-
-
-def rollout_slots(work: Workload) -> int:
-    """Return the sequences that one replica of the rollout decodes together."""
-    rows = -(-work.config.rollout.batch_size // rollout_layout(work).data)
-    return min(work.config.rollout.slots or rows, rows)
-
-
-def _longest(work: Workload) -> int:
-    return work.config.data.max_prompt_tokens + work.config.rollout.max_response_tokens
-
-
 def _resident(roles: Mapping[str, RoleMemory], memory: MemoryConfig, phase: str) -> dict[str, int]:
     """Return what is on the device in a phase beside its own work."""
     away = _idle(roles, phase) if memory.offload_idle else set()
@@ -219,30 +223,23 @@ def _idle(roles: Mapping[str, RoleMemory], phase: str) -> set[str]:
     return set(roles) - {"policy"} - largest
 
 
-def _rollout(
-    work: Workload, stage: int, formats: Formats, roles: Mapping[str, RoleMemory]
-) -> dict[str, int]:
-    layout, policy, config = rollout_layout(work), work.policy, work.config
+def _rollout(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) -> dict[str, int]:
+    config, generation = work.config, Generation.of_rollout(work)
     found = _resident(roles, config.memory, "rollout")
+    if work.num_rollout_ranks:
+        return found | {"buckets of the move": _ONE_WAY}
     # Ranks stand on other stages of a second layout than of the first: its largest stage counts.
     if config.rollout_parallel != config.parallel:
-        moved = [
-            stage_parameters(policy.model, layout, head="language", stage=s)
-            for s in range(layout.pipeline)
-        ]
-        found["policy at rollout's layout"] = max(map(count, moved)) * formats.element
+        largest = largest_stage(work.policy.model, generation.layout, "language")
+        found["policy at rollout's layout"] = largest * formats.element
         found["buckets of the move"] = MOVE_BUCKET_BYTES
-    found["kv cache"] = kv_cache_bytes(work, formats)
-    prompt = config.data.max_prompt_tokens
-    slots = -(-rollout_slots(work) // max(1, min(layout.pipeline, rollout_slots(work))))
-    rows = max(1, min(slots, PREFILL_TOKENS // prompt))
-    prefill = Microbatch(rows=rows, seq=prompt, response=1)
-    flat = replace(layout, sequence_parallel=False)
-    shape = layer_shape(policy, flat, prefill, replace(formats, has_engine=False))
-    decode = replace(shape, microbatch=Microbatch(rows=slots, seq=1, response=1))
-    logits = head_workspace(decode, "language", backward=False) * 2
-    found["prefill and sampling"] = max(forward_workspace(shape), logits)
-    return found
+    return found | generation_memory(work, generation, formats)
+
+
+def _evaluate(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) -> dict[str, int]:
+    """Ranks that train answer held-out prompts themselves; no other phase of theirs generates."""
+    found = _resident(roles, work.config.memory, "rollout")
+    return found | generation_memory(work, Generation.of_evaluation(work), formats)
 
 
 def _experience(

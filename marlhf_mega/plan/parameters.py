@@ -98,6 +98,12 @@ def count(chunks: list[tuple[Parameter, ...]]) -> int:
     return sum(parameter.size for chunk in chunks for parameter in chunk)
 
 
+def largest_stage(model: ModelConfig, layout: Layout, head: Head) -> int:
+    """Return the parameters of a rank of the stage that has the most."""
+    stages = range(layout.pipeline)
+    return max(count(stage_parameters(model, layout, head=head, stage=s)) for s in stages)
+
+
 def whole_model_size(model: ModelConfig, head: Head) -> int:
     """Return the parameters of the whole model, each once, padding of the vocabulary left out."""
     one = Layout(

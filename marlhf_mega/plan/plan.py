@@ -1,17 +1,19 @@
 """The whole plan of a job on a cluster: does it fit, how fast, what to save, what to change."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from marlhf_mega.config.checks import check_batches
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.activations import Formats
 from marlhf_mega.plan.checkpoints import CheckpointPlan, Reliability, checkpoint_plan
+from marlhf_mega.plan.generation import Generation
 from marlhf_mega.plan.gpus import GIB, Gpu
-from marlhf_mega.plan.memory import StageMemory, formats_of, stage_memory
-from marlhf_mega.plan.timing import Efficiencies, bubble, step_seconds
-from marlhf_mega.plan.workload import Workload, microbatch_keys, workload
+from marlhf_mega.plan.memory import StageMemory, formats_of, rollout_rank_memory, stage_memory
+from marlhf_mega.plan.timing import Efficiencies, bubble, step_seconds, whole_step
+from marlhf_mega.plan.workload import Workload, workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,16 @@ class Plan:
     cluster: Cluster
     formats: Formats
     stages: tuple[StageMemory, ...]
+    """Of the ranks that train."""
+    rollout_stages: tuple[StageMemory, ...]
+    """Of the ranks that only generate; empty where there are none."""
     seconds: Mapping[str, float]
     checkpoints: CheckpointPlan
 
     @property
     def worst(self) -> StageMemory:
-        """The stage whose ranks need the most."""
-        return max(self.stages, key=lambda stage: stage.peak)
+        """The stage whose ranks, of either kind, need the most."""
+        return max((*self.stages, *self.rollout_stages), key=lambda stage: stage.peak)
 
     @property
     def spare(self) -> int:
@@ -72,7 +77,7 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Of one step, estimated."""
-        return sum(self.seconds.values())
+        return whole_step(self.work, self.seconds)
 
     @property
     def bubble(self) -> float:
@@ -89,7 +94,8 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
         cluster: where it would run.
 
     Raises:
-        ConfigError: the job has no plan, or its layout does not fit the model or the cluster.
+        ConfigError: the job has no plan, or its layout or batches do not fit the model or the
+            cluster.
     """
     if config.precision.fp8 != "off" and not cluster.gpu.has_fp8:
         raise ConfigError(
@@ -97,10 +103,17 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
             "or plan for H100."
         )
     work = workload(config, job, cluster.world_size)
+    check_batches(config, work.job, work.layout.data)
     formats = formats_of(config.precision, on_gpu=True, has_engine=cluster.has_engine)
+    factor = cluster.activation_factor
     stages = tuple(
-        stage_memory(work, stage, formats, activation_factor=cluster.activation_factor)
+        stage_memory(work, stage, formats, activation_factor=factor)
         for stage in range(work.layout.pipeline)
+    )
+    rollout_stages = tuple(
+        rollout_rank_memory(work, stage, formats, activation_factor=factor)
+        for stage in range(Generation.of_rollout(work).layout.pipeline)
+        if work.num_rollout_ranks
     )
     seconds = step_seconds(work, cluster.gpu, formats, cluster.rates)
     return Plan(
@@ -108,12 +121,13 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
         cluster=cluster,
         formats=formats,
         stages=stages,
+        rollout_stages=rollout_stages,
         seconds=seconds,
         checkpoints=checkpoint_plan(
             work,
-            nodes=cluster.nodes,
+            nodes=-(-work.layout.world // cluster.gpus_per_node),
             element=formats.element,
-            step_seconds=sum(seconds.values()),
+            step_seconds=whole_step(work, seconds),
             rates=cluster.reliability,
         ),
     )
@@ -133,69 +147,3 @@ def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def smallest_change(plan: Plan) -> tuple[dict[str, Any], Plan] | None:
-    """Return the first change, from cheap to dear, after which the job fits; none: none does."""
-    for keys in _changes(plan):
-        try:
-            config = with_keys(plan.work.config, keys)
-            changed = make_plan(config, plan.work.job, plan.cluster)
-        except ConfigError:
-            continue
-        if changed.fits:
-            return keys, changed
-    return None
-
-
-def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
-    """List changes that need no other machine: one key, then several, then another layout."""
-    config, layout = plan.work.config, plan.work.layout
-    singles: list[dict[str, Any]] = []
-    if layout.tensor > 1 and not layout.sequence_parallel:
-        singles.append({"parallel.sequence_parallel": True})
-    if config.memory.recompute == "none" and config.model.attention_softcap is not None:
-        singles.append({"memory.recompute": "selective"})
-    size = plan.work.microbatch.rows
-    while size > 1:
-        size //= 2
-        seq = plan.work.microbatch.seq
-        singles.append(microbatch_keys(config, plan.work.job, rows=size, seq=seq))
-    if plan.work.job == "ppo":
-        slots = config.rollout.slots or config.rollout.batch_size // layout.data
-        while slots > 8:
-            slots //= 2
-            singles.append({"rollout.slots": slots})
-    if plan.work.job == "ppo" and not config.precision.fp8_param_gather:
-        offload = ("offload_idle", "offload_optimizer")
-        singles += [{f"memory.{k}": True} for k in offload if not getattr(config.memory, k)]
-    if config.memory.recompute != "full":
-        singles.append({"memory.recompute": "full", "memory.recompute_num_layers": None})
-    yield from singles
-    everything: dict[str, Any] = {}
-    for change in singles:
-        everything |= change
-        yield dict(everything)
-    for tensor, pipeline in _larger_layouts(plan):
-        keys = {
-            "parallel.tensor_size": tensor,
-            "parallel.pipeline_size": pipeline,
-            "parallel.sequence_parallel": tensor > 1,
-        }
-        yield keys
-        yield everything | keys
-
-
-def _larger_layouts(plan: Plan) -> list[tuple[int, int]]:
-    """Layouts that cut the model into more pieces, the fewest first; tensors inside a machine."""
-    layout, cluster = plan.work.layout, plan.cluster
-    now = layout.tensor * layout.pipeline
-    found = [
-        (tensor, pipeline)
-        for tensor in (1, 2, 4, 8)
-        for pipeline in (1, 2, 4, 8, 16)
-        if tensor <= cluster.gpus_per_node
-        and now < tensor * pipeline <= cluster.world_size
-        and cluster.world_size % (tensor * pipeline) == 0
-    ]
-    return sorted(found, key=lambda pair: (pair[0] * pair[1], pair[1]))

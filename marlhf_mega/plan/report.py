@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from marlhf_mega.plan.generation import Generation
 from marlhf_mega.plan.gpus import GIB
-from marlhf_mega.plan.memory import rollout_layout, rollout_slots
+from marlhf_mega.plan.memory import StageMemory
 from marlhf_mega.plan.parameters import whole_model_size
 from marlhf_mega.plan.plan import Plan
+from marlhf_mega.plan.timing import GENERATING, MOVE, training_seconds
 
 
 def as_text(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
@@ -23,8 +25,7 @@ def as_text(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
 
 def verdict(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
     """Say in one line whether it fits, and what to change if not."""
-    worst = plan.worst
-    where = f"stage {worst.stage}, {worst.worst_phase}"
+    where = plan.worst.where
     size = f"{plan.cluster.usable / GIB:.1f} GiB of {plan.cluster.gpu.name}"
     if plan.fits:
         return f"fits: {plan.spare / GIB:.1f} GiB to spare of {size} ({where})"
@@ -40,7 +41,7 @@ def summary(plan: Plan) -> str:
     worst, cluster = plan.worst, plan.cluster
     return (
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {worst.peak / GIB:.1f} GiB "
-        f"on the worst rank (stage {worst.stage}, {worst.worst_phase}), "
+        f"on the worst rank ({worst.where}), "
         f"{plan.spare / GIB:.1f} to spare; step {plan.step_seconds:.0f} s; checkpoint "
         f"{plan.checkpoints.num_bytes / GIB:.0f} GiB"
     )
@@ -55,6 +56,8 @@ def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[s
         "nodes": cluster.nodes,
         "gpus_per_node": cluster.gpus_per_node,
         "layout": asdict(work.layout),
+        "rollout_ranks": work.num_rollout_ranks,
+        "rollout_layout": asdict(Generation.of_rollout(work).layout) if work.job == "ppo" else None,
         "usable_bytes": cluster.usable,
         "peak_bytes": plan.worst.peak,
         "spare_bytes": plan.spare,
@@ -70,16 +73,10 @@ def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[s
         },
         "microbatch": asdict(work.microbatch),
         "num_microbatches": work.num_microbatches,
-        "stages": [
-            {
-                "stage": stage.stage,
-                "roles": {name: asdict(role) for name, role in stage.roles.items()},
-                "phases": {name: dict(held) for name, held in stage.phases.items()},
-                "phase_bytes": {name: stage.total(name) for name in stage.phases},
-            }
-            for stage in plan.stages
-        ],
+        "stages": [_stage_as_json(stage) for stage in plan.stages],
+        "rollout_stages": [_stage_as_json(stage) for stage in plan.rollout_stages],
         "step_seconds": dict(plan.seconds),
+        "whole_step_seconds": plan.step_seconds,
         "pipeline_bubble": plan.bubble,
         "checkpoint": asdict(plan.checkpoints)
         | {"failures_per_week": plan.checkpoints.failures_per_week},
@@ -94,22 +91,36 @@ def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[s
     }
 
 
+def _stage_as_json(stage: StageMemory) -> dict[str, Any]:
+    return {
+        "stage": stage.stage,
+        "roles": {name: asdict(role) for name, role in stage.roles.items()},
+        "phases": {name: dict(held) for name, held in stage.phases.items()},
+        "phase_bytes": {name: stage.total(name) for name in stage.phases},
+    }
+
+
 def _head(plan: Plan) -> list[str]:
     work, cluster = plan.work, plan.cluster
-    rows = work.microbatch
+    rows, tensor = work.microbatch, work.layout.tensor
+    trains = f"{work.layout.world} ranks train at " if work.num_rollout_ranks else ""
+    dtype = "float32" if plan.formats.element == 4 else "bfloat16"
     lines = [
         f"{work.job} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: "
-        f"{work.layout.describe()}, {'float32' if plan.formats.element == 4 else 'bfloat16'}"
+        f"{trains}{work.layout.describe()}, {dtype}"
         + (f" + FP8 {work.config.precision.fp8_recipe}" if plan.formats.fp8 else ""),
         f"microbatch {rows.describe()} tokens, {work.num_microbatches} per optimizer step, "
         f"pipeline idle {plan.bubble:.0%}",
     ]
     if work.job == "ppo":
+        generation, apart = Generation.of_rollout(work), work.num_rollout_ranks
+        tensor = max(tensor, generation.layout.tensor)
+        where = f"{apart} ranks only generate," if apart else "rollout"
         lines.append(
-            f"rollout at {rollout_layout(work).describe()}: {rollout_slots(work)} sequences at "
+            f"{where} at {generation.layout.describe()}: {generation.slots} sequences at "
             "a time on each replica"
         )
-    if work.layout.tensor > cluster.gpus_per_node:
+    if tensor > cluster.gpus_per_node:
         lines.append("tensor-parallel ranks are on several machines: far slower than estimated")
     assumed = [role.name for role in work.roles if role.is_assumed]
     if assumed:
@@ -118,41 +129,66 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _roles(plan: Plan) -> list[str]:
-    worst = plan.worst
-    lines = [
-        f"GiB on a rank of stage {worst.stage}, the worst",
-        f"{'':<12}{'parameters':>16}{'weights':>10}{'gradients':>10}{'optimizer':>10}{'sum':>10}",
-    ]
-    for name, role in worst.roles.items():
-        sizes = (role.weights + role.fp8_copies, role.gradients, role.optimizer, role.total)
-        shown = "".join(f"{size / GIB:>10.2f}" for size in sizes)
-        lines.append(f"{name:<12}{role.num_parameters:>16,}{shown}")
+    lines: list[str] = []
+    for stage in _worst_of_each_kind(plan):
+        kind = "rollout rank" if stage.only_generates else "rank"
+        worst = ", the worst" if stage is plan.worst else ""
+        lines += [""] if lines else []
+        lines += [
+            f"GiB on a {kind} of stage {stage.stage}{worst}",
+            f"{'':<12}{'parameters':>16}{'weights':>10}{'gradients':>10}{'optimizer':>10}{'sum':>10}",
+        ]
+        for name, role in stage.roles.items():
+            sizes = (role.weights + role.fp8_copies, role.gradients, role.optimizer, role.total)
+            shown = "".join(f"{size / GIB:>10.2f}" for size in sizes)
+            lines.append(f"{name:<12}{role.num_parameters:>16,}{shown}")
     return lines
 
 
 def _phases(plan: Plan) -> list[str]:
     lines = []
-    for phase, held in plan.worst.phases.items():
-        rest = {
-            name: size
-            for name, size in held.items()
-            if not name.endswith((" weights", " gradients", " optimizer"))
-        }
-        models = sum(held.values()) - sum(rest.values())
-        parts = [f"models {models / GIB:.2f}"]
-        parts += [f"{name} {size / GIB:.2f}" for name, size in rest.items()]
-        lines.append(f"{phase:<12}{plan.worst.total(phase) / GIB:>8.2f} GiB: {', '.join(parts)}")
+    for stage in _worst_of_each_kind(plan):
+        for phase, held in stage.phases.items():
+            rest = {
+                name: size
+                for name, size in held.items()
+                if not name.endswith((" weights", " gradients", " optimizer"))
+            }
+            models = sum(held.values()) - sum(rest.values())
+            parts = [f"models {models / GIB:.2f}"]
+            parts += [f"{name} {size / GIB:.2f}" for name, size in rest.items()]
+            name = "rollout rank" if stage.only_generates else phase
+            lines.append(f"{name:<12}{stage.total(phase) / GIB:>8.2f} GiB: {', '.join(parts)}")
     return lines
+
+
+def _worst_of_each_kind(plan: Plan) -> list[StageMemory]:
+    """Return the worst stage of the ranks that train and of those that only generate."""
+    kinds = [stages for stages in (plan.stages, plan.rollout_stages) if stages]
+    return [max(stages, key=lambda stage: stage.peak) for stages in kinds]
 
 
 def _times(plan: Plan) -> list[str]:
     lines = [f"step {plan.step_seconds:.1f} s at full length, by the stated efficiencies"]
+    if plan.work.num_rollout_ranks:
+        lines.append(_sides(plan))
     for phase in ("rollout", "experience", "update", "gradients"):
         parts = {n: s for n, s in plan.seconds.items() if n.partition(" ")[0] == phase}
         if parts:
             shown = ", ".join(f"{n.partition(' ')[2]} {s:.1f}" for n, s in parts.items())
             lines.append(f"{phase:<12}{sum(parts.values()):>8.1f} s: {shown}")
     return lines
+
+
+def _sides(plan: Plan) -> str:
+    """Say what either kind of ranks does in a step, and whether at the same time."""
+    work, seconds = plan.work, plan.seconds
+    generating, training = sum(seconds[part] for part in GENERATING), training_seconds(seconds)
+    order = "while" if work.config.rollout.staleness else "then"
+    return (
+        f"weights move for {seconds[MOVE]:.1f} s; {work.num_rollout_ranks} ranks generate for "
+        f"{generating:.1f} s, {order} {work.layout.world} train for {training:.1f} s"
+    )
 
 
 def _checkpoints(plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from marlhf_mega.config.checks import rollout_ranks
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.layout import round_up
@@ -17,6 +18,8 @@ _OFFLOAD = {"memory.offload_idle": True, "memory.offload_optimizer": True}
 
 def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, Any], Plan]]:
     """Try layouts, recomputation and microbatch sizes; offload where nothing else makes it fit.
+
+    Of ranks that only generate also other numbers, where the configuration has some.
 
     Returns:
         The changed keys and the plan of everything that fits, the fastest first; of layouts that
@@ -39,8 +42,8 @@ def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, A
 def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str, Any]]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tensors = [size for size in _SIZES if size <= cluster.gpus_per_node]
-    for tensor, pipeline in product(tensors, _SIZES):
-        if cluster.world_size % (tensor * pipeline):
+    for tensor, pipeline, apart in product(tensors, _SIZES, _rollout_ranks(config, job, cluster)):
+        if (cluster.world_size - apart) % (tensor * pipeline):
             continue
         chunks = (1, 2, 4) if pipeline > 1 else (1,)
         for virtual, rows, recompute in product(chunks, _MICROBATCHES, ("none", "full")):
@@ -52,4 +55,11 @@ def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str
                 "memory.recompute": recompute,
                 "memory.recompute_num_layers": None,
                 **microbatch_keys(config, job, rows=rows, seq=round_up(longest, tensor)),
+                **({"rollout.ranks": apart} if apart else {}),
             }
+
+
+def _rollout_ranks(config: Config, job: str, cluster: Cluster) -> list[int]:
+    """Return the numbers of ranks that only generate to try."""
+    own, world = rollout_ranks(config, job), cluster.world_size
+    return sorted({own, world // 8, world // 4, world // 2} - {0}) if own else [0]

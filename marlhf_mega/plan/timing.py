@@ -1,14 +1,21 @@
 """How long a step takes, from shapes and stated efficiencies: an estimate, not a measurement."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from marlhf_mega.metrics.flops import forward_flops, training_flops
 from marlhf_mega.plan.activations import Formats
+from marlhf_mega.plan.generation import Generation, kv_cache_bytes
 from marlhf_mega.plan.gpus import Gpu
 from marlhf_mega.plan.layout import Layout
-from marlhf_mega.plan.memory import kv_cache_bytes, role_memory, rollout_layout, rollout_slots
-from marlhf_mega.plan.parameters import count, stage_parameters
+from marlhf_mega.plan.memory import role_memory
+from marlhf_mega.plan.parameters import largest_stage
 from marlhf_mega.plan.workload import Role, Workload
+
+GENERATING = ("rollout prefill", "rollout decode")
+"""Parts of a step that ranks which only generate do, where there are some."""
+MOVE = "rollout move"
+"""The part of a step in which weights go to where they generate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +44,10 @@ def step_seconds(
     """Return the seconds of every part of a step, sequences as long as they may be."""
     found: dict[str, float] = {}
     if work.job == "ppo":
-        found["rollout prefill"] = _forward(work, work.policy, gpu, rates, prompts_only=True)
+        found["rollout prefill"] = _prefill(work, gpu, rates)
         found["rollout decode"] = _decode(work, gpu, formats, rates)
+        if work.num_rollout_ranks or work.config.rollout_parallel != work.config.parallel:
+            found[MOVE] = _move(work, gpu, formats, rates)
         offload = _offload(work, formats, rates)
         if offload:
             found["offload"] = offload
@@ -50,6 +59,20 @@ def step_seconds(
         found[f"update {role.name}"] = epochs * _train(work, role, gpu, rates)
         found[f"gradients {role.name}"] = epochs * _reduce(work, role, gpu, formats, rates)
     return found
+
+
+def whole_step(work: Workload, seconds: Mapping[str, float]) -> float:
+    """Return how long a step takes, given its parts: all of them, unless two of them overlap."""
+    generating = sum(seconds.get(part, 0.0) for part in GENERATING)
+    training = training_seconds(seconds)
+    if work.num_rollout_ranks and work.config.rollout.staleness:
+        return max(generating, training) + seconds[MOVE]
+    return sum(seconds.values())
+
+
+def training_seconds(seconds: Mapping[str, float]) -> float:
+    """Return how long a step's experience and update take."""
+    return sum(size for part, size in seconds.items() if part not in (*GENERATING, MOVE))
 
 
 def _offload(work: Workload, formats: Formats, rates: Efficiencies) -> float:
@@ -72,16 +95,29 @@ def bubble(layout: Layout, num_microbatches: int) -> float:
     return (layout.pipeline - 1) / (num_microbatches * layout.chunks)
 
 
-def _forward(
-    work: Workload, role: Role, gpu: Gpu, rates: Efficiencies, *, prompts_only: bool = False
-) -> float:
-    seq = work.config.data.max_prompt_tokens if prompts_only else work.microbatch.seq
-    outputs = 1 if prompts_only else work.microbatch.response
-    layout = rollout_layout(work) if prompts_only else work.layout
-    flops = _flops(work, role, seq=seq, outputs=outputs)
+def _forward(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
+    flops = _flops(work, role, seq=work.microbatch.seq, outputs=work.microbatch.response)
     speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=role.learns)
-    count_ = -(-work.batch_rows // work.microbatch.rows)
-    return flops / (speed * work.layout.world) * (1 + bubble(layout, count_))
+    count = -(-work.batch_rows // work.microbatch.rows)
+    return flops / (speed * work.layout.world) * (1 + bubble(work.layout, count))
+
+
+def _prefill(work: Workload, gpu: Gpu, rates: Efficiencies) -> float:
+    layout = Generation.of_rollout(work).layout
+    flops = _flops(work, work.policy, seq=work.config.data.max_prompt_tokens, outputs=1)
+    speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=True)
+    rows = -(-work.config.rollout.batch_size // layout.data)
+    count = -(-rows // work.microbatch.rows)
+    return flops / (speed * layout.world) * (1 + bubble(layout, count))
+
+
+def _move(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
+    """All that a rank is to hold comes to it; ranks that train share the sending evenly."""
+    layout = Generation.of_rollout(work).layout
+    into = largest_stage(work.policy.model, layout, "language") * formats.element
+    out = into * layout.world / work.layout.world
+    speed = gpu.link if work.world_size <= 8 else min(gpu.link, rates.network_bytes)
+    return max(into, out) / speed
 
 
 def _train(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
@@ -100,18 +136,15 @@ def _flops(work: Workload, role: Role, *, seq: int, outputs: int) -> float:
 
 def _decode(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
     """Every new token reads a stage's weights once per group of slots, and the group's cache."""
-    layout, policy = rollout_layout(work), work.policy
-    groups = max(1, min(layout.pipeline, rollout_slots(work)))
-    stages = [
-        count(stage_parameters(policy.model, layout, head="language", stage=s))
-        for s in range(layout.pipeline)
-    ]
-    weights = max(stages) * formats.element
-    cache = kv_cache_bytes(work, formats) / groups / 2  # half full on average
+    generation, policy = Generation.of_rollout(work), work.policy
+    layout = generation.layout
+    weights = largest_stage(policy.model, layout, "language") * formats.element
+    # Half full on average.
+    cache = kv_cache_bytes(work, generation, formats) / generation.groups / 2
     speed = gpu.bandwidth * rates.memory_bandwidth
     layers = policy.model.num_layers // layout.pipeline
     one = max((weights + cache) / speed, layers * rates.decode_layer_seconds)
-    waves = -(-work.config.rollout.batch_size // layout.data) / rollout_slots(work)
+    waves = -(-work.config.rollout.batch_size // layout.data) / generation.slots
     return one * layout.pipeline * work.config.rollout.max_response_tokens * waves
 
 
@@ -120,11 +153,8 @@ def _reduce(work: Workload, role: Role, gpu: Gpu, formats: Formats, rates: Effic
     layout = work.layout
     if layout.data == 1:
         return 0.0
-    stages = [
-        count(stage_parameters(role.model, layout, head=role.head, stage=s))
-        for s in range(layout.pipeline)
-    ]
-    moved = max(stages) * (4 + formats.element) * (layout.data - 1) / layout.data
+    largest = largest_stage(role.model, layout, role.head)
+    moved = largest * (4 + formats.element) * (layout.data - 1) / layout.data
     within = layout.tensor * layout.data <= 8 and layout.pipeline == 1
     speed = gpu.link if within else min(gpu.link, rates.network_bytes)
     steps = work.batch_rows / work.minibatch_rows

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from marlhf_mega.config.checks import check_world
+from marlhf_mega.config.checks import check_world, rollout_ranks
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import find_origin
@@ -71,6 +71,9 @@ class Workload:
     config: Config
     job: PlannedJob
     layout: Layout
+    """Of the ranks that train."""
+    num_rollout_ranks: int
+    """Ranks beside them that only generate; 0: those that train generate as well."""
     roles: tuple[Role, ...]
     microbatch: Microbatch
     num_microbatches: int
@@ -85,6 +88,11 @@ class Workload:
         """The first model that learns."""
         return self.roles[0]
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of both kinds."""
+        return self.layout.world + self.num_rollout_ranks
+
 
 def workload(config: Config, job: str, world_size: int) -> Workload:
     """Size a job.
@@ -92,7 +100,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     Args:
         config: with the vocabulary size.
         job: sft, reward or ppo.
-        world_size: number of ranks.
+        world_size: number of ranks of both kinds.
 
     Raises:
         ConfigError: the job has no plan, the vocabulary size is missing, or the layout does not
@@ -110,9 +118,10 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         )
     if world_size < 1:
         raise ConfigError(f"--world-size={world_size}: must be above 0. Give a positive number.")
-    check_world(config, world_size)
+    apart = rollout_ranks(config, job)
+    check_world(config, world_size, apart=apart)
     planned = cast(PlannedJob, job)
-    layout = Layout.of(config.parallel, world_size)
+    layout = Layout.of(config.parallel, world_size - apart)
     rows, minibatch, batch = _rows(config, planned, layout)
     response = (
         config.rollout.max_response_tokens if job == "ppo" else config.data.max_response_tokens
@@ -130,6 +139,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         config=config,
         job=planned,
         layout=layout,
+        num_rollout_ranks=apart,
         roles=_roles(config, planned),
         microbatch=Microbatch(rows=rows, seq=seq, response=response, packed=packed),
         num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),

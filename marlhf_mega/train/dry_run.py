@@ -1,8 +1,9 @@
 """`--dry-run`: build every distinct rank of a job on the meta device and say what it consists of.
 
 Ranks with the same place in tensor and pipeline parallelism build the same, so one replica stands
-for all. Nothing is communicated and no weight is allocated or read; what the planner computes in
-closed form is compared with what the real classes make.
+for all, and another one for ranks that only generate. Nothing is communicated and no weight is
+allocated or read; what the planner computes in closed form is compared with what the real classes
+make.
 """
 
 import time
@@ -15,7 +16,7 @@ from marlhf_mega.checkpoint.hf.table import WeightTable
 from marlhf_mega.checkpoint.sharded import bytes_to_write
 from marlhf_mega.checkpoint.weights import layout_of
 from marlhf_mega.config.checks import Job, check_sizes
-from marlhf_mega.config.schema import Config, OptimizerConfig
+from marlhf_mega.config.schema import Config, MemoryConfig, OptimizerConfig
 from marlhf_mega.models.gpt import StageModel, build_chunks
 from marlhf_mega.models.spec import compute_dtype, transformer_config
 from marlhf_mega.models.train_state import TrainState
@@ -23,7 +24,8 @@ from marlhf_mega.parallel.imagined import imagined_mesh
 from marlhf_mega.parallel.mesh import Mesh, create_second_mesh, in_force
 from marlhf_mega.plan.activations import Formats, in_flight
 from marlhf_mega.plan.buffers import buffers
-from marlhf_mega.plan.memory import kv_cache_bytes, rollout_layout, rollout_slots
+from marlhf_mega.plan.generation import Generation, kv_cache_bytes
+from marlhf_mega.plan.layout import Layout
 from marlhf_mega.plan.parameters import count, stage_parameters
 from marlhf_mega.plan.timing import bubble
 from marlhf_mega.plan.workload import Role, Workload, workload
@@ -45,6 +47,10 @@ class _Found:
     tensors: set[str] = field(default_factory=set)
     """Of the policy's Hugging Face export."""
     layouts: set[str] = field(default_factory=set)
+    num_ranks: int = 0
+    """That were built."""
+    kv_cache_bytes: int = 0
+    """On every rank that generates."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -68,31 +74,34 @@ def dry_run(config: Config, job: Job, world_size: int) -> tuple[list[str], list[
     plain = config.precision.model_copy(update={"fp8": "off"})
     work = workload(config.model_copy(update={"precision": plain}), job, world_size)
     found = _Found()
-    ranks = _distinct_ranks(work)
-    for rank in ranks:
-        with imagined_mesh(config.parallel, rank=rank, world_size=world_size) as mesh:
+    for rank in _distinct_ranks(work.layout, found):
+        with imagined_mesh(config.parallel, rank=rank, world_size=work.layout.world) as mesh:
             found.layouts.add(mesh.describe())
             for role in work.roles:
                 precision = config.precision if role.learns else config.precision.frozen()
                 transformer_config(role.model, precision, mesh, config.memory)
                 _build(role, work, mesh, found)
-            if job == "ppo":
+            if job == "ppo" and not work.num_rollout_ranks:
                 _build_rollout(work, mesh, found)
+    if work.num_rollout_ranks:
+        _build_rollout_ranks(work, config, found)
     seconds = time.perf_counter() - start
-    lines = _report(work, found, len(ranks), seconds)
+    lines = _report(work, found, seconds)
     if config.precision.fp8 != "off":
         lines.append("FP8: its settings are valid; its modules need a GPU and were not built")
     return lines, found.problems
 
 
-def _distinct_ranks(work: Workload) -> list[int]:
+def _distinct_ranks(layout: Layout, found: _Found) -> list[int]:
     """Return the first replica's ranks: tensor-parallel neighbours, stage after stage."""
-    stage_size = work.layout.world // work.layout.pipeline
-    return [
+    stage_size = layout.world // layout.pipeline
+    ranks = [
         stage * stage_size + place
-        for stage in range(work.layout.pipeline)
-        for place in range(work.layout.tensor)
+        for stage in range(layout.pipeline)
+        for place in range(layout.tensor)
     ]
+    found.num_ranks += len(ranks)
+    return ranks
 
 
 def _build(role: Role, work: Workload, mesh: Mesh, found: _Found) -> None:
@@ -126,24 +135,48 @@ def _name_tensors(role: Role, chunks: Sequence[StageModel], mesh: Mesh, found: _
 
 
 def _build_rollout(work: Workload, mesh: Mesh, found: _Found) -> None:
-    """Build what generates: groups and chunks of its own layout, the cache of keys and values."""
-    config, layout = work.config, rollout_layout(work)
-    parallel = config.rollout_parallel
+    """Build what generates on a rank that trains, at its own layout."""
+    parallel = work.config.rollout_parallel
     second = mesh
-    if parallel != config.parallel:
+    if parallel != work.config.parallel:
         second = replace(create_second_mesh(parallel, mesh), platform=mesh.platform)
     with in_force(second):
-        chunks = build_chunks(work.policy.model, config.precision, second, head="language")
-    groups = max(1, min(layout.pipeline, rollout_slots(work)))
+        _build_generator(work, second, found)
+
+
+def _build_rollout_ranks(work: Workload, config: Config, found: _Found) -> None:
+    """Build the ranks that only generate, which are a world of their own."""
+    layout = Generation.of_rollout(work).layout
+    for rank in _distinct_ranks(layout, found):
+        with imagined_mesh(config.rollout_parallel, rank=rank, world_size=layout.world) as mesh:
+            found.layouts.add(f"{mesh.describe()} that only generate")
+            transformer_config(config.model, config.precision, mesh, MemoryConfig())
+            _build_generator(work, mesh, found)
+
+
+def _build_generator(work: Workload, mesh: Mesh, found: _Found) -> None:
+    """Build the policy as it generates and the cache of keys and values."""
+    config, generation = work.config, Generation.of_rollout(work)
+    chunks = build_chunks(work.policy.model, config.precision, mesh, head="language")
+    planned = stage_parameters(
+        work.policy.model, generation.layout, head="language", stage=mesh.pp_rank
+    )
+    built = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    _compare(found, f"rollout, rank {mesh.rank}: parameters", built, count(planned))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     caches = [
-        ChunkDecoder(chunk, num_slots=-(-rollout_slots(work) // groups), max_tokens=longest).cache
-        for _ in range(groups)
+        ChunkDecoder(chunk, num_slots=generation.group_slots, max_tokens=longest).cache
+        for _ in range(generation.groups)
         for chunk in chunks
     ]
     element = compute_dtype(config.precision, mesh).itemsize
-    planned = kv_cache_bytes(work, Formats(element=element, has_engine=False, fp8=False))
-    _compare(found, f"rank {mesh.rank}: bytes of kv cache", sum(c.nbytes for c in caches), planned)
+    formats = Formats(element=element, has_engine=False, fp8=False)
+    held = sum(cache.nbytes for cache in caches)
+    what = f"rollout, rank {mesh.rank}: bytes of kv cache"
+    _compare(found, what, held, kv_cache_bytes(work, generation, formats))
+    if work.num_rollout_ranks:
+        found.parameters.setdefault("rollout", Counter())[mesh.pp_rank] = built
+    found.kv_cache_bytes = held
 
 
 def _compare(found: _Found, what: str, built: int, planned: int) -> None:
@@ -151,18 +184,21 @@ def _compare(found: _Found, what: str, built: int, planned: int) -> None:
         found.problems.append(f"{what}: {built:,} are built, {planned:,} are planned")
 
 
-def _report(work: Workload, found: _Found, num_ranks: int, seconds: float) -> list[str]:
+def _report(work: Workload, found: _Found, seconds: float) -> list[str]:
     layout, learns = work.layout, [role.name for role in work.roles if role.learns]
+    layouts = sorted(found.layouts, key=lambda text: text.endswith("only generate"))
     lines = [
-        f"dry run: {work.job} on {', '.join(sorted(found.layouts))}; {num_ranks} distinct ranks "
-        f"built in {seconds:.1f} s",
+        f"dry run: {work.job} on {' and '.join(layouts)}; "
+        f"{found.num_ranks} distinct ranks built in {seconds:.1f} s",
     ]
     for name, sizes in found.parameters.items():
-        shown = ", ".join(f"{sizes[stage]:,}" for stage in range(layout.pipeline))
+        shown = ", ".join(f"{sizes[stage]:,}" for stage in sorted(sizes))
         lines.append(f"{name}: parameters of a rank by stage {shown}")
     for name in learns:
         shown = ", ".join(f"{found.buckets[name][stage]:,}" for stage in range(layout.pipeline))
         lines.append(f"{name}: elements in its data-parallel buckets by stage {shown}")
+    if found.kv_cache_bytes:
+        lines.append(f"rollout: bytes of kv cache of a rank {found.kv_cache_bytes:,}")
     flying = [
         in_flight(layout, stage=stage, num_microbatches=work.num_microbatches)
         for stage in range(layout.pipeline)

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.optimizer_state import distributed_optimizers
+from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.batch import SequenceBatch
@@ -19,12 +20,11 @@ from marlhf_mega.models.roles import LogprobStep, value_step
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import run_forward_backward
-from marlhf_mega.plan.activations import layer_kept
+from marlhf_mega.plan.activations import layer_kept, layer_shape
+from marlhf_mega.plan.generation import Generation, kv_cache_bytes
 from marlhf_mega.plan.memory import (
     formats_of,
-    kv_cache_bytes,
-    layer_shape,
-    rollout_slots,
+    rollout_rank_memory,
     stage_memory,
     update_activations,
 )
@@ -147,19 +147,19 @@ def role_case(role, work, mesh):
     }
 
 
-def cache_bytes(work, mesh):
+def cache_bytes(work, generation, mesh):
     """Set a rollout up as the generator does."""
     config = work.config
     chunks = build_chunks(config.model, config.precision, mesh, head="language")
     limit = config.rollout.max_response_tokens
     prompt = [1] * config.data.max_prompt_tokens
-    responses = [Response(i, prompt, limit) for i in range(work.batch_rows)]
+    responses = [Response(i, prompt, limit) for i in range(generation.slots)]
     run = _Run(
         Generator(chunks, mesh, eos_id=0),
         deque(responses),
         torch.zeros(len(responses), dtype=torch.int64),
         rule=SamplingRule(temperature=1.0),
-        slots=rollout_slots(work),
+        slots=generation.slots,
         eos_id=0,
     )
     return sum(decoder.cache.nbytes for group in run.decoders for decoder in group)
@@ -180,7 +180,40 @@ def planned(work, stage):
             "peak": kept + extra + memory.phases["update"]["messages"],
             "saved": kept + (layer_kept(shape, work.config.memory) if again else 0),
         }
-    return found | {"kv cache": kv_cache_bytes(work, formats)}
+    return found | {"kv cache": kv_cache_bytes(work, Generation.of_rollout(work), formats)}
+
+
+def job_case(work, mesh):
+    """Every model of a job whose ranks train and generate."""
+    real = {role.name: role_case(role, work, mesh) for role in work.roles}
+    real["kv cache"] = cache_bytes(work, Generation.of_rollout(work), mesh)
+    return {"stage": mesh.pp_rank, "real": real, "planned": planned(work, mesh.pp_rank)}
+
+
+def apart_case(work, mesh):
+    """The policy and a move of its weights, where some ranks only generate."""
+    formats = formats_of(work.config.precision, on_gpu=False, has_engine=False)
+    chunks = build_chunks(work.config.model, work.config.precision, mesh, head="language")
+    place = (chunks, mesh)
+    if mesh.only_generates:
+        mover, generation = connect(None, place), Generation.of_rollout(work)
+        memory = rollout_rank_memory(work, mesh.pp_rank, formats)
+        held = memory.phases["rollout"]
+    else:
+        mover, generation = connect(place, None), Generation.of_evaluation(work)
+        memory = stage_memory(work, mesh.pp_rank, formats)
+        held = memory.phases["evaluate"] | memory.phases["rollout"]
+    real = {
+        "weights": sum(p.nbytes for chunk in chunks for p in chunk.parameters()),
+        "kv cache": cache_bytes(work, generation, mesh),
+        "buckets of the move": highest(mover.move),
+    }
+    names = ("kv cache", "buckets of the move")
+    return {
+        "only generates": mesh.only_generates,
+        "real": real,
+        "planned": {name: held[name] for name in names} | {"weights": held["policy weights"]},
+    }
 
 
 def main():
@@ -188,15 +221,13 @@ def main():
     results = []
     for case in cases:
         config = Config.model_validate(case)
-        mesh = create_mesh(config.parallel)
-        work = workload(config, "ppo", mesh.world_size)
-        real = {role.name: role_case(role, work, mesh) for role in work.roles}
-        real["kv cache"] = cache_bytes(work, mesh)
-        mine = {"stage": mesh.pp_rank, "real": real, "planned": planned(work, mesh.pp_rank)}
-        everyone = [mine] * mesh.world_size
-        dist.all_gather_object(everyone, mine)
-        results.append(everyone)
-        if mesh.rank == 0:
+        apart = config.rollout.ranks
+        mesh = create_mesh(
+            config.parallel, num_rollout_ranks=apart, rollout_parallel=config.rollout_parallel
+        )
+        work = workload(config, "ppo", mesh.launch.size)
+        results.append(mesh.launch.gather((apart_case if apart else job_case)(work, mesh)))
+        if mesh.launch.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)
     dist.destroy_process_group()

@@ -108,6 +108,24 @@ CASES = {
 }
 
 
+APART = {
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "ffn_hidden_size": 4096,
+        "vocab_size": 300,
+    },
+    "parallel": {"tensor_size": 2, "sequence_parallel": True},
+    "data": TEXT | {"validation_path": "prompts.jsonl"},
+    "rollout": SMALL | {"ranks": 2, "tensor_size": 1, "slots": 10},
+    "ppo": PPO,
+    "evaluate": {"batch_size": 6},
+}
+"""Two ranks train and two only generate; their weights are more than the buckets of a move."""
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("plan") / "out.json"
@@ -149,3 +167,17 @@ def test_the_allocators_peak_in_an_update_is_as_planned(results, name, role):
     for rank in results[name]:
         real, planned = rank["real"][role]["peak"], rank["planned"][role]["peak"]
         assert planned == pytest.approx(real, rel=0.15), rank["stage"]
+
+
+def test_ranks_that_only_generate_take_the_planned_bytes(tmp_path):
+    (ranks,) = run_ranks("plan_ranks.py", 4, tmp_path / "out.json", json.dumps([APART]))
+    assert [rank["only generates"] for rank in ranks] == [False, False, True, True]
+    for rank in ranks:
+        real, planned = rank["real"], rank["planned"]
+        assert real["weights"] == planned["weights"]
+        assert real["kv cache"] == planned["kv cache"]
+        # 64 tokens, 128 wide, float32: 10 sequences of 4 groups, or 6 of 2.
+        slots = 10 * 4 if rank["only generates"] else 6 * 2
+        assert real["kv cache"] == 2 * 2 * slots * 64 * 128 * 4
+        room = planned["buckets of the move"]
+        assert 0.9 * room < real["buckets of the move"] <= room

@@ -11,10 +11,11 @@ from shapes import GEMMA2_27B, LLAMA_8B, LLAMA_70B, QWEN3_30B
 
 from marlhf_mega.cli import run
 from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.changes import smallest_change
 from marlhf_mega.plan.checkpoints import Reliability, checkpoint_plan
+from marlhf_mega.plan.generation import Generation
 from marlhf_mega.plan.gpus import GIB, find_gpu
-from marlhf_mega.plan.memory import rollout_slots
-from marlhf_mega.plan.plan import Cluster, make_plan, smallest_change, with_keys
+from marlhf_mega.plan.plan import Cluster, make_plan, with_keys
 from marlhf_mega.plan.search import search
 from marlhf_mega.plan.workload import workload
 
@@ -223,7 +224,7 @@ def test_microbatches_of_every_job(job, rows, count):
     work = workload(config, job, 1)
     assert (work.microbatch.rows, work.num_microbatches) == (rows, count)
     assert work.microbatch.seq == 512 + (1024 if job == "ppo" else 512)
-    assert rollout_slots(work) == 256
+    assert Generation.of_rollout(work).slots == 256
 
 
 def test_the_interval_of_saves_is_young_and_dalys():
