@@ -358,11 +358,6 @@ def _offload_problems(config: Config, job: Job) -> Iterator[str]:
 
 
 def _budget_problems(config: Config) -> Iterator[str]:
-    if config.ppo.packing and config.ppo.microbatch_tokens is None:
-        yield (
-            "ppo.packing=true: needs a number of tokens per forward; ppo.microbatch_tokens is not "
-            "set. Set it, or ppo.packing=false."
-        )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if config.parallel.sequence_parallel and not config.ppo.packing:
         longest = -(-longest // config.parallel.tensor_size) * config.parallel.tensor_size

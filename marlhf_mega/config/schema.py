@@ -156,6 +156,8 @@ class SftConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Sequences per forward on one data-parallel rank."""
+    packing: bool = False
+    """Sequences of a microbatch lie one after the other in one row, without padding."""
 
 
 class RewardModelConfig(OptimizerConfig):
@@ -165,6 +167,8 @@ class RewardModelConfig(OptimizerConfig):
     """Pairs per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Pairs per forward on one data-parallel rank."""
+    packing: bool = False
+    """Sequences of a microbatch lie one after the other in one row, without padding."""
     loss: Literal["last", "span"] = "last"
     """Bradley-Terry on the last token's score, or on every token after the first difference."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -270,11 +274,11 @@ class PPOConfig(Section):
     microbatch_size: int = Field(8, gt=0)
     """Sequences per forward on one data-parallel rank."""
     microbatch_tokens: int | None = Field(None, gt=0)
-    """Tokens per forward, padding included, instead of `microbatch_size`: short sequences go many
-    at a time, and every data-parallel rank gets about as many tokens of each minibatch."""
+    """Tokens per forward, with the padding if there is any, instead of `microbatch_size`: short
+    sequences go many at a time, and every data-parallel rank gets about as many tokens of each
+    minibatch."""
     packing: bool = False
-    """Sequences of a microbatch lie one after the other without padding, which
-    `microbatch_tokens` then does not count."""
+    """Sequences of a microbatch lie one after the other in one row, without padding."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
@@ -330,6 +334,8 @@ class OfflineConfig(Section):
     """Responses per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Responses per forward on one data-parallel rank."""
+    packing: bool = False
+    """Sequences of a microbatch lie one after the other in one row, without padding."""
     value_epochs: int = Field(10, gt=0)
     """Passes of the critic over the validation prompts before the policy learns."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import BoolTensor, Tensor
 
-from marlhf_mega.config.schema import PPOConfig
+from marlhf_mega.config.schema import OfflineConfig, PPOConfig, SftConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +17,17 @@ class MicrobatchLimit:
     rows: int
     """Most sequences."""
     tokens: int | None = None
-    """Most tokens, instead of a number of sequences; padding counts."""
+    """Most tokens, with the padding if there is any, instead of a number of sequences."""
     packed: bool = False
     """Sequences lie one after the other in one row, without padding."""
 
     @staticmethod
-    def of(ppo: PPOConfig) -> "MicrobatchLimit":
+    def of(section: PPOConfig | SftConfig | OfflineConfig) -> "MicrobatchLimit":
         """Return what the configuration says."""
         return MicrobatchLimit(
-            rows=ppo.microbatch_size, tokens=ppo.microbatch_tokens, packed=ppo.packing
+            rows=section.microbatch_size,
+            tokens=section.microbatch_tokens if isinstance(section, PPOConfig) else None,
+            packed=section.packing,
         )
 
 

@@ -123,25 +123,17 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     planned = cast(PlannedJob, job)
     layout = Layout.of(config.parallel, world_size - apart)
     rows, minibatch, batch = _rows(config, planned, layout)
-    response = (
-        config.rollout.max_response_tokens if job == "ppo" else config.data.max_response_tokens
+    microbatch = _microbatch(
+        config, planned, layout.sequence_share, rows=rows, most=max(1, minibatch)
     )
-    share, packed = layout.sequence_share, None
-    packs = planned == "ppo" and config.ppo.packing
-    seq = round_up(config.data.max_prompt_tokens + response, 1 if packs else share)
-    if planned == "ppo" and config.ppo.microbatch_tokens is not None:
-        rows = max(1, config.ppo.microbatch_tokens // seq)
-        if packs:
-            packed = round_up(min(config.ppo.microbatch_tokens, minibatch * seq), share)
-    rows = max(1, min(rows, minibatch))
-    count = -(-minibatch // rows)
+    count = -(-minibatch // microbatch.rows)
     return Workload(
         config=config,
         job=planned,
         layout=layout,
         num_rollout_ranks=apart,
         roles=_roles(config, planned),
-        microbatch=Microbatch(rows=rows, seq=seq, response=response, packed=packed),
+        microbatch=microbatch,
         num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),
         minibatch_rows=minibatch,
         batch_rows=batch,
@@ -154,6 +146,30 @@ def microbatch_keys(config: Config, job: str, *, rows: int, seq: int) -> dict[st
         return {"ppo.microbatch_tokens": rows * seq}
     section = {"sft": "sft", "reward": "reward_model"}.get(job, "ppo")
     return {f"{section}.microbatch_size": rows}
+
+
+def _microbatch(config: Config, job: PlannedJob, share: int, *, rows: int, most: int) -> Microbatch:
+    """Size a forward of `rows` sequences, or of a number of tokens in at most `most` of them."""
+    packs = {
+        "sft": config.sft.packing,
+        "reward": config.reward_model.packing,
+        "ppo": config.ppo.packing,
+    }[job]
+    new = config.rollout if job == "ppo" else config.data
+    seq = config.data.max_prompt_tokens + new.max_response_tokens
+    if not packs:
+        seq = round_up(seq, share)
+    budget = config.ppo.microbatch_tokens if job == "ppo" else None
+    if budget is not None:
+        rows = max(1, budget // seq)
+    rows = min(rows, most)
+    tokens = rows * seq if budget is None else min(budget, most * seq)
+    return Microbatch(
+        rows=rows,
+        seq=seq,
+        response=new.max_response_tokens,
+        packed=round_up(tokens, share) if packs else None,
+    )
 
 
 def _rows(config: Config, job: PlannedJob, layout: Layout) -> tuple[int, int, int]:

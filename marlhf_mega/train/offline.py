@@ -98,7 +98,7 @@ def run_offline(inputs: Inputs[OfflineExample], mesh: Mesh) -> dict[str, float]:
         ],
         tokenizer,
         mesh,
-        limit=MicrobatchLimit(rows=settings.microbatch_size),
+        limit=MicrobatchLimit.of(settings),
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)
@@ -171,7 +171,7 @@ def _known_before(
             prompts,
             [[0]] * len(prompts),
             mesh=mesh,
-            limit=MicrobatchLimit(rows=settings.microbatch_size),
+            limit=MicrobatchLimit.of(settings),
             run=value_step,
         )
         _put(values, own, rows, mesh)
@@ -181,7 +181,7 @@ def _known_before(
             prompts,
             responses,
             mesh=mesh,
-            limit=MicrobatchLimit(rows=settings.microbatch_size),
+            limit=MicrobatchLimit.of(settings),
             run=RUN,
             leading=(2,),
         )[0]
@@ -238,7 +238,7 @@ def _learn_values(
         cuts = cut_rows(
             [prompts[i] for i in own.tolist()],
             [[0]] * len(own),
-            limit=MicrobatchLimit(rows=settings.microbatch_size),
+            limit=MicrobatchLimit.of(settings),
             mesh=mesh,
         )
         targets = torch.nn.functional.pad(scores[own], (0, mesh.pp_size)).to(mesh.device)
@@ -315,7 +315,7 @@ def _cut(chosen: Sequence[ValuedExample], config: Config, mesh: Mesh) -> list[Mi
     cuts = cut_rows(
         [c.example.prompt_ids for c in chosen],
         [c.example.response_ids for c in chosen],
-        limit=MicrobatchLimit(rows=config.offline.microbatch_size),
+        limit=MicrobatchLimit.of(config.offline),
         mesh=mesh,
     )
     rewards = torch.tensor([c.example.reward for c in chosen], device=mesh.device)

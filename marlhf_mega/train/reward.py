@@ -52,7 +52,10 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
         size, stages = settings.microbatch_size, mesh.pp_size if mesh.num_chunks > 1 else 1
         count = round_up(-(-len(pairs) // size), stages)
         parts = split_by_size(lengths, microbatch_size=size, min_microbatches=count)
-        return [_pair_microbatch([pairs[i] for i in p.tolist()], mesh) for p in parts.indices]
+        return [
+            _pair_microbatch([pairs[i] for i in p.tolist()], mesh, packed=settings.packing)
+            for p in parts.indices
+        ]
 
     def evaluate(state: TrainState, pairs: Sequence[PreferencePair]) -> dict[str, float]:
         own = pairs[mesh.dp_rank :: mesh.dp_size]
@@ -62,7 +65,7 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
                 [p.prompt_ids for p in own],
                 responses,
                 mesh=mesh,
-                limit=MicrobatchLimit(rows=2 * settings.microbatch_size),
+                limit=MicrobatchLimit(rows=2 * settings.microbatch_size, packed=settings.packing),
             )
             for responses in ([p.chosen_ids for p in own], [p.rejected_ids for p in own])
         )
@@ -84,8 +87,8 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
     return train_supervised(spec, inputs, chunks, mesh)
 
 
-def _pair_microbatch(pairs: Sequence[PreferencePair], mesh: Mesh) -> Microbatch:
-    """Lay out pairs as rows: first all chosen responses, then all rejected ones."""
+def _pair_microbatch(pairs: Sequence[PreferencePair], mesh: Mesh, *, packed: bool) -> Microbatch:
+    """Lay out pairs: first all chosen responses, then all rejected ones."""
     prompts = [p.prompt_ids for p in pairs]
     batch = SequenceBatch.create(
         prompts * 2,
@@ -93,6 +96,7 @@ def _pair_microbatch(pairs: Sequence[PreferencePair], mesh: Mesh) -> Microbatch:
         pad_id=0,
         multiple=mesh.sequence_multiple,
         device=mesh.device,
+        packed=packed,
     )
     margins = torch.tensor([p.margin for p in pairs], device=mesh.device)
     return Microbatch(batch=batch, extra=_Margins(margins))

@@ -47,7 +47,7 @@ def run_sft(inputs: Inputs[SupervisedExample], mesh: Mesh) -> dict[str, float]:
         cuts = cut_rows(
             [e.prompt_ids for e in examples],
             [e.response_ids for e in examples],
-            limit=MicrobatchLimit(rows=config.sft.microbatch_size),
+            limit=MicrobatchLimit.of(config.sft),
             mesh=mesh,
         )
         return [Microbatch(batch=cut.batch) for cut in cuts]
@@ -62,7 +62,7 @@ def run_sft(inputs: Inputs[SupervisedExample], mesh: Mesh) -> dict[str, float]:
             [e.prompt_ids for e in own],
             [e.response_ids for e in own],
             mesh=mesh,
-            limit=MicrobatchLimit(rows=config.sft.microbatch_size),
+            limit=MicrobatchLimit.of(config.sft),
             run=RUN,
             leading=(2,),
         )[0]

@@ -169,12 +169,12 @@ def reward_case(config, mesh, folder):
     ]
     share = BATCH // mesh.dp_size
     own = list(range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
-    size = config.ppo.microbatch_size
+    size, packed = config.ppo.microbatch_size, config.ppo.packing
     losses, norms = [], []
     for _ in range(2):
         state.zero_grad()
         microbatches = [
-            reward_job._pair_microbatch([pairs[i] for i in own[k : k + size]], mesh)
+            reward_job._pair_microbatch([pairs[i] for i in own[k : k + size]], mesh, packed=packed)
             for k in range(0, share, size)
         ]
         outputs = run_forward_backward(
@@ -191,7 +191,7 @@ def reward_case(config, mesh, folder):
         [prompts[i] for i in own],
         [chosen[i] for i in own],
         mesh=mesh,
-        limit=MicrobatchLimit(rows=4),
+        limit=MicrobatchLimit(rows=4, packed=packed),
         run=score_step,
     )
     export_hf(chunks, config, mesh, target=folder / "reward")

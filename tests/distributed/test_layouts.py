@@ -38,7 +38,7 @@ LAYOUTS = {
     "PP2 VPP2 DP2 tokens": (4, PP2 | VPP2, BUDGET),
     "TP1 packed": (1, {}, PACKING),
     "TP2 SP packed": (2, TP2 | SP, PACKING),
-    "DP2 packed": (2, {}, PACKING),
+    "DP2 packed": (2, {}, {"microbatch_size": 2, "packing": True}),
     "EP2 packed": (2, EP2, PACKING),
     "TP2 PP2 SP packed": (4, TP2 | PP2 | SP, PACKING),
     "PP2 VPP2 DP2 packed": (4, PP2 | VPP2, PACKING),

@@ -154,7 +154,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(folder, trained):
 
 
 def test_four_ranks_give_the_numbers_of_one(folder, trained):
-    found = offline(folder, "four", "run.steps=2", *WIDE, ranks=4)
+    found = offline(folder, "four", "run.steps=2", "offline.packing=true", *WIDE, ranks=4)
     for ours, expected in zip(found, trained[:2], strict=True):
         for name in ("offline/loss", "offline/advantage", "policy/grad_norm"):
             assert ours[name] == pytest.approx(expected[name], rel=1e-4), name
@@ -164,11 +164,14 @@ def test_four_ranks_give_the_numbers_of_one(folder, trained):
 
 
 def test_plain_likelihood_is_that_of_sft(folder):
-    """Both see all rows in the same order; sft divides by tokens, offline by responses."""
+    """Both see all rows in the same order; sft divides by tokens, offline by responses.
+
+    Padded or packed makes no difference.
+    """
     options = ["offline.algorithm=nll", "offline.sampling=all", "run.steps=3"]
     found = offline(folder, "nll", *options)
     train = f"data.train_path={folder}/generate/responses/000000000.jsonl"
-    sizes = ["sft.batch_size=8", "sft.microbatch_size=2", "run.steps=1"]
+    sizes = ["sft.batch_size=8", "sft.microbatch_size=2", "sft.packing=true", "run.steps=1"]
     marlhf(folder, "sft", f"run.dir={folder / 'sft'}", train, *sizes)
     sft = numbers(folder / "sft")
     ratio = found[0]["offline/loss"] / sft[0]["sft/loss"]

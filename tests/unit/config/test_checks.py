@@ -350,14 +350,6 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     ]
 
 
-@pytest.mark.parametrize("job", ["ppo", "evaluate", "generate"])
-def test_packing_needs_a_token_budget(job_problems, job):
-    assert job_problems(job, ppo={"packing": True}) == [
-        "ppo.packing=true: needs a number of tokens per forward; ppo.microbatch_tokens is not set. "
-        "Set it, or ppo.packing=false."
-    ]
-
-
 @pytest.mark.parametrize(
     ("memory", "line"),
     [

@@ -212,6 +212,8 @@ def test_packed_microbatches_by_hand():
     assert (padded.rows, padded.seq, padded.describe()) == (2, 1536, "2 x 1536")
     few = workload(with_keys(config, {"ppo.microbatch_tokens": 10**6}), "ppo", 128).microbatch
     assert (few.rows, few.tokens, few.pairs) == (64, 64 * 1535, 64 * 1535**2)
+    rows = workload(with_keys(config, {"ppo.microbatch_tokens": None}), "ppo", 128).microbatch
+    assert (rows.rows, rows.tokens) == (8, 8 * 1535)
 
 
 @pytest.mark.parametrize(
