@@ -10,9 +10,13 @@ LONGEST_SCORES = 512
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return hidden / rms(hidden) * weight over the last dim; torch composes it of many kernels."""
+    """Return hidden / rms(hidden) * weight over the last dim; torch composes it of many kernels.
+
+    Bfloat16 is normed in float32 and rounded before the weight is applied.
+    """
     if not torch.is_grad_enabled():
-        return (hidden * _inverse_rms(hidden, eps)).mul_(weight)
+        wide = _widened(hidden)
+        return (wide * _inverse_rms(wide, eps)).to(hidden.dtype).mul_(weight)
     normed: Tensor = _RmsNorm.apply(hidden, weight, eps)
     return normed
 
@@ -36,28 +40,34 @@ def short_causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
     return context
 
 
-def _inverse_rms(hidden: Tensor, eps: float) -> Tensor:
-    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-    return length.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+def _widened(values: Tensor) -> Tensor:
+    return values.float() if values.dtype == torch.bfloat16 else values
+
+
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return length.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse_rms = _inverse_rms(hidden, eps)
+        wide = _widened(hidden)
+        inverse_rms = _inverse_rms(wide, eps)
         ctx.save_for_backward(hidden, weight, inverse_rms)
-        return (hidden * inverse_rms).mul_(weight)
+        return (wide * inverse_rms).to(hidden.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weight, inverse_rms = ctx.saved_tensors
-        normed = hidden * inverse_rms
-        grad_weight = (
-            (grad * normed).reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[1] else None
-        )
-        scaled = grad * weight
+        normed = _widened(hidden) * inverse_rms
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).reshape(-1, len(weight)).sum(0).to(weight.dtype)
+        scaled = _widened(grad * weight)
         along = torch.linalg.vecdot(scaled, normed)[..., None].div_(hidden.shape[-1])
-        return scaled.addcmul_(normed, along, value=-1).mul_(inverse_rms), grad_weight, None
+        grad_hidden = scaled.addcmul_(normed, along, value=-1).mul_(inverse_rms)
+        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
 class _ShortAttention(torch.autograd.Function):

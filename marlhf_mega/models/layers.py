@@ -42,11 +42,12 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dim; the rounding order is that of each family's training code."""
-        if hidden.dtype == torch.float32:
+        if hidden.dtype == torch.float32 or not self.zero_centered:
             scale = 1 + self.weight if self.zero_centered else self.weight
             if hidden.device.type == "cpu":
                 return rms_norm(hidden, scale, self.eps)
-            return F.rms_norm(hidden, scale.shape, scale, self.eps)
+            if hidden.dtype == torch.float32:
+                return F.rms_norm(hidden, scale.shape, scale, self.eps)
         normed = F.rms_norm(hidden.float(), self.weight.shape, None, self.eps)
         if self.zero_centered:
             return (normed * (1 + self.weight.float())).to(hidden.dtype)

@@ -27,6 +27,27 @@ def test_norm_and_its_gradients():
     assert_same_with_gradients(rms_norm(hidden, weight, 1e-3), expected, (hidden, weight))
 
 
+def test_norm_in_bfloat16_rounds_as_the_families_do():
+    hidden, weight = (draw(*shape, seed=4).bfloat16().detach() for shape in ((6, 64), (64,)))
+    exact = hidden.double(), weight.double()
+    rounded = torch.nn.functional.rms_norm(hidden.float(), (64,), None, 1e-5).bfloat16() * weight
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    found = rms_norm(*leaves, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(hidden, weight, 1e-5), found)
+    assert (found - rounded).abs().max() <= 2**-7 * rounded.abs().max()
+    pull = torch.randn(found.shape, generator=torch.Generator().manual_seed(9)).bfloat16()
+    wanted = [x.requires_grad_() for x in exact]
+    norm = torch.nn.functional.rms_norm(wanted[0], (64,), wanted[1], 1e-5)
+    for mine, other in zip(
+        torch.autograd.grad(found, leaves, pull),
+        torch.autograd.grad(norm, wanted, pull.double()),
+        strict=True,
+    ):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - other).abs().max() <= 2**-6 * other.abs().max()
+
+
 def test_norm_of_a_frozen_weight_passes_the_gradient_on():
     hidden = draw(2, 4, seed=0)
     rms_norm(hidden, torch.ones(4, dtype=torch.float64), 0.0).sum().backward()
