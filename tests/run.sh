@@ -15,7 +15,9 @@ lint=0 tests=0
 
 results=$(mktemp)
 trap 'rm -f -- "$results"' EXIT
-"$VENV_PYTHON" -m pytest --junit-xml "$results" "$@" || tests=$?
+# A file stays on one worker, so that what its tests share is started once.
+"$VENV_PYTHON" -m pytest --numprocesses auto --dist loadfile --durations 25 \
+    --junit-xml "$results" "$@" || tests=$?
 
 # Nothing is written where pytest was used wrongly.
 if [[ -s $results ]]; then
