@@ -181,6 +181,11 @@ def _fp8_problems(config: Config) -> Iterator[str]:
             f"precision.fp8_edge_layers_bf16={edge}: must not exceed the {here} layers of a "
             "pipeline stage. Lower it."
         )
+    if precision.fp8_param_gather and precision.fp8_recipe == "mxfp8" and parallel.overlap:
+        yield (
+            "parallel.overlap=true: weights in mxfp8 travel through the gradients' memory, which "
+            "the next step needs. Set it to false, or precision.fp8_param_gather=false."
+        )
     moves = config.rollout.ranks or config.rollout_parallel != parallel
     if precision.fp8_param_gather and moves:
         yield (

@@ -44,6 +44,8 @@ class ParallelConfig(Section):
     """Ranks the experts of a layer are spread over."""
     sequence_parallel: bool = False
     """Norms and residuals are split along the sequence over the tensor-parallel ranks."""
+    overlap: bool = False
+    """Gradients are reduced and new weights gathered while passes compute; for data parallelism."""
 
     @property
     def model_size(self) -> int:

@@ -34,9 +34,13 @@ class StepResult:
     """The gradient was not finite: nothing has changed on any rank."""
 
 
-def ddp_config(config: TransformerConfig) -> DistributedDataParallelConfig:
+def ddp_config(
+    config: TransformerConfig, *, overlap: bool = False
+) -> DistributedDataParallelConfig:
     """Translate a model's number formats to those of its gradient and weight buffers."""
     return DistributedDataParallelConfig(
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         fp8_param_gather=config.fp8_param,
@@ -45,7 +49,7 @@ def ddp_config(config: TransformerConfig) -> DistributedDataParallelConfig:
 
 
 def optimizer_config(
-    optimizer: OptimizerConfig, config: TransformerConfig
+    optimizer: OptimizerConfig, config: TransformerConfig, *, overlap: bool = False
 ) -> MegatronOptimizerConfig:
     """Translate our names and a model's number formats to Megatron-Core's optimizer."""
     return MegatronOptimizerConfig(
@@ -60,6 +64,7 @@ def optimizer_config(
         bf16=config.params_dtype == torch.bfloat16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
         fp8_recipe=config.fp8_recipe if config.fp8 else None,
         reuse_grad_buf_for_mxfp8_param_ag=_shares_buffer(config),
     )
@@ -71,10 +76,22 @@ def _shares_buffer(config: TransformerConfig) -> bool:
 
 
 class TrainState:
-    """Owns the weights that change. All ranks call every method."""
+    """Owns the weights that change. All ranks call every method.
+
+    With `overlap` gradients are reduced, bucket after bucket, while the last microbatch's backward
+    pass still runs, and a step returns while the new weights are still on their way between the
+    data-parallel ranks. Whoever asks for `chunks` waits for them; whoever has kept the chunks from
+    before the step calls `settle` before looking at a weight.
+    """
 
     def __init__(
-        self, chunks: Sequence[StageModel], optimizer: OptimizerConfig, *, total_steps: int
+        self,
+        chunks: Sequence[StageModel],
+        optimizer: OptimizerConfig,
+        *,
+        total_steps: int,
+        overlap: bool = False,
+        bucket_size: int | None = None,
     ) -> None:
         """Wrap the chunks and build optimizer state.
 
@@ -82,15 +99,25 @@ class TrainState:
             chunks: this rank's chunks, filled.
             optimizer: AdamW and its schedule.
             total_steps: optimizer steps of the whole run, which decide the decay.
+            overlap: data-parallel ranks exchange gradients and weights while passes compute.
+            bucket_size: elements that a bucket has at least, with `overlap`; none: Megatron's own.
         """
         config = chunks[0].config
-        ddp = ddp_config(config)
-        self.chunks = [
-            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
+        ddp = ddp_config(config, overlap=overlap)
+        ddp.bucket_size = bucket_size
+        self._chunks = [
+            # Gradients of a stage's other chunks travel while this one's are still computed.
+            DistributedDataParallel(
+                config=config, ddp_config=ddp, module=chunk, disable_bucketing=overlap and i > 0
+            )
+            for i, chunk in enumerate(chunks)
         ]
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            optimizer_config(optimizer, config), self.chunks, use_gloo_process_groups=False
+            optimizer_config(optimizer, config, overlap=overlap),
+            self._chunks,
+            use_gloo_process_groups=False,
         )
+        self._overlap, self._is_gathering = overlap, False
         self.fused = True if config.use_cpu_initialization else None
         """Whether torch's AdamW goes over memory once; on GPUs its default is as fast."""
         self.schedule = OptimizerParamScheduler(
@@ -111,15 +138,37 @@ class TrainState:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = None
+        if overlap:
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            for chunk in self._chunks:
+                # Hooks that wait for a module's weights miss heads and decoders, which read them
+                # without calling the module.
+                chunk.disable_forward_pre_hook(param_sync=False)
         for chunk in chunks[1:]:
             # Each chunk has its own config object; the schedule reads the first one's.
             chunk.config.finalize_model_grads_func = finalize_model_grads
+
+    @property
+    def chunks(self) -> list[DistributedDataParallel]:
+        """This rank's chunks, with weights that have arrived."""
+        self.settle()
+        return self._chunks
+
+    def settle(self) -> None:
+        """Wait for weights that a step has left on their way."""
+        if not self._is_gathering:
+            return
+        for chunk in self._chunks:
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+        self._is_gathering = False
 
     def gradient_buffers(self) -> list[Tensor]:
         """Return what all gradients of this rank lie in; zeros after `zero_grad`."""
         return [
             buffer.grad_data
-            for chunk in self.chunks
+            for chunk in self._chunks
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ]
 
@@ -141,7 +190,7 @@ class TrainState:
 
     def optimizer_tensors(self) -> list[Tensor]:
         """Return master weights and moments, not those masters that are the weights themselves."""
-        weights = {p.untyped_storage()._cdata for c in self.chunks for p in c.parameters()}
+        weights = {p.untyped_storage()._cdata for c in self._chunks for p in c.parameters()}
         found = []
         for part in self._optimizers():
             inner = part.optimizer
@@ -158,14 +207,15 @@ class TrainState:
 
     def zero_grad(self) -> None:
         """Forget gradients; call before the microbatches of every optimizer step."""
-        for chunk in self.chunks:
+        for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self) -> StepResult:
         """Move the schedule on, clip, update; do nothing if the gradient is not finite.
 
-        The norm is a sum over all ranks, so one bad number anywhere is seen everywhere.
+        The norm is a sum over all ranks, so one bad number anywhere is seen everywhere. With
+        `overlap` the new weights are still on their way when it returns.
         """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -180,6 +230,10 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["fused"] = self.fused  # a checkpoint may bring another platform's choice
         self.optimizer.step_with_ready_grads()
+        if self._overlap:
+            for chunk in self._chunks:
+                chunk.start_param_sync()
+            self._is_gathering = True
         return StepResult(grad_norm=grad_norm, lr=lr)
 
     def _clip(self, grad_norm: float) -> None:

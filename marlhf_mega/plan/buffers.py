@@ -2,8 +2,10 @@
 
 Megatron-Core's data-parallel wrapper lays the parameters of a chunk into one buffer in reverse
 order, each at a multiple of 64 elements, bucket after bucket, each bucket a multiple of
-lcm(replicas, 128) elements; dense and expert parameters have buffers of their own. The distributed
-optimizer cuts every bucket into equal shares and keeps state for the real elements of its own.
+lcm(replicas, 128) elements; dense and expert parameters have buffers of their own. With overlap the
+first stage's first chunk begins a new bucket whenever one is full; elsewhere gradients do not hold
+up a pipeline and stay in one. The distributed optimizer cuts every bucket into equal shares and
+keeps state for the real elements of its own.
 """
 
 import math
@@ -15,6 +17,8 @@ from marlhf_mega.plan.parameters import Parameter
 
 _PARAMETER_MULTIPLE = 64
 _BUCKET_MULTIPLE = 128
+_BUCKET_SIZE = 40_000_000
+_BUCKET_SIZE_PER_REPLICA = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +40,31 @@ class Buffers:
         return max(self.owned, default=0)
 
 
-def buffers(chunks: Sequence[Sequence[Parameter]], layout: Layout) -> Buffers:
+def buffers(
+    chunks: Sequence[Sequence[Parameter]],
+    layout: Layout,
+    *,
+    stage: int,
+    bucket_size: int | None = None,
+) -> Buffers:
     """Lay out a rank's trained parameters.
 
     Args:
         chunks: the parameters of each of the rank's chunks.
         layout: of the world.
+        stage: of the pipeline.
+        bucket_size: elements that fill a bucket, with overlap; none: Megatron's own.
     """
+    if bucket_size is None:
+        bucket_size = max(_BUCKET_SIZE, _BUCKET_SIZE_PER_REPLICA * layout.data)
     ranks = layout.world // layout.pipeline
     owned, tensors = [0] * ranks, [0] * ranks
     buckets: list[int] = []
     # Neighbouring ranks share every matrix, or hold different experts.
     for is_expert, neighbours in ((False, layout.tensor), (True, layout.expert)):
-        for chunk in chunks:
-            for bucket in _buckets([p for p in chunk if p.is_expert == is_expert]):
+        for number, chunk in enumerate(chunks):
+            full = bucket_size if layout.overlap and stage == number == 0 else math.inf
+            for bucket in _buckets([p for p in chunk if p.is_expert == is_expert], full):
                 length, real, parts = _shares(bucket, ranks // neighbours)
                 buckets.append(length)
                 for rank in range(ranks):
@@ -63,14 +78,20 @@ def buffers(chunks: Sequence[Sequence[Parameter]], layout: Layout) -> Buffers:
     )
 
 
-def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """Split as the wrapper does without overlap: all in one, shared embeddings on their own."""
+def _buckets(parameters: Sequence[Parameter], full: float) -> list[list[Parameter]]:
+    """Split as the wrapper does: after so many elements, shared embeddings on their own."""
     found: list[list[Parameter]] = [[]]
+    end = 0
     for parameter in reversed(parameters):
         if parameter.is_shared_embedding:
             found += [[parameter], []]
-        else:
-            found[-1].append(parameter)
+            end = 0
+            continue
+        found[-1].append(parameter)
+        end = round_up(end, _PARAMETER_MULTIPLE) + parameter.size
+        if end >= full:
+            found.append([])
+            end = 0
     return [bucket for bucket in found if bucket]
 
 

@@ -17,6 +17,8 @@ class Layout:
     expert: int
     data: int
     sequence_parallel: bool
+    overlap: bool = False
+    """Gradients and new weights travel while passes compute."""
 
     @staticmethod
     def of(parallel: ParallelConfig, world_size: int) -> "Layout":
@@ -29,6 +31,7 @@ class Layout:
             expert=parallel.expert_size,
             data=world_size // parallel.model_size,
             sequence_parallel=parallel.sequence_parallel,
+            overlap=parallel.overlap,
         )
 
     @property

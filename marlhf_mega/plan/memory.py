@@ -176,7 +176,7 @@ def role_memory(
             optimizer=0,
         )
     groups = _by_format(chunks, split=own.fp8_param_gather and own.fp8 != "off")
-    laid_out = [(buffers(group, layout), size) for group, size in groups]
+    laid_out = [(buffers(group, layout, stage=stage), size) for group, size in groups]
     masters = _FLOAT32 if formats.element < _FLOAT32 else 0
     counters = 0 if formats.has_engine else _STEP_COUNTER
     states = [

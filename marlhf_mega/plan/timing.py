@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from marlhf_mega.metrics.flops import forward_flops, training_flops
 from marlhf_mega.plan.activations import Formats
+from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, kv_cache_bytes
 from marlhf_mega.plan.gpus import Gpu
 from marlhf_mega.plan.layout import Layout
 from marlhf_mega.plan.memory import role_memory
-from marlhf_mega.plan.parameters import largest_stage
+from marlhf_mega.plan.parameters import largest_stage, stage_parameters
 from marlhf_mega.plan.workload import Role, Workload
 
 GENERATING = ("rollout prefill", "rollout decode")
@@ -149,16 +150,29 @@ def _decode(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> 
 
 
 def _reduce(work: Workload, role: Role, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
-    """Gradients are reduced and weights gathered once per optimizer step, not overlapped."""
+    """Gradients are reduced and weights gathered once per optimizer step, while nothing computes.
+
+    With overlap, gradients that fit beside one microbatch's backward pass (two thirds of its time)
+    do not count, except for the first stage's largest bucket, the embeddings' as a rule; and in ppo
+    the weights do not, as far as they fit beside the other role's passes.
+    """
     layout = work.layout
     if layout.data == 1:
         return 0.0
     largest = largest_stage(role.model, layout, role.head)
-    moved = largest * (4 + formats.element) * (layout.data - 1) / layout.data
     within = layout.tensor * layout.data <= 8 and layout.pipeline == 1
     speed = gpu.link if within else min(gpu.link, rates.network_bytes)
+    element_seconds = (layout.data - 1) / layout.data / speed
+    gradients, weights = (largest * size * element_seconds for size in (4, formats.element))
     steps = work.batch_rows / work.minibatch_rows
-    return steps * moved / speed
+    if layout.overlap:
+        first = stage_parameters(role.model, layout, head=role.head, stage=0)
+        bucket = max(buffers(first, layout, stage=0).buckets) * 4 * element_seconds
+        backward = 2 / 3 * _train(work, role, gpu, rates) / steps / work.num_microbatches
+        gradients = max(min(bucket, gradients), gradients - backward)
+        others = [r for r in work.roles if r.learns and r is not role]
+        weights = max(0.0, weights - sum(_train(work, r, gpu, rates) for r in others) / steps)
+    return steps * (gradients + weights)
 
 
 def _speedup(work: Workload, rates: Efficiencies, *, learns: bool) -> float:

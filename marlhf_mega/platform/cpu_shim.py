@@ -13,13 +13,14 @@ Only two changes are global, because methods belong to a class and not to a modu
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from marlhf_mega.platform import cpu_collectives
 from marlhf_mega.platform.patches import MEGATRON, PatchSet
 
 _RNG_LOGGER = logging.getLogger(f"{MEGATRON}.tensor_parallel.random")
@@ -90,8 +91,9 @@ def _on_import(patches: PatchSet, module: ModuleType) -> None:
             patches.replace(module, "_get_cuda_rng_state", _get_rng_state)
             patches.replace(module, "_set_cuda_rng_state", _set_rng_state)
         case "distributed.param_and_grad_buffer":
-            patches.replace(module, "dist_all_gather_func", _all_gather)
-            patches.replace(module, "dist_reduce_scatter_func", _reduce_scatter)
+            patches.replace(module, "dist_all_gather_func", cpu_collectives.all_gather)
+            patches.replace(module, "dist_reduce_scatter_func", cpu_collectives.reduce_scatter)
+            patches.replace(module, "_coalescing_manager", cpu_collectives.coalescing_manager)
 
 
 def _namespace(module: ModuleType, **changes: object) -> ModuleType:
@@ -114,7 +116,9 @@ def _torch_view() -> ModuleType:
         torch,
         cuda=_cuda_view(),
         # MoE hands tensors as split sizes unless they were on a GPU; gloo wants a list.
-        distributed=_namespace(torch.distributed, all_to_all_single=_all_to_all_single),
+        distributed=_namespace(
+            torch.distributed, all_to_all_single=cpu_collectives.all_to_all_single
+        ),
         **{name: _on_cpu(getattr(torch, name)) for name in factories},
     )
 
@@ -173,68 +177,6 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return build
-
-
-def _all_to_all_single(
-    output: torch.Tensor,
-    input: torch.Tensor,
-    output_split_sizes: Iterable[int] | None = None,
-    input_split_sizes: Iterable[int] | None = None,
-    **kwargs: Any,
-) -> Any:
-    return torch.distributed.all_to_all_single(
-        output, input, _int_list(output_split_sizes), _int_list(input_split_sizes), **kwargs
-    )
-
-
-def _all_gather(
-    output: torch.Tensor,
-    input: torch.Tensor,
-    *,
-    group: torch.distributed.ProcessGroup,
-    async_op: bool,
-) -> None:
-    """Collect the ranks' shards of the weights by messages: gloo's own takes three times as long.
-
-    `input` is this rank's slice of `output`, as Megatron's distributed optimizer has it.
-    """
-    assert not async_op
-    shards, rank = output.chunk(group.size()), group.rank()
-    assert shards[rank].data_ptr() == input.data_ptr()
-    messages = []
-    for step in range(1, len(shards)):
-        to, source = (rank + step) % len(shards), (rank - step) % len(shards)
-        messages.append(torch.distributed.isend(input, group=group, group_dst=to))
-        messages.append(torch.distributed.irecv(shards[source], group=group, group_src=source))
-    for message in messages:
-        if message is not None:
-            message.wait()
-
-
-def _reduce_scatter(
-    output: torch.Tensor,
-    input: torch.Tensor,
-    *,
-    op: object,
-    group: torch.distributed.ProcessGroup,
-    async_op: bool,
-) -> None:
-    """Exchange shards of the gradients and add them up here: gloo's own takes four times as long.
-
-    `output` is this rank's slice of `input`, as Megatron's distributed optimizer has it.
-    """
-    assert not async_op
-    assert op == torch.distributed.ReduceOp.SUM
-    size = group.size()
-    assert output.data_ptr() == input.chunk(size)[group.rank()].data_ptr()
-    if size > 1:
-        received = torch.empty_like(input)
-        torch.distributed.all_to_all_single(received, input, group=group)
-        torch.sum(received.view(size, -1), 0, out=output)
-
-
-def _int_list(sizes: Iterable[int] | None) -> list[int] | None:
-    return None if sizes is None else [int(size) for size in sizes]
 
 
 def _get_rng_state(

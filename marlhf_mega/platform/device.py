@@ -69,6 +69,11 @@ class Platform:
         if self.name == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def synchronize_computation(self) -> None:
+        """Wait until everything computed here is done; messages may still be on their way."""
+        if self.name == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def memory_allocated(self) -> int:
         """Return bytes in use now: by tensors on the GPU, or resident in this process."""
         if self.name == "cuda":

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from marlhf_mega.checkpoint.reshard import connect
@@ -135,9 +136,10 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_s
     for chunks in (reference, *models):
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
+    learn = partial(TrainState, total_steps=optimizer_steps, overlap=config.parallel.overlap)
     learners = {
-        "policy": TrainState(policy, config.policy, total_steps=optimizer_steps),
-        "critic": TrainState(critic_chunks, config.critic, total_steps=optimizer_steps),
+        "policy": learn(policy, config.policy),
+        "critic": learn(critic_chunks, config.critic),
     }
     offload = create_offload(
         config.memory,

@@ -114,10 +114,11 @@ def _build(role: Role, work: Workload, mesh: Mesh, found: _Found) -> None:
     _name_tensors(role, chunks, mesh, found)
     if not role.learns:
         return
-    state = TrainState(chunks, OptimizerConfig(), total_steps=1)
+    overlap = config.parallel.overlap
+    state = TrainState(chunks, OptimizerConfig(), total_steps=1, overlap=overlap)
     parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     elements = sum(part.grad_data.numel() for part in parts)
-    laid_out = buffers(planned, work.layout)
+    laid_out = buffers(planned, work.layout, stage=stage)
     _compare(found, f"{role.name}, rank {mesh.rank}: buckets", elements, laid_out.num_elements)
     found.buckets.setdefault(role.name, Counter())[stage] = elements
     found.checkpoint_bytes[role.name] += bytes_to_write(state, mesh)

@@ -224,7 +224,8 @@ def _learn_values(
     model = config.model if origin is None else origin.model
     chunks = build_model(model, config, mesh, head="scalar", origin=origin, name="critic")
     num_steps = settings.value_epochs * -(-len(scored) // batch_size)
-    critic = TrainState(chunks, config.critic, total_steps=num_steps)
+    overlap = config.parallel.overlap
+    critic = TrainState(chunks, config.critic, total_steps=num_steps, overlap=overlap)
     stream = SampleStream(
         num_samples=len(scored),
         batch_size=batch_size,

@@ -144,7 +144,7 @@ class PpoRun:
             if inputs.validation
             else None
         )
-        self.role_timers = PhaseTimers(mesh.platform.synchronize)
+        self.role_timers = PhaseTimers(mesh.platform.synchronize_computation)
         self.kl_coef = ppo.kl_coef
         self.first_scores: list[float] | None = None
         self.precision = PrecisionGuard(

@@ -83,7 +83,8 @@ def train_supervised(
     """
     config = inputs.config
     steps = config.run.steps or max(1, len(inputs.train) // spec.batch_size)
-    state = TrainState(chunks, spec.optimizer, total_steps=steps)
+    overlap = config.parallel.overlap
+    state = TrainState(chunks, spec.optimizer, total_steps=steps, overlap=overlap)
     stream = stream or _epochs(inputs, spec.batch_size)
     roles = {spec.role: state}
     restored = resume(config, spec.job, roles, mesh, required=("step", "stream"))
@@ -158,6 +159,8 @@ def _step(
         state.chunks, microbatches, lambda chunk, m: spec.run(chunk, m.batch), spec.loss
     )
     result = state.step()
+    # There is no other model whose passes the new weights could travel beside.
+    state.settle()
     if result.skipped:
         tokens = {f"{i}.tokens": m.batch.tokens for i, m in enumerate(microbatches)}
         keep_skipped(state, tokens, inputs.config, mesh, role=prefix, step=step)

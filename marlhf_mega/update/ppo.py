@@ -102,6 +102,9 @@ def ppo_update(
                     result = update_policy(roles.policy, microbatches, config, mesh, sums=sums)
                 if result.skipped:
                     keep(roles.policy, _by_name(microbatches), role="policy")
+    # Until here the weights of one role have travelled while the other computed.
+    roles.critic.settle()
+    roles.policy.settle()
 
 
 def update_policy(

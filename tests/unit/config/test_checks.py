@@ -444,6 +444,20 @@ def test_weights_in_fp8_stay_at_the_training_layout(rollout, apart):
     ]
 
 
+def test_weights_in_mxfp8_do_not_travel_beside_passes():
+    settings = {
+        "precision": {"fp8": "hybrid", "fp8_recipe": "mxfp8", "fp8_param_gather": True},
+        "parallel": {"overlap": True},
+        "model": {"hidden_size": 128},
+    }
+    assert world_problems(2, **settings) == [
+        "parallel.overlap=true: weights in mxfp8 travel through the gradients' memory, which the "
+        "next step needs. Set it to false, or precision.fp8_param_gather=false."
+    ]
+    settings["precision"]["fp8_recipe"] = "tensorwise"
+    assert check_world(make(**settings), 2) == 2
+
+
 def test_ranks_that_only_generate_leave_the_others_to_train():
     layout = {"parallel": {"tensor_size": 2}, "rollout": {"ranks": 3, "tensor_size": 1}}
     assert check_world(make(**layout), 7, apart=3) == 2

@@ -49,7 +49,7 @@ def test_padding_of_the_vocabulary_does_not_count_as_model():
     assert whole_model_size(other, "language") - whole_model_size(model, "language") == rows * 8
 
 
-def built(model, parallel, world, rank, head):
+def built(model, parallel, world, rank, head, bucket_size):
     """Build one rank on the meta device: parameters, and what its train state allocates."""
     with imagined_mesh(parallel, rank=rank, world_size=world) as mesh:
         chunks = build_chunks(model, PrecisionConfig(dtype="bfloat16"), mesh, head=head)
@@ -65,7 +65,13 @@ def built(model, parallel, world, rank, head):
             ]
             for chunk in chunks
         ]
-        state = TrainState(chunks, OptimizerConfig(), total_steps=1)
+        state = TrainState(
+            chunks,
+            OptimizerConfig(),
+            total_steps=1,
+            overlap=parallel.overlap,
+            bucket_size=bucket_size,
+        )
         parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
         assert {str(b.grad_data.device) for b in parts} <= {"meta"}
         groups = state.optimizer.param_groups
@@ -82,17 +88,17 @@ def built(model, parallel, world, rank, head):
         )
 
 
-def assert_level_1_is_level_2(model, parallel, world, ranks):
+def assert_level_1_is_level_2(model, parallel, world, ranks, bucket_size=None):
     layout = Layout.of(parallel, world)
     for rank in ranks:
         for head in ("language", "scalar"):
-            stage, names, real = built(model, parallel, world, rank, head)
+            stage, names, real = built(model, parallel, world, rank, head, bucket_size)
             planned = stage_parameters(model, layout, head=head, stage=stage)
             assert names == [
                 [(p.name, p.shape, p.is_expert, p.is_shared_embedding) for p in chunk]
                 for chunk in planned
             ]
-            laid_out = buffers(planned, layout)
+            laid_out = buffers(planned, layout, stage=stage, bucket_size=bucket_size)
             place = rank % (world // parallel.pipeline_size)
             assert real == {
                 "buckets": sorted(laid_out.buckets),
@@ -105,13 +111,21 @@ def assert_level_1_is_level_2(model, parallel, world, ranks):
 @pytest.mark.parametrize(
     ("shape", "degrees", "world"),
     [
-        (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4}, 128),
+        (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4, "overlap": True}, 128),
         (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4, "virtual_pipeline_size": 5}, 128),
+        (LLAMA_8B, {"tensor_size": 2, "overlap": True}, 96),
         (GEMMA_2B, {"tensor_size": 4, "pipeline_size": 2}, 24),
         (GEMMA2_27B, {"tensor_size": 8, "pipeline_size": 2}, 16),
         (
             QWEN3_30B,
-            {"tensor_size": 2, "pipeline_size": 2, "expert_size": 8, "sequence_parallel": True},
+            {
+                "tensor_size": 2,
+                "pipeline_size": 2,
+                "virtual_pipeline_size": 2,
+                "expert_size": 8,
+                "sequence_parallel": True,
+                "overlap": True,
+            },
             32,
         ),
     ],
@@ -162,13 +176,14 @@ def cases(draw):
         virtual_pipeline_size=virtual,
         expert_size=expert,
         sequence_parallel=tensor > 1 and (experts is not None or choose(False, True)),
+        overlap=choose(False, True),
     )
     world = tensor * pipeline * data
-    return model, parallel, world, draw(st.integers(0, world - 1))
+    return model, parallel, world, draw(st.integers(0, world - 1)), choose(1, 500, 3000)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_small_models_of_every_kind(case):
-    model, parallel, world, rank = case
-    assert_level_1_is_level_2(model, parallel, world, [rank])
+    model, parallel, world, rank, bucket_size = case
+    assert_level_1_is_level_2(model, parallel, world, [rank], bucket_size)

@@ -165,6 +165,31 @@ def test_recompute_and_fp8_change_what_they_should():
     )
 
 
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_overlap_hides_what_fits_beside_passes(role):
+    def visible(overlap, speed):
+        gpu = replace(find_gpu("H100"), link=speed)
+        config = with_keys(Config.model_validate(PPO), {"parallel.overlap": overlap})
+        seconds = make_plan(config, "ppo", replace(cluster(), gpu=gpu)).seconds
+        return seconds[f"gradients {role}"], seconds
+
+    # Of 2,270,756,864 elements (4 bytes and 2) 3 of 4 replicas' shares travel.
+    plain, _ = visible(False, 40e9)
+    sizes = {"policy": 2_270_765_056, "critic": 2_270_756_864}
+    assert plain == pytest.approx(sizes[role] * 6 * 0.75 / 40e9)
+    # At full speed only the largest bucket shows: 128,256 / 8 words, and of the first layer what
+    # has not filled a bucket of 40 million: attention and both norms.
+    hidden, _ = visible(True, 40e9)
+    bucket = 16032 * 8192 + 10240 // 8 * 8192 + 8192 * 1024 + 2 * 8192
+    assert hidden == pytest.approx(bucket * 4 * 0.75 / 40e9)
+    # On a slow network passes hide as long as they take: those of the other role, and two thirds
+    # of one of the 8 microbatches of 64 sequences.
+    (plain, seconds), (slow, _) = visible(False, 1e6), visible(True, 1e6)
+    other = {"policy": "critic", "critic": "policy"}[role]
+    update, beside = seconds[f"update {role}"], seconds[f"update {other}"]
+    assert plain - slow == pytest.approx(beside + update * 2 / 3 / 8)
+
+
 def test_torchs_adam_needs_more_than_a_small_backward_pass():
     keys = {"memory.recompute": "full", "ppo.microbatch_size": 1}
     config = with_keys(Config.model_validate(PPO), keys)

@@ -1,0 +1,111 @@
+"""What Megatron's collectives become on gloo: faster than its own, and able to run beside passes.
+
+Megatron opens a coalescing manager, starts collectives in it, and waits for the manager where they
+are to be asynchronous. Messages of gloo travel in threads of its own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+
+class _UnderWay:
+    """A collective that has been started."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+
+
+_started: list[_UnderWay] = []
+"""Since the coalescing manager that is open was opened."""
+
+
+@contextmanager
+def coalescing_manager(
+    group: torch.distributed.ProcessGroup, *, async_ops: bool = False
+) -> Iterator[Any]:
+    """Do what torch's does, for the collectives of this module: end them here or at its `wait`."""
+    with c10d._coalescing_manager(group, async_ops=async_ops) as manager:
+        yield manager
+    for collective in _started:
+        if async_ops:
+            manager.append(collective)
+        else:
+            collective.wait()
+    _started.clear()
+
+
+def all_gather(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    *,
+    group: torch.distributed.ProcessGroup,
+    async_op: bool,
+) -> None:
+    """Collect the ranks' shards of the weights by messages: gloo's own takes three times as long.
+
+    `input` is this rank's slice of `output`, as Megatron's distributed optimizer has it. The
+    coalescing manager knows when it is over, whether asynchronous or not.
+    """
+    shards, rank = output.chunk(group.size()), group.rank()
+    assert shards[rank].data_ptr() == input.data_ptr()
+    messages = []
+    for step in range(1, len(shards)):
+        to, source = (rank + step) % len(shards), (rank - step) % len(shards)
+        messages.append(torch.distributed.isend(input, group=group, group_dst=to))
+        messages.append(torch.distributed.irecv(shards[source], group=group, group_src=source))
+
+    def wait() -> None:
+        for message in messages:
+            if message is not None:
+                message.wait()
+
+    _started.append(_UnderWay(wait))
+
+
+def reduce_scatter(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    *,
+    op: object,
+    group: torch.distributed.ProcessGroup,
+    async_op: bool,
+) -> None:
+    """Exchange shards of the gradients and add them up here: gloo's own takes four times as long.
+
+    `output` is this rank's slice of `input`, as Megatron's distributed optimizer has it. The
+    coalescing manager knows when it is over, whether asynchronous or not.
+    """
+    assert op == torch.distributed.ReduceOp.SUM
+    size = group.size()
+    assert output.data_ptr() == input.chunk(size)[group.rank()].data_ptr()
+    if size == 1:
+        return
+    received = torch.empty_like(input)
+    exchange = torch.distributed.all_to_all_single(received, input, group=group, async_op=True)
+
+    def wait() -> None:
+        exchange.wait()
+        torch.sum(received.view(size, -1), 0, out=output)
+
+    _started.append(_UnderWay(wait))
+
+
+def all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Iterable[int] | None = None,
+    input_split_sizes: Iterable[int] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Take tensors as split sizes too, which MoE gives unless they were on a GPU."""
+    return torch.distributed.all_to_all_single(
+        output, input, _int_list(output_split_sizes), _int_list(input_split_sizes), **kwargs
+    )
+
+
+def _int_list(sizes: Iterable[int] | None) -> list[int] | None:
+    return None if sizes is None else [int(size) for size in sizes]
