@@ -54,29 +54,29 @@ class SequenceBatch:
             device: where the tensors go.
             packed: put the sequences one after the other in one row.
         """
-        rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-        lengths = tuple(map(len, rows))
-        starts = torch.tensor([len(p) for p in prompts])
-        responses_at = starts
+        texts = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        sizes = tuple(map(len, texts))
+        prompt_lengths = torch.tensor([len(p) for p in prompts])
+        lengths = torch.tensor([len(r) for r in responses])
+        num_columns = max(1, int(lengths.max()))
+        rows, columns = (torch.arange(num_columns) < lengths[:, None]).nonzero(as_tuple=True)
+        lines, starts = rows, prompt_lengths
         if packed:
-            responses_at = starts + torch.tensor([0, *accumulate(lengths[:-1])])
-            rows = [[token for row in rows for token in row]]
-        longest = max(map(len, rows))
+            lines = torch.zeros_like(rows)
+            starts = starts + torch.tensor([0, *accumulate(sizes[:-1])])
+            texts = [[token for text in texts for token in text]]
+        longest = max(map(len, texts))
         width = -(-longest // multiple) * multiple
-        tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-        response_lengths = torch.tensor([len(r) for r in responses])
-        num_columns = max(1, int(response_lengths.max()))
-        real = torch.arange(num_columns) < response_lengths[:, None]
-        row_index, column_index = real.nonzero(as_tuple=True)
+        tokens = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
         return SequenceBatch(
             tokens=tokens.to(device),
-            lengths=lengths if packed else None,
-            prompt_lengths=starts.to(device),
-            response_lengths=response_lengths.to(device),
-            rows=row_index.to(device),
-            columns=column_index.to(device),
-            lines=(torch.zeros_like(row_index) if packed else row_index).to(device),
-            positions=(responses_at[row_index] + column_index).to(device),
+            lengths=sizes if packed else None,
+            prompt_lengths=prompt_lengths.to(device),
+            response_lengths=lengths.to(device),
+            rows=rows.to(device),
+            columns=columns.to(device),
+            lines=lines.to(device),
+            positions=(starts[rows] + columns).to(device),
             num_columns=num_columns,
         )
 
