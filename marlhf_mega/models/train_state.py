@@ -112,6 +112,11 @@ class TrainState:
             )
             for i, chunk in enumerate(chunks)
         ]
+        if overlap:
+            for chunk in self._chunks:
+                # Hooks that wait for a module's weights miss heads and decoders, which read them
+                # without calling the module.
+                chunk.disable_forward_pre_hook(param_sync=False)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             optimizer_config(optimizer, config, overlap=overlap),
             self._chunks,
@@ -120,34 +125,21 @@ class TrainState:
         self._overlap, self._is_gathering = overlap, False
         self.fused = True if config.use_cpu_initialization else None
         """Whether torch's AdamW goes over memory once; on GPUs its default is as fast."""
-        self.schedule = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=optimizer.lr,
-            min_lr=min(optimizer.min_lr, optimizer.lr),
-            lr_warmup_steps=optimizer.warmup_steps,
-            lr_decay_steps=max(total_steps, optimizer.warmup_steps + 1),
-            lr_decay_style=optimizer.lr_schedule,
-            start_wd=optimizer.weight_decay,
-            end_wd=optimizer.weight_decay,
-            wd_incr_steps=1,
-            wd_incr_style="constant",
-        )
+        self.schedule = _schedule(self.optimizer, optimizer, total_steps)
         self.num_skipped = 0
         """Steps skipped in a row."""
-        config.finalize_model_grads_func = finalize_model_grads
+        self._tell_schedule(config)
+
+    def _tell_schedule(self, config: TransformerConfig) -> None:
+        """Fill in what Megatron's pipeline schedules find in the first chunk's config."""
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = None
-        if overlap:
+        if self._overlap:
             no_sync = [chunk.no_sync for chunk in self._chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            for chunk in self._chunks:
-                # Hooks that wait for a module's weights miss heads and decoders, which read them
-                # without calling the module.
-                chunk.disable_forward_pre_hook(param_sync=False)
-        for chunk in chunks[1:]:
-            # Each chunk has its own config object; the schedule reads the first one's.
-            chunk.config.finalize_model_grads_func = finalize_model_grads
+        for chunk in self._chunks:
+            # Each chunk has a config object of its own.
+            chunk.module.config.finalize_model_grads_func = finalize_model_grads
 
     @property
     def chunks(self) -> list[DistributedDataParallel]:
@@ -247,3 +239,21 @@ class TrainState:
                     grad_norm,
                     part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
+
+
+def _schedule(
+    optimizer: MegatronOptimizer, settings: OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=min(settings.min_lr, settings.lr),
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
+        lr_decay_style=settings.lr_schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )

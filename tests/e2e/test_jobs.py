@@ -219,7 +219,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(quickstart, tmp_path, job):
 
 
 def test_a_run_resumes_on_another_layout_with_yet_another_for_rollouts(quickstart, tmp_path):
-    """TP2 x PP2 becomes PP2 x VPP2 x DP2, four replicas for rollouts, sequences packed."""
+    """TP2 x PP2 becomes PP2 x VPP2 x DP2 with overlap, four replicas for rollouts, packed."""
     folder = quickstart[0]
     options = stage_options(folder, "ppo")
     resumed = tmp_path / "ppo"
@@ -232,6 +232,7 @@ def test_a_run_resumes_on_another_layout_with_yet_another_for_rollouts(quickstar
         "parallel.tensor_size=1",
         "parallel.pipeline_size=2",
         "parallel.virtual_pipeline_size=2",
+        "parallel.overlap=true",
         "rollout.pipeline_size=1",
         "ppo.microbatch_tokens=150",
         "ppo.packing=true",

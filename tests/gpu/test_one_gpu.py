@@ -128,7 +128,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
     assert flat(exact) == pytest.approx(flat(theirs["float32"]), rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [[], PACKING])
+@pytest.mark.parametrize("options", [[], PACKING, ["parallel.overlap=true"]])
 def test_sft_reward_model_and_ppo_run_in_bfloat16(tmp_path, options):
     lines = quickstart(tmp_path, *options)
     assert "(nccl, cuda)" in (tmp_path / "ppo" / "config.yaml").read_text()
@@ -143,6 +143,7 @@ def test_sft_reward_model_and_ppo_run_in_bfloat16(tmp_path, options):
         ("tensorwise", []),
         ("tensorwise", ["precision.fp8_edge_layers_bf16=1", "precision.fp8_frozen=true"]),
         ("tensorwise", ["precision.fp8_param_gather=true"]),
+        ("tensorwise", ["precision.fp8_param_gather=true", "parallel.overlap=true"]),
         ("tensorwise", PACKING),
         ("tensorwise", ["memory.offload_idle=true", "memory.offload_optimizer=true"]),
         ("delayed", []),

@@ -23,6 +23,7 @@ from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh, world_siz
 
 EOS = 2
 LENGTHS_HELP = "geometric:LOW:HIGH: draw each response's length instead of --response-len"
+OVERLAP_HELP = "gradients and new weights travel while passes compute (parallel.overlap)"
 
 Result = dict[str, Any]
 

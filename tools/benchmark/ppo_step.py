@@ -40,7 +40,7 @@ class Iteration:
 
     def __init__(self, args: argparse.Namespace, config: Config, mesh: Mesh) -> None:
         self.args, self.config, self.mesh = args, config, mesh
-        self.roles = build_roles(config, mesh, seed=args.seed)
+        self.roles = build_roles(config, mesh, seed=args.seed, overlap=args.overlap)
         policy = [ddp.module for ddp in self.roles.policy.chunks]
         self.generator, _ = build_generator(policy, config, mesh, eos_id=common.EOS)
         # Neither a learned reward nor n-grams need text.
@@ -97,7 +97,7 @@ class Iteration:
             self.seconds[phase].append(common.slowest(self.mesh, timers.seconds(phase)))
 
 
-def build_roles(config: Config, mesh: Mesh, *, seed: int) -> Roles:
+def build_roles(config: Config, mesh: Mesh, *, seed: int, overlap: bool = False) -> Roles:
     """Return four random models; policy and critic with optimizers."""
     reference = common.build(config, mesh, "language", seed=seed + 2)
     reward = common.build(config, mesh, "scalar", seed=seed + 3)
@@ -106,8 +106,8 @@ def build_roles(config: Config, mesh: Mesh, *, seed: int) -> Roles:
     policy = common.build(config, mesh, "language", seed=seed)
     critic = common.build(config, mesh, "scalar", seed=seed + 1)
     return Roles(
-        policy=TrainState(policy, config.policy, total_steps=1000),
-        critic=TrainState(critic, config.critic, total_steps=1000),
+        policy=TrainState(policy, config.policy, total_steps=1000, overlap=overlap),
+        critic=TrainState(critic, config.critic, total_steps=1000, overlap=overlap),
         reference=reference,
         rewards=[reward],
     )
@@ -205,6 +205,7 @@ def main() -> int:
     options.add_argument(
         "--old-logprobs", choices=("trainer", "sampler"), default="trainer", help="by whom"
     )
+    options.add_argument("--overlap", action="store_true", help=common.OVERLAP_HELP)
     options.add_argument("--rollout-tensor-size", type=int, help="default: as in the update")
     options.add_argument("--rollout-pipeline-size", type=int, help="default: as in the update")
     options.add_argument("--lengths", help=common.LENGTHS_HELP)

@@ -24,7 +24,8 @@ from marlhf_mega.parallel.schedule import run_forward_backward
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
     """Take optimizer steps on random sequences."""
     chunks = common.build(config, mesh, "language", seed=args.seed)
-    state = TrainState(chunks, config.policy, total_steps=args.warmup + args.iters)
+    steps = args.warmup + args.iters
+    state = TrainState(chunks, config.policy, total_steps=steps, overlap=args.overlap)
     share, rest = divmod(args.batch, mesh.dp_size)
     if rest:
         raise ValueError(
@@ -67,6 +68,7 @@ def main() -> int:
     """Measure and print."""
     options = common.parser(__doc__.partition("\n")[0])
     options.add_argument("--microbatches", type=int, default=1, help="of one rank's share")
+    options.add_argument("--overlap", action="store_true", help=common.OVERLAP_HELP)
     options.set_defaults(prompt_len=1, response_len=127)
     args = options.parse_args()
     return common.run(args, lambda config, mesh: measure(args, config, mesh))
