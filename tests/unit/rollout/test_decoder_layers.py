@@ -7,9 +7,11 @@ from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.rope import rotation_angles
+from marlhf_mega.parallel.imagined import imagined_mesh
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.layers import _ModuleLayer, decoder_layer
+from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 from marlhf_mega.rollout.work import Decode, Prefill
 
 FAMILIES = {
@@ -39,9 +41,8 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def chunk(request):
-    config = Config.model_validate(
+def config_of(family):
+    return Config.model_validate(
         {
             "model": {
                 "num_layers": 2,
@@ -51,11 +52,16 @@ def chunk(request):
                 "ffn_hidden_size": 48,
                 "vocab_size": 50,
             }
-            | FAMILIES[request.param],
+            | FAMILIES[family],
             "precision": {"dtype": "float32"},
             "reward": {"source": "random"},
         }
     )
+
+
+@pytest.fixture(params=FAMILIES)
+def chunk(request):
+    config = config_of(request.param)
     mesh = create_mesh(config.parallel)
     (chunk,) = build_chunks(config.model, config.precision, mesh, head="language")
     fill_random([chunk], mesh, seed=1)
@@ -114,3 +120,23 @@ def test_prompts_and_single_tokens_give_the_states_of_whole_sequences(chunk):
     for row, length in enumerate(lengths):
         found = torch.stack([state[row] for state in states])
         torch.testing.assert_close(found, whole[length - 1 : length + new, row], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_moe"])
+def test_a_step_and_its_draw_read_nothing_back_from_the_device(family):
+    """On the meta device, which refuses to, and which runs the operations of a GPU.
+
+    Experts are left out: how many tokens each gets is read back to split them.
+    """
+    config = config_of(family)
+    with imagined_mesh(config.parallel, rank=0, world_size=1) as mesh:
+        (chunk,) = build_chunks(config.model, config.precision, mesh, head="language")
+        with generating([chunk]):
+            decoder = ChunkDecoder(chunk, num_slots=4, max_tokens=20)
+            tokens = torch.zeros(4, 1, dtype=torch.int64)
+            work = Decode(tokens=tokens, positions=tokens[:, 0], longest=7)
+            logits = decoder.logits(decoder.run(work, None))
+            numbers = torch.zeros(4, dtype=torch.float64)
+            for rule in (SamplingRule(temperature=1.0), SamplingRule(temperature=0.7, top_k=5)):
+                drawn = sample_tokens(logits, numbers, rule=rule, shard=chunk.vocab_shard)
+                assert [x.device.type for x in drawn] == ["meta", "meta"]
