@@ -16,7 +16,7 @@ lint=0 tests=0
 results=$(mktemp)
 trap 'rm -f -- "$results"' EXIT
 # A file stays on one worker, so that what its tests share is started once.
-"$VENV_PYTHON" -m pytest --numprocesses auto --dist loadfile --durations 25 \
+"$VENV_PYTHON" -m pytest --numprocesses 2 --dist loadfile --durations 25 \
     --junit-xml "$results" "$@" || tests=$?
 
 # Nothing is written where pytest was used wrongly.

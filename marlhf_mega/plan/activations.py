@@ -219,8 +219,8 @@ def _normed_input(shape: LayerShape, *, is_product_input: bool = True) -> int:
         output *= shape.layout.sequence_share
     if shape.formats.has_engine:
         return shape.residual * e + output + root
-    if shape.formats.on_cpu and e == _FLOAT32:
-        return shape.residual * _FLOAT32 + output + root
+    if shape.formats.on_cpu and (e == _FLOAT32 or not zero_centered):
+        return shape.residual * e + output + root
     inside = _FLOAT32 if zero_centered else e
     return shape.residual * (_FLOAT32 + inside) + output + root
 
@@ -255,9 +255,10 @@ def _head_norms(shape: LayerShape) -> int:
     e = shape.formats.element
     elements = shape.query + shape.key
     roots = elements // shape.model.kv_channels * _FLOAT32
-    if shape.formats.on_cpu and e == _FLOAT32:  # keys are normed where the projection left them
-        return shape.query * e + roots
-    inside = _FLOAT32 if shape.model.zero_centered_norm else e
+    zero_centered = shape.model.zero_centered_norm
+    if shape.formats.on_cpu and (e == _FLOAT32 or not zero_centered):
+        return shape.query * e + roots  # keys are normed where the projection left them
+    inside = _FLOAT32 if zero_centered else e
     return elements * (_FLOAT32 + inside) + roots
 
 

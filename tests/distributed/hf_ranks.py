@@ -13,6 +13,7 @@ from marlhf_mega.config.checks import check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.forward import forward_rows
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.roles import LogprobStep, score_step
@@ -44,7 +45,7 @@ def answers_of(folder, config, mesh, scratch):
     precision = config.precision.model_copy(update={"dtype": "float32"})
     chunks = build_chunks(origin.model, precision, mesh, head=head)
     assert fill_from(origin, chunks, mesh, seed=0) == []
-    rows = {"mesh": mesh, "microbatch_size": 2}
+    rows = {"mesh": mesh, "limit": MicrobatchLimit(rows=2)}
     if head == "scalar":
         grid = forward_rows(chunks, PROMPTS, RESPONSES, run=score_step, **rows)
         answer = {"scores": [grid[i, len(r) - 1].item() for i, r in enumerate(RESPONSES)]}
