@@ -37,7 +37,10 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and end the process with its exit code."""
-    sys.exit(_for_launcher(run(sys.argv[1:] if arguments is None else arguments)))
+    code = _for_launcher(run(sys.argv[1:] if arguments is None else arguments))
+    if code == EXIT_FAILED:
+        _end_now(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -165,11 +168,23 @@ def _on_mesh(config: Config, work: Callable[[Any], Any], num_rollout_ranks: int)
     except EarlyEndError as end:
         logging.getLogger(__name__).info("%s", end)
         code = end.code
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         logging.getLogger(__name__).exception("rank %d failed: %s", mesh.launch.rank, error)
         return EXIT_FAILED
     destroy_mesh()
     return code
+
+
+def _end_now(code: int) -> None:
+    """End the process without taking the interpreter down.
+
+    Groups of a failed run are not destroyed, since that waits for peers that may be gone. A thread
+    of theirs that gives up a tensor while the interpreter ends would abort the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _for_launcher(code: int) -> int:
