@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,19 @@ def test_faults_of_a_rank_that_generates_change_no_number(job, stale, tmp_path):
     assert named is not None, said[-6000:]
     assert "train/faults.py" in named[1]
     assert len([*(tmp_path / "faults").iterdir()]) == 2
+
+
+def test_a_run_goes_on_at_another_layout_with_the_samples_that_wait(job, stale, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stale[0], run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_000004")
+    (run_dir / "checkpoints" / "latest").write_text("step_000003\n")
+    other = (*STALE, "rollout.ranks=2", "rollout.tensor_size=2")
+    found, said = run(job, run_dir, *other, ranks=3)
+    assert "going on from" in said
+    assert shared(found)[:3] == shared(stale[1])[:3]
+    assert shared(found)[3] == pytest.approx(shared(stale[1])[3], rel=1e-4, abs=1e-5)
+    assert responses(run_dir, 4) == responses(stale[0], 4)
 
 
 def test_a_signal_ends_both_sides_saved_and_the_run_goes_on_to_the_bit(job, stale, tmp_path):
