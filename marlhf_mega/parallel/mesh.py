@@ -12,7 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+# Public, but torch's type hints do not list the store.
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from marlhf_mega import platform
 from marlhf_mega.config.schema import ParallelConfig

@@ -54,8 +54,12 @@ class KeyValueCache:
     def masks(self, work: Work) -> list[Tensor | None]:
         """Say what each layer's queries may see, as `attend` wants it; equal windows share one."""
         windows = [attention.window for attention in self.attentions]
-        build = self._prompt_mask if isinstance(work, Prefill) else self._token_mask
-        distinct = {window: build(work, window) for window in set(windows)}  # type: ignore[arg-type]
+        distinct: dict[int | None, Tensor | None] = {}
+        for window in set(windows):
+            if isinstance(work, Prefill):
+                distinct[window] = self._prompt_mask(work, window)
+            else:
+                distinct[window] = self._token_mask(work, window)
         return [distinct[window] for window in windows]
 
     def attend(

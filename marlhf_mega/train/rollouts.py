@@ -112,11 +112,8 @@ class Rollouts:
 
     def _prompts(self, rows: Sequence[int]) -> list[Prompt]:
         """Return the prompt of every sample of a batch."""
-        return [self._train[row] for row in rows for _ in range(self._samples_per_prompt)]
-
-    @property
-    def _samples_per_prompt(self) -> int:
-        return self.config.rollout.samples_per_prompt
+        often = range(self.config.rollout.samples_per_prompt)
+        return [self._train[row] for row in rows for _ in often]
 
     def _own_indices(self) -> list[int]:
         size = self.config.ppo.minibatch_size

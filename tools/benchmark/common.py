@@ -268,7 +268,12 @@ def show(result: Result, out: Path | None) -> None:
     print("\n".join(result.pop("lines")))
     memory = result["peak_memory_bytes"]
     print(f"peak memory {memory['largest_rank'] / 2**30:.2f} GiB on the largest rank")
-    text = json.dumps(result)
+    write_json(result, out)
+
+
+def write_json(found: Result, out: Path | None) -> None:
+    """Print one JSON object; write it to a file too if asked to."""
+    text = json.dumps(found)
     print(text)
     if out:
         out.write_text(text + "\n")

@@ -95,10 +95,8 @@ def main() -> int:
         parts = ", ".join(f"{p} {seconds[p]['median']:.2f}" for p in PHASES[1:])
         step = seconds["step"]
         print(f"{way:15}{step['median']:7.3f} s ({step['min']:.3f} .. {step['max']:.3f}): {parts}")
-    text = json.dumps({"benchmark": "overlap", "settings": vars(args) | {"out": None}} | spreads)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    common.write_json({"benchmark": "overlap", "settings": settings, **spreads}, args.out)
     return 0
 
 

@@ -57,10 +57,7 @@ def main() -> int:
         print(f"{line}, {growth[ranks]:.2f} of {args.world[0]}")
     settings = {"batch_per_rank": args.batch, "rounds": args.rounds, "options": others}
     found = {"benchmark": "scaling", "settings": settings, "step_s": seconds, "growth": growth}
-    text = json.dumps(found)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    common.write_json(found, args.out)
     return 0
 
 
