@@ -99,6 +99,8 @@ for fp8 in "${formats[@]}"; do
     step "train_step_fp8_$fp8" 60 tools/benchmark/train_step.py "${billion[@]}" --fp8 "$fp8" \
         --batch 16 --prompt-len 512 --response-len 512 --microbatches 4 --warmup 2 --iters 5
 done
+step rollout_cuda_graphs 60 tools/benchmark/rollout.py "${billion[@]}" --cuda-graphs \
+    --batch 64 --prompt-len 256 --response-len 128 --warmup 1 --iters 3
 step ppo_step 60 tools/benchmark/ppo_step.py --dtype bfloat16 --warmup 1 --iters 3
 if $dry_run; then
     exit 0

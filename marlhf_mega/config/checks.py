@@ -151,6 +151,7 @@ def _layout_problems(
     if section == "parallel":
         yield from _recompute_problems(config)
         yield from _fp8_problems(config)
+        yield from _graph_problems(config)
     yield from _fp8_width_problems(config, parallel, section)
     yield from _expert_problems(config, parallel, section)
 
@@ -192,6 +193,22 @@ def _fp8_problems(config: Config) -> Iterator[str]:
             "precision.fp8_param_gather=true: weights in FP8 cannot move to ranks or a layout of "
             "the rollout's own. Set it to false, or leave out rollout.ranks, rollout.tensor_size "
             "and rollout.pipeline_size."
+        )
+
+
+def _graph_problems(config: Config) -> Iterator[str]:
+    """Rules that hold on every GPU: a graph repeats kernels without asking the CPU."""
+    if not config.rollout.cuda_graphs:
+        return
+    if config.model.num_experts:
+        yield (
+            "rollout.cuda_graphs=true: cannot hold experts, whose tokens the CPU counts; "
+            f"model.num_experts={config.model.num_experts}. Set it to false."
+        )
+    if config.precision.fp8 != "off":
+        yield (
+            "rollout.cuda_graphs=true: cannot hold FP8, whose scales the CPU minds; "
+            f"precision.fp8={config.precision.fp8}. Set it to false."
         )
 
 

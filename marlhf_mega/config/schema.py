@@ -210,6 +210,8 @@ class RolloutConfig(Section):
     staleness: Literal[0, 1] = 0
     """1: `ranks` generate the next step's samples while this one's are trained on, by weights that
     are one step old; 0: they wait for the newest weights."""
+    cuda_graphs: bool = False
+    """Launch each decode step as one CUDA graph; not with experts or FP8."""
     tensor_size: int | None = Field(None, gt=0)
     """Ranks that share every matrix while generating; none: as in training."""
     pipeline_size: int | None = Field(None, gt=0)

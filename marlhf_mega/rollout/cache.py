@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.models.layers import SdpaAttention, causal_mask
-from marlhf_mega.rollout.work import Decode, Prefill, Work
+from marlhf_mega.rollout.work import Decode, Prefill, Work, round_up
 
 LENGTH_STEP = 16
 """A decode step reads a multiple of it: a CPU compiles its products anew for every length."""
@@ -33,13 +33,15 @@ class KeyValueCache:
         """
         self.attentions = attentions
         self.on_cpu = device.type == "cpu"
-        slots, groups, self.max_tokens, head_dim = shape
+        self.num_slots, groups, self.max_tokens, head_dim = shape
         # A CPU multiplies a query by keys twice as fast if they lie like the right factor.
         key_dims = (head_dim, self.max_tokens) if self.on_cpu else (self.max_tokens, head_dim)
         layers = len(attentions)
-        self.keys = torch.zeros(layers, slots, groups, *key_dims, dtype=dtype, device=device)
+        self.keys = torch.zeros(
+            layers, self.num_slots, groups, *key_dims, dtype=dtype, device=device
+        )
         self.values = torch.zeros(layers, *shape, dtype=dtype, device=device)
-        self.slots = torch.arange(slots, device=device)
+        self.slots = torch.arange(self.num_slots, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +125,7 @@ class KeyValueCache:
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _padded(self, longest: int) -> int:
-        return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.max_tokens)
+        return min(round_up(longest, LENGTH_STEP), self.max_tokens)
 
     def _prompt_mask(self, work: Prefill, window: int | None) -> Tensor | None:
         """Return bool [seq, seq]; none where plain causal attention will do."""

@@ -15,7 +15,7 @@ from marlhf_mega.models.rope import rotation_angles
 from marlhf_mega.rollout.cache import KeyValueCache
 from marlhf_mega.rollout.layers import decoder_layer
 from marlhf_mega.rollout.products import packed_projections
-from marlhf_mega.rollout.work import Prefill, Work
+from marlhf_mega.rollout.work import Prefill, Work, round_up
 
 
 class ChunkDecoder:
@@ -47,7 +47,7 @@ class ChunkDecoder:
             for layer in chunk.decoder.layers
         ]
         # Room for the rows that only fill a matrix product up; see `_aligned`.
-        sizes = (_round_up(n, chunk.row_multiple) for n in (num_slots, max_tokens))
+        sizes = (round_up(n, chunk.row_multiple) for n in (num_slots, max_tokens))
         num_slots, max_tokens = sizes
         groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
         device = chunk.rotary_speeds.device
@@ -117,10 +117,6 @@ class ChunkDecoder:
         padded, _ = self.chunk.output_layer(hidden, weight=self.chunk.head_weight())
         logits = padded[:, : shard.num_real].float()
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _aligned(work: Work, multiple: int) -> Work:

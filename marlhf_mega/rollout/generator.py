@@ -22,6 +22,7 @@ from marlhf_mega.parallel.collectives import (
 )
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
+from marlhf_mega.rollout.recorded import RecordedSteps
 from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 from marlhf_mega.rollout.slots import Response, SlotGroup
 from marlhf_mega.rollout.types import Rollout
@@ -31,10 +32,26 @@ from marlhf_mega.rollout.work import Decode, Prefill, Work
 class Generator:
     """Generates with one model's chunks; reads their weights at every call."""
 
-    def __init__(self, chunks: Sequence[StageModel], mesh: Mesh, *, eos_id: int) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[StageModel],
+        mesh: Mesh,
+        *,
+        eos_id: int,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """Take the model; nothing is allocated before a call.
+
+        Args:
+            chunks: this rank's part of the policy.
+            mesh: where this rank stands.
+            eos_id: ends a response.
+            cuda_graphs: launch a decode step as one; on CUDA devices only.
+        """
         self.chunks = list(chunks)
         self.mesh = mesh
         self.eos_id = eos_id
+        self.cuda_graphs = cuda_graphs
 
     def generate(
         self,
@@ -109,6 +126,11 @@ class _Run:
             [ChunkDecoder(chunk, num_slots=share, max_tokens=longest) for chunk in generator.chunks]
             for _ in self.groups
         ]
+        # Between two calls weights move: graphs are recorded anew in each, as the cache is made.
+        self.passes = [
+            [RecordedSteps(d).run if generator.cuda_graphs else d.run for d in decoders]
+            for decoders in self.decoders
+        ]
         self.hidden_size = generator.chunks[0].config.hidden_size
         self.dtype = generator.chunks[0].config.params_dtype
         self.sends: deque[tuple[Tensor, object]] = deque()
@@ -146,7 +168,7 @@ class _Run:
         sampled = torch.zeros(2, len(group.in_flight), dtype=torch.float64, device=mesh.device)
         for number, decoder in enumerate(self.decoders[index]):
             hidden = None if decoder.chunk.pre_process else self._receive(work)
-            output = decoder.run(work, hidden)
+            output = self.passes[index][number](work, hidden)
             if not decoder.chunk.post_process:
                 self._send(output)
             elif group.in_flight:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import gather_objects_over_data
 from marlhf_mega.parallel.mesh import Mesh, in_force
 from marlhf_mega.rollout.deal import gather_rollouts, pick
@@ -17,26 +16,22 @@ class ReshardedGenerator:
 
     def __init__(
         self,
-        chunks: Sequence[StageModel],
-        mesh: Mesh,
+        generator: Generator,
         *,
         training: Mesh,
         weights: Callable[[], AbstractContextManager[None]],
-        eos_id: int,
     ) -> None:
         """Take a second set of weights.
 
         Args:
-            chunks: this rank's part of the policy at the rollout's layout.
-            mesh: the rollout's layout.
+            generator: at the rollout's layout, with chunks of its own.
             training: the callers' layout, of the same world.
-            weights: holds the weights that are trained in `chunks` for the length of a `with`
+            weights: holds the weights that are trained in those chunks for the length of a `with`
                 block; all ranks enter it together.
-            eos_id: ends a response.
         """
-        self.chunks = list(chunks)
-        self.mesh, self.training, self.weights = mesh, training, weights
-        self._generator = Generator(chunks, mesh, eos_id=eos_id)
+        self.chunks, self.mesh = generator.chunks, generator.mesh
+        self.training, self.weights = training, weights
+        self._generator = generator
 
     def generate(
         self,

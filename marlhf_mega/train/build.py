@@ -166,9 +166,9 @@ def build_generator(
     Returns:
         The generator, and what moves the weights to its layout, none where it is training's.
     """
-    layout = config.rollout_parallel
+    layout, graphs = config.rollout_parallel, config.rollout.cuda_graphs
     if layout == config.parallel:
-        return Generator(policy, mesh, eos_id=eos_id), None
+        return Generator(policy, mesh, eos_id=eos_id, cuda_graphs=graphs), None
     second = create_second_mesh(layout, mesh)
     with in_force(second):
         chunks = build_chunks(config.model, config.precision, second, head="language")
@@ -181,7 +181,5 @@ def build_generator(
         second.describe(),
         mover.total_bytes / 2**30,
     )
-    generator = ReshardedGenerator(
-        chunks, second, training=mesh, weights=mover.present, eos_id=eos_id
-    )
-    return generator, mover
+    generator = Generator(chunks, second, eos_id=eos_id, cuda_graphs=graphs)
+    return ReshardedGenerator(generator, training=mesh, weights=mover.present), mover

@@ -60,7 +60,7 @@ def read_inputs(
     data_size = check_world(config, world_size, apart=rollout_ranks(config, job))
     check_job(config, job, data_size)
     check_wandb(config.logging.wandb)
-    _check_fp8(config)
+    _check_device(config)
     tokenizer_path = _tokenizer_path(config)
     tokenizer = Tokenizer.load(tokenizer_path)
     config = _with_vocabulary(config, tokenizer)
@@ -119,7 +119,11 @@ def origin_of(path: str, tokenizer: Tokenizer, *, key: str) -> Origin:
     return origin
 
 
-def _check_fp8(config: Config) -> None:
+def _check_device(config: Config) -> None:
+    if config.rollout.cuda_graphs and platform.current().name != "cuda":
+        raise ConfigError(
+            "rollout.cuda_graphs=true: needs a CUDA device; there is none. Set it to false."
+        )
     if config.precision.fp8 == "off":
         return
     support = platform.current().supports_fp8(config.precision.fp8_recipe)

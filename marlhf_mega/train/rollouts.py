@@ -198,7 +198,8 @@ class SeparateRollouts(Rollouts):
         self._remote.end(End(code=0, reason=""))
 
     def _connect(self, policy: Sequence[StageModel]) -> None:
-        self.generator = Generator(policy, self.mesh, eos_id=self._eos_id)
+        graphs = self.config.rollout.cuda_graphs
+        self.generator = Generator(policy, self.mesh, eos_id=self._eos_id, cuda_graphs=graphs)
         self._mover = connect((policy, self.mesh), None)
         self._remote = RemoteGenerator(self._mover, self.mesh)
         self._rows = self._answer = None
@@ -221,7 +222,9 @@ def serve_rollouts(inputs: Inputs[Prompt], mesh: Mesh) -> None:
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
     mover = connect(None, (chunks, mesh))
-    generator = Generator(chunks, mesh, eos_id=inputs.tokenizer.eos_id)
+    generator = Generator(
+        chunks, mesh, eos_id=inputs.tokenizer.eos_id, cuda_graphs=config.rollout.cuda_graphs
+    )
     # The training ranks hear it too; they save first, and then say so.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -111,8 +111,9 @@ def test_macro_actions_are_those_of_the_cpu():
 def test_a_tiny_model_gives_the_cpus_answers_in_float32(tmp_path):
     cpu = answers(tmp_path / "cpu.json", "float32", gpu=False)
     gpu = answers(tmp_path / "gpu.json", "float32", gpu=True)
-    assert gpu["greedy"] == cpu["greedy"]
-    for name in cpu.keys() - {"device", "greedy"}:
+    tokens = ["greedy", "graphs"]
+    assert [gpu[name] for name in tokens] == [cpu[name] for name in tokens]
+    for name in cpu.keys() - {"device", *tokens}:
         assert flat(gpu[name]) == pytest.approx(flat(cpu[name]), rel=1e-4, abs=1e-4), name
 
 
@@ -128,7 +129,9 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
     assert flat(exact) == pytest.approx(flat(theirs["float32"]), rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [[], PACKING, ["parallel.overlap=true"]])
+@pytest.mark.parametrize(
+    "options", [[], PACKING, ["parallel.overlap=true"], ["rollout.cuda_graphs=true"]]
+)
 def test_sft_reward_model_and_ppo_run_in_bfloat16(tmp_path, options):
     lines = quickstart(tmp_path, *options)
     assert "(nccl, cuda)" in (tmp_path / "ppo" / "config.yaml").read_text()

@@ -64,15 +64,19 @@ def main():
     language = {"run": LogprobStep(1.0), "leading": (2,)}
     logprobs, entropies = forward_rows(policy, **rows, **language)
     values = forward_rows(critic, **rows, run=value_step)
-    greedy = Generator(policy, mesh, eos_id=2).generate(
-        prompts,
-        range(len(prompts)),
-        rule=SamplingRule(temperature=0.0),
-        max_response_tokens=12,
-        seed=0,
-        step=0,
-        slots=2,
-    )
+
+    def greedy(**options):
+        return Generator(policy, mesh, eos_id=2, **options).generate(
+            prompts,
+            range(len(prompts)),
+            rule=SamplingRule(temperature=0.0),
+            max_response_tokens=12,
+            seed=0,
+            step=0,
+            slots=2,
+        )
+
+    plain, graphs = greedy(), greedy(cuda_graphs=mesh.platform.name == "cuda")
     answers = {
         "device": mesh.platform.name,
         "logprobs": by_row(logprobs, responses),
@@ -80,8 +84,10 @@ def main():
         "values": by_row(values, responses),
         "packed_logprobs": by_row(forward_rows(policy, **packed, **language)[0], responses),
         "packed_values": by_row(forward_rows(critic, **packed, run=value_step), responses),
-        "greedy": greedy.responses,
-        "greedy_logprobs": by_row(greedy.logprobs, greedy.responses),
+        "greedy": plain.responses,
+        "greedy_logprobs": by_row(plain.logprobs, plain.responses),
+        "graphs": graphs.responses,
+        "graphs_logprobs": by_row(graphs.logprobs, graphs.responses),
     }
     out.write_text(json.dumps(answers))
     destroy_mesh()

@@ -116,6 +116,11 @@ def test_fp8_says_what_is_missing(call):
     assert line.startswith("precision.fp8=hybrid: cannot be used here; there is no CUDA device")
 
 
+def test_cuda_graphs_need_a_gpu(call):
+    line = call("ppo", "rollout.cuda_graphs=true")
+    assert line == "rollout.cuda_graphs=true: needs a CUDA device; there is none. Set it to false."
+
+
 def test_a_batch_must_be_a_multiple_of_the_data_parallel_size(call):
     line = call("sft", "sft.batch_size=9", world_size=2)
     assert line == (

@@ -22,8 +22,10 @@ from marlhf_mega.update.ppo import local_indices
 
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
     """Generate the batch again and again, and its first tokens alone."""
+    if args.cuda_graphs and mesh.platform.name != "cuda":
+        raise ValueError("--cuda-graphs: needs a CUDA device; there is none. Leave it out.")
     chunks = common.build(config, mesh, "language", seed=args.seed)
-    generator = Generator(chunks, mesh, eos_id=common.EOS)
+    generator = Generator(chunks, mesh, eos_id=common.EOS, cuda_graphs=args.cuda_graphs)
     own = local_indices(args.batch, args.batch, mesh)
     vocabulary = config.model.vocab_size or 0
     prompts = common.random_tokens(args.seed, [args.prompt_len] * args.batch, vocabulary)
@@ -101,6 +103,9 @@ def main() -> int:
     options = common.parser(__doc__.partition("\n")[0])
     options.add_argument("--lengths", help=common.LENGTHS_HELP)
     options.add_argument("--slots", type=int, help="sequences decoded together, over all ranks")
+    options.add_argument(
+        "--cuda-graphs", action="store_true", help="launch a decode step as one; on GPUs"
+    )
     options.add_argument("--temperature", type=float, default=1.0)
     options.add_argument("--top-k", type=int, default=0)
     options.add_argument("--top-p", type=float, default=1.0)

@@ -458,6 +458,24 @@ def test_weights_in_mxfp8_do_not_travel_beside_passes():
     assert check_world(make(**settings), 2) == 2
 
 
+@pytest.mark.parametrize(
+    ("sections", "rest"),
+    [
+        (
+            {"model": {"num_experts": 4}},
+            "experts, whose tokens the CPU counts; model.num_experts=4. Set it to false.",
+        ),
+        (
+            {"model": {"hidden_size": 64}, "precision": {"fp8": "hybrid"}},
+            "FP8, whose scales the CPU minds; precision.fp8=hybrid. Set it to false.",
+        ),
+    ],
+)
+def test_cuda_graphs_hold_what_needs_no_cpu(sections, rest):
+    problems = world_problems(1, rollout={"cuda_graphs": True}, **sections)
+    assert problems == [f"rollout.cuda_graphs=true: cannot hold {rest}"]
+
+
 def test_ranks_that_only_generate_leave_the_others_to_train():
     layout = {"parallel": {"tensor_size": 2}, "rollout": {"ranks": 3, "tensor_size": 1}}
     assert check_world(make(**layout), 7, apart=3) == 2

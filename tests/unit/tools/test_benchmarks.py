@@ -141,6 +141,14 @@ def test_options_that_do_not_fit_are_refused_in_one_line(options, line):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
+def test_cuda_graphs_need_a_gpu():
+    done = benchmark("rollout", *TINY, "--cuda-graphs", check=False)
+    assert done.returncode == 2
+    line = "--cuda-graphs: needs a CUDA device; there is none. Leave it out."
+    assert done.stderr.splitlines()[-1] == line
+
+
 def test_geometric_lengths_keep_their_bounds_and_mean(common):
     lengths = common.response_lengths("geometric:16:256", count=20_000, fixed=0, seed=3)
     assert (min(lengths), max(lengths)) == (16, 256)

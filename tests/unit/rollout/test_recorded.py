@@ -1,0 +1,108 @@
+"""Recorded decode steps, against steps that are run one by one.
+
+What is recorded here is repeated by running it again on the tensors it was recorded with, as a
+CUDA graph does.
+"""
+
+import pytest
+import torch
+
+from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config.schema import Config
+from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from marlhf_mega.rollout import recorded
+from marlhf_mega.rollout.decoder import ChunkDecoder, generating
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.work import Decode
+
+PROMPTS = [[3, 4, 5], [6], [7, 8], [9, 10, 11, 12], [13, 14]]
+LIMITS = [30, 45, 12, 21, 40]
+
+
+class Recorder:
+    """Counts what it records and repeats."""
+
+    def __init__(self):
+        self.repeated = []
+
+    def __call__(self, step):
+        output, number = step(), len(self.repeated)
+        self.repeated.append(0)
+
+        def repeat():
+            self.repeated[number] += 1
+            output.copy_(step())
+
+        return output, repeat
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = Config.model_validate(
+        {
+            "model": {
+                "num_layers": 2,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "ffn_hidden_size": 48,
+                "vocab_size": 50,
+            },
+            "precision": {"dtype": "float32"},
+            "reward": {"source": "random"},
+        }
+    )
+    mesh = create_mesh(config.parallel)
+    chunks = build_chunks(config.model, config.precision, mesh, head="language")
+    fill_random(chunks, mesh, seed=1)
+    yield chunks, mesh
+    destroy_mesh()
+
+
+def generate(chunks, mesh, **options):
+    return Generator(chunks, mesh, eos_id=-1, **options).generate(
+        PROMPTS,
+        range(5),
+        rule=SamplingRule(temperature=1.0),
+        max_response_tokens=LIMITS,
+        slots=3,
+        seed=0,
+        step=0,
+    )
+
+
+@pytest.mark.parametrize(("slot_step", "length_step"), [(2, 8), (8, 128)])
+def test_responses_are_those_of_plain_steps(model, monkeypatch, slot_step, length_step):
+    recorder = Recorder()
+    monkeypatch.setattr(recorded, "GraphRecorder", lambda: recorder)
+    monkeypatch.setattr(recorded, "SLOT_STEP", slot_step)
+    monkeypatch.setattr(recorded, "LENGTH_STEP", length_step)
+    plain, found = generate(*model), generate(*model, cuda_graphs=True)
+    assert found.responses == plain.responses
+    torch.testing.assert_close(found.logprobs, plain.logprobs)
+    # The longest three go on for 45 tokens or so; every size is run once and recorded once.
+    assert sum(recorder.repeated) > 40
+    assert min(recorder.repeated) > 0
+
+
+def test_a_step_is_recorded_when_its_size_comes_again(model):
+    (chunk,), _ = model
+    recorder = Recorder()
+    generator = torch.Generator().manual_seed(0)
+    with generating([chunk]):
+        plain = ChunkDecoder(chunk, num_slots=9, max_tokens=200)
+        steps = recorded.RecordedSteps(ChunkDecoder(chunk, num_slots=9, max_tokens=200), recorder)
+        counts = []
+        for batch, position in [(9, 0), (8, 1), (5, 2), (3, 127), (2, 128), (2, 150), (1, 160)]:
+            work = Decode(
+                tokens=torch.zeros(batch, 1, dtype=torch.int64),
+                positions=torch.full((batch,), position),
+                longest=position + 1,
+            )
+            hidden = torch.randn(1, batch, 32, generator=generator)
+            torch.testing.assert_close(steps.run(work, hidden), plain.run(work, hidden))
+            counts.append(list(recorder.repeated))
+    # 9 slots are all there are, fewer fill up to 8; 128 tokens are one size, 200 the last.
+    assert counts == [[], [], [1], [2], [2], [2, 1], [2, 2]]
