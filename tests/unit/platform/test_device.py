@@ -1,12 +1,14 @@
 """The platform record: what a CPU-only process is told, memory figures, seeds, refusals."""
 
 import random
+import resource
+from platform import libc_ver
 
 import numpy
 import pytest
 import torch
 
-from marlhf_mega.platform import current
+from marlhf_mega.platform import current, prepare
 from marlhf_mega.platform.device import Support, check_local_rank, fp8_support
 
 MIB = 2**20
@@ -28,6 +30,7 @@ def test_without_cuda_the_platform_is_gloo_in_float32():
 @needs_cpu
 def test_memory_follows_an_allocation_and_its_peak_outlives_it():
     platform = current()
+    platform.empty_cache()
     before = platform.memory_allocated()
     resettable = platform.reset_memory_peak()
     block = torch.ones(64 * MIB // 4)
@@ -35,8 +38,26 @@ def test_memory_follows_an_allocation_and_its_peak_outlives_it():
     del block
     assert platform.memory_peak() - before > 60 * MIB
     if resettable:
+        platform.empty_cache()
         platform.reset_memory_peak()
         assert platform.memory_peak() - before < 30 * MIB
+
+
+@needs_cpu
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="only glibc is told to")
+def test_memory_is_used_again_without_page_faults():
+    platform = prepare()
+
+    def page_faults(often):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(often):
+            torch.ones(16 * MIB // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    once = 16 * MIB // resource.getpagesize()
+    assert page_faults(50) < 10 * once
+    platform.empty_cache()
+    assert page_faults(1) > once / 2
 
 
 def test_seed_repeats_python_numpy_and_torch_draws():
