@@ -122,8 +122,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         rows = weight[: shard.num_real]
         grad_hidden = torch.empty_like(hidden)
-        # Chunks of a low-precision model are summed in float32 and rounded once.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_rows: Tensor | None = None
         # Asking a GPU would mean to wait for it.
         with_entropy = grad_entropy.device.type != "cpu" or bool(grad_entropy.any())
         done = 0
@@ -150,9 +149,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad.div_(ctx.temperature)
             grad = grad.to(hidden.dtype)
             grad_hidden[done : done + len(h)] = matmul(grad, rows)
-            grad_weight[: shard.num_real].add_(matmul(grad.t(), h))
+            part = matmul(grad.t(), h)
+            # Chunks of a low-precision model are summed in float32 and rounded once.
+            grad_rows = part if grad_rows is None else grad_rows.float().add_(part)
             done += len(h)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        grad_weight = _with_padding(grad_rows, weight)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _with_padding(rows: Tensor | None, weight: Tensor) -> Tensor:
+    """Return the gradient of all rows of `weight`, zero where none is given."""
+    if rows is not None and len(rows) == len(weight):
+        return rows.to(weight.dtype)
+    whole = torch.zeros_like(weight)
+    if rows is not None:
+        whole[: len(rows)] = rows
+    return whole
 
 
 def _chunks(shard: VocabShard, *tensors: Tensor) -> Any:

@@ -6,10 +6,14 @@ are to be asynchronous. Messages of gloo travel in threads of its own.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed.distributed_c10d as c10d
+
+PIECE = 1 << 20
+"""Elements of a shard that travel together."""
 
 
 class _UnderWay:
@@ -84,6 +88,9 @@ def reduce_scatter(
     assert output.data_ptr() == input.chunk(size)[group.rank()].data_ptr()
     if size == 1:
         return
+    if not async_op:
+        _started.append(_UnderWay(partial(_add_up_pieces, input.chunk(size), group)))
+        return
     received = torch.empty_like(input)
     exchange = torch.distributed.all_to_all_single(received, input, group=group, async_op=True)
 
@@ -92,6 +99,35 @@ def reduce_scatter(
         torch.sum(received.view(size, -1), 0, out=output)
 
     _started.append(_UnderWay(wait))
+
+
+def _add_up_pieces(shards: tuple[torch.Tensor, ...], group: torch.distributed.ProcessGroup) -> None:
+    """Add the other ranks' values to this rank's shard, one piece while the next one travels.
+
+    Room for all of them would be mapped anew each time, which takes longer than the addition.
+    """
+    rank, size = group.rank(), len(shards)
+    own = shards[rank].split(PIECE)
+    rooms = shards[rank].new_empty(2, size, len(own[0]))
+
+    def start(index: int) -> list[Any]:
+        messages = []
+        for step in range(1, size):
+            to, source = (rank + step) % size, (rank - step) % size
+            room = rooms[index % 2, source, : len(own[index])]
+            piece = shards[to].split(PIECE)[index]
+            messages.append(torch.distributed.isend(piece, group=group, group_dst=to))
+            messages.append(torch.distributed.irecv(room, group=group, group_src=source))
+        return messages
+
+    under_way = start(0)
+    for index, piece in enumerate(own):
+        for message in under_way:
+            message.wait()
+        under_way = start(index + 1) if index + 1 < len(own) else []
+        room = rooms[index % 2, :, : len(piece)]
+        room[rank] = piece
+        torch.sum(room, 0, out=piece)
 
 
 def all_to_all_single(

@@ -199,11 +199,12 @@ def prepare() -> Platform:
 def _keep_freed_memory() -> None:
     """Let glibc reuse what tensors free instead of giving it back; `empty_cache` does that.
 
-    Memory that is mapped anew costs a page fault for every 4 KiB that an operation writes.
+    Memory that is mapped anew costs a page fault for every 4 KiB that an operation writes. Larger
+    blocks than these go back as before: glibc does not find a freed one again when it has to align.
     """
     if hasattr(_C_LIBRARY, "mallopt"):
-        _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        _C_LIBRARY.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        _C_LIBRARY.mallopt(_M_TRIM_THRESHOLD, 1 << 29)
 
 
 def _resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
