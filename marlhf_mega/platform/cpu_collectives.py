@@ -108,7 +108,7 @@ def _add_up_pieces(shards: tuple[torch.Tensor, ...], group: torch.distributed.Pr
     """
     rank, size = group.rank(), len(shards)
     own = shards[rank].split(PIECE)
-    rooms = shards[rank].new_empty(2, size, len(own[0]))
+    rooms = shards[rank].new_empty(min(2, len(own)), size, len(own[0]))
 
     def start(index: int) -> list[Any]:
         messages = []
