@@ -292,7 +292,7 @@ def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("code", "own_code", "left"),
-    [(0, 0, ""), (2, 2, ""), (75, 0, "75\n"), (76, 0, "76\n")],
+    [(0, 0, ""), (1, 1, ""), (2, 2, ""), (75, 0, "75\n"), (76, 0, "76\n")],
 )
 def test_codes_that_end_a_run_for_good_are_left_for_the_launcher(
     tmp_path, monkeypatch, code, own_code, left
@@ -300,6 +300,7 @@ def test_codes_that_end_a_run_for_good_are_left_for_the_launcher(
     file = tmp_path / "code"
     file.touch()
     monkeypatch.setattr(cli, "run", lambda _: code)
+    monkeypatch.setattr(cli, "_end_now", sys.exit)
     monkeypatch.setenv("MARLHF_EXIT_CODE_FILE", str(file))
     with pytest.raises(SystemExit) as stop:
         cli.main(["ppo"])
