@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from marlhf_mega.data.microbatch import round_up
 from marlhf_mega.models.layers import SdpaAttention, causal_mask
-from marlhf_mega.rollout.work import Decode, Prefill, Work, round_up
+from marlhf_mega.rollout.work import Decode, Prefill, Work
 
 LENGTH_STEP = 16
 """A decode step reads a multiple of it: a CPU compiles its products anew for every length."""

@@ -9,13 +9,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
 
+from marlhf_mega.data.microbatch import round_up
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.layers import SdpaAttention
 from marlhf_mega.models.rope import rotation_angles
 from marlhf_mega.rollout.cache import KeyValueCache
 from marlhf_mega.rollout.layers import decoder_layer
 from marlhf_mega.rollout.products import packed_projections
-from marlhf_mega.rollout.work import Prefill, Work, round_up
+from marlhf_mega.rollout.work import Prefill, Work
 
 
 class ChunkDecoder:

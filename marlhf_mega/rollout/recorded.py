@@ -11,9 +11,10 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
+from marlhf_mega.data.microbatch import round_up
 from marlhf_mega.platform.cuda_graphs import GraphRecorder
 from marlhf_mega.rollout.decoder import ChunkDecoder
-from marlhf_mega.rollout.work import Decode, Work, round_up
+from marlhf_mega.rollout.work import Decode, Work
 
 SLOT_STEP = 8
 LENGTH_STEP = 128

@@ -31,8 +31,3 @@ class Decode:
 
 
 Work = Prefill | Decode
-
-
-def round_up(number: int, multiple: int) -> int:
-    """Return the lowest multiple that is not less than the number."""
-    return -(-number // multiple) * multiple
