@@ -153,17 +153,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # Chunks of a low-precision model are summed in float32 and rounded once.
             grad_rows = part if grad_rows is None else grad_rows.float().add_(part)
             done += len(h)
-        grad_weight = _with_padding(grad_rows, weight)
-        return grad_hidden, grad_weight, None, None, None, None
+        assert grad_rows is not None, "even no tokens are one chunk"
+        return grad_hidden, _with_padding(grad_rows, weight), None, None, None, None
 
 
-def _with_padding(rows: Tensor | None, weight: Tensor) -> Tensor:
-    """Return the gradient of all rows of `weight`, zero where none is given."""
-    if rows is not None and len(rows) == len(weight):
+def _with_padding(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of all rows of `weight`, zero behind those given."""
+    if len(rows) == len(weight):
         return rows.to(weight.dtype)
     whole = torch.zeros_like(weight)
-    if rows is not None:
-        whole[: len(rows)] = rows
+    whole[: len(rows)] = rows
     return whole
 
 
