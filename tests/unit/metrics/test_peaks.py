@@ -14,11 +14,11 @@ MEGABYTE = 2**20
 
 def test_each_phase_has_its_own_peak_and_the_highest_stays():
     platform = current()
-    if not platform.reset_memory_peak():
-        pytest.skip("this system does not let a process reset its peak")
-    # Or what earlier tests left behind would be given back between the phases.
+    # Before the reset: the peak starts at what is in use, what earlier tests left behind included.
     gc.collect()
     platform.empty_cache()
+    if not platform.reset_memory_peak():
+        pytest.skip("this system does not let a process reset its peak")
     peaks = PhasePeaks(platform)
     with peaks("rollout"):
         # Written to, so that it is really there.
@@ -34,7 +34,7 @@ def test_each_phase_has_its_own_peak_and_the_highest_stays():
     assert set(found) == set(names)
     rollout, update = (found[name] * 1024 for name in names)
     assert rollout - update == pytest.approx(64, abs=4)
-    assert peaks.highest_gib() * 1024 == pytest.approx(rollout, abs=1)
+    assert peaks.highest_gib() * 1024 == pytest.approx(rollout, abs=4)
     again = MetricSums(maximum=PHASE_PEAKS)
     peaks.drain(again)
     assert again.unpack(*again.pack()) == {}
