@@ -281,6 +281,9 @@ class PPOConfig(Section):
     """Tokens per forward, with the padding if there is any, instead of `microbatch_size`: short
     sequences go many at a time, and every data-parallel rank gets about as many tokens of each
     minibatch."""
+    scoring_microbatch_factor: int = Field(1, gt=0)
+    """Times as many sequences, or tokens, per forward of which nothing is kept for a backward pass:
+    scoring and evaluation."""
     packing: bool = False
     """Sequences of a microbatch lie one after the other in one row, without padding."""
     gamma: float = Field(1.0, ge=0, le=1)

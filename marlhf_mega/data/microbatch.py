@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import BoolTensor, Tensor
@@ -23,11 +23,21 @@ class MicrobatchLimit:
 
     @staticmethod
     def of(section: PPOConfig | SftConfig | OfflineConfig) -> "MicrobatchLimit":
-        """Return what the configuration says."""
+        """Return what the configuration says of passes that train."""
         return MicrobatchLimit(
             rows=section.microbatch_size,
             tokens=section.microbatch_tokens if isinstance(section, PPOConfig) else None,
             packed=section.packing,
+        )
+
+    @staticmethod
+    def of_scoring(section: PPOConfig) -> "MicrobatchLimit":
+        """Return what it says of passes that keep nothing."""
+        limit, factor = MicrobatchLimit.of(section), section.scoring_microbatch_factor
+        return replace(
+            limit,
+            rows=limit.rows * factor,
+            tokens=None if limit.tokens is None else limit.tokens * factor,
         )
 
 

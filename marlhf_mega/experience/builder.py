@@ -147,7 +147,7 @@ class ExperienceBuilder:
             rollout.prompts,
             rollout.responses,
             mesh=self.mesh,
-            limit=MicrobatchLimit.of(self.config.ppo),
+            limit=MicrobatchLimit.of_scoring(self.config.ppo),
             run=run,
             leading=leading,
         )

@@ -16,7 +16,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not torch.is_grad_enabled():
         wide = _widened(hidden)
-        return (wide * _inverse_rms(wide, eps)).to(hidden.dtype).mul_(weight)
+        return _times(wide, _inverse_rms(wide, eps), hidden).to(hidden.dtype).mul_(weight)
     normed: Tensor = _RmsNorm.apply(hidden, weight, eps)
     return normed
 
@@ -44,6 +44,11 @@ def _widened(values: Tensor) -> Tensor:
     return values.float() if values.dtype == torch.bfloat16 else values
 
 
+def _times(wide: Tensor, factor: Tensor, source: Tensor) -> Tensor:
+    """Return wide * factor, in the memory of `wide` unless that is the memory of its source."""
+    return wide * factor if wide is source else wide.mul_(factor)
+
+
 def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return length.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
@@ -55,18 +60,19 @@ class _RmsNorm(torch.autograd.Function):
         wide = _widened(hidden)
         inverse_rms = _inverse_rms(wide, eps)
         ctx.save_for_backward(hidden, weight, inverse_rms)
-        return (wide * inverse_rms).to(hidden.dtype).mul_(weight)
+        return _times(wide, inverse_rms, hidden).to(hidden.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weight, inverse_rms = ctx.saved_tensors
-        normed = _widened(hidden) * inverse_rms
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).reshape(-1, len(weight)).sum(0).to(weight.dtype)
-        scaled = _widened(grad * weight)
-        along = torch.linalg.vecdot(scaled, normed)[..., None].div_(hidden.shape[-1])
-        grad_hidden = scaled.addcmul_(normed, along, value=-1).mul_(inverse_rms)
+        normed = _times(_widened(hidden), inverse_rms, hidden)
+        wide = _widened(grad)
+        pull = (wide * normed).reshape(-1, len(weight))
+        grad_weight = pull.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        scale = _widened(weight)
+        along = torch.mv(pull, scale).div_(len(weight)).view(inverse_rms.shape)
+        wide = _times(wide, scale, grad)
+        grad_hidden = wide.addcmul_(normed, along, value=-1).mul_(inverse_rms)
         return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
@@ -74,8 +80,9 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         length, head_dim = query.shape[2:]
-        # Heads of a group lie side by side, so one product serves them all.
-        k, v = key.reshape(-1, length, head_dim), value.reshape(-1, length, head_dim)
+        # Heads of a group lie side by side, so one product serves them all. A product copies what
+        # is neither contiguous nor the transpose of it, and transposed copies are slow.
+        k, v = (x.contiguous().view(-1, length, head_dim) for x in (key, value))
         q = (query * scale).reshape(len(k), -1, head_dim)
         hidden = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
         scores = torch.bmm(q, k.transpose(1, 2))

@@ -57,7 +57,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Translate our names to Megatron-Core's; fusions that need extra CUDA kernels stay off."""
     dtype = compute_dtype(precision, mesh)
-    pipelined = mesh.pp_size > 1
+    pipelined, on_cpu = mesh.pp_size > 1, mesh.platform.name == "cpu"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -82,7 +82,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         # Weights are filled by marlhf_mega.checkpoint.weights, the same in every layout.
         perform_initialization=False,
-        use_cpu_initialization=mesh.platform.name == "cpu",
+        use_cpu_initialization=on_cpu,
         tensor_model_parallel_size=mesh.tp_size,
         pipeline_model_parallel_size=mesh.pp_size,
         virtual_pipeline_model_parallel_size=mesh.num_chunks if mesh.num_chunks > 1 else None,
@@ -100,7 +100,9 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        # Keeps only the projections for the backward pass. On a GPU it would be compiled, and again
+        # for other lengths.
+        bias_activation_fusion=on_cpu and model.activation == "silu",
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **_expert_settings(model),

@@ -13,10 +13,10 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel
@@ -231,14 +231,9 @@ class TrainState:
     def _clip(self, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `grad_clip`."""
         for part in self._optimizers():
-            parameters = part.get_parameters()
-            if parameters and part.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(
-                    parameters,
-                    part.config.clip_grad,
-                    grad_norm,
-                    part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-                )
+            limit = part.config.clip_grad
+            if 0 < limit < grad_norm:
+                clip_grads_with_norm_(part.get_parameters(), limit, torch.tensor(grad_norm))
 
 
 def _schedule(

@@ -190,7 +190,7 @@ def _chunk_statistics(
     _all_reduce(highest, dist.ReduceOp.MAX, shard.group)
     shifted = logits.sub_(highest[:, None])
     weights = shifted.exp()
-    sums = torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, shifted), target_logits])
+    sums = torch.stack([weights.sum(-1), shifted.mul_(weights).sum(-1), target_logits])
     _all_reduce(sums, dist.ReduceOp.SUM, shard.group)
     normaliser, weighted, target_logits = sums
     log_z = highest + normaliser.log()

@@ -171,7 +171,7 @@ def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:
         return hidden + rows * columns * _FLOAT32 * (2 + capped)
     # The matrix's gradient is summed over the chunks in float32 and rounded once.
     matrix = columns * model.hidden_size * (_FLOAT32 + e)
-    logits = rows * columns * _FLOAT32 * (3 + capped)
+    logits = rows * columns * _FLOAT32 * (2 + capped)
     return hidden + selected * model.hidden_size * e + matrix + logits
 
 
@@ -263,10 +263,15 @@ def _head_norms(shape: LayerShape) -> int:
 
 
 def _gated_kept(shape: LayerShape, width: int, tokens: int | None = None) -> int:
-    """Gate and up projections, the activated gate, the up half again, and their product."""
+    """Gate and up projections and their product; unfused the activated gate and up again."""
     e = shape.formats.element
     product = 1 if shape.formats.fp8 else e
-    return (shape.tokens if tokens is None else tokens) * width * (4 * e + product)
+    kept = product + (2 if _is_fused(shape) else 4) * e
+    return (shape.tokens if tokens is None else tokens) * width * kept
+
+
+def _is_fused(shape: LayerShape) -> bool:
+    return shape.formats.on_cpu and shape.model.activation == "silu"
 
 
 def _experts_kept(shape: LayerShape) -> int:
@@ -274,8 +279,9 @@ def _experts_kept(shape: LayerShape) -> int:
     model, e = shape.model, shape.formats.element
     assert model.num_experts is not None
     tokens, top = shape.tokens // shape.layout.tensor, model.experts_per_token
-    # Beside what a dense layer keeps: the product before it is weighed, and the weight.
-    per_copy = _gated_kept(shape, _ffn_width(shape), 1) + _ffn_width(shape) * e + _FLOAT32
+    # Beside what a dense layer keeps: the weight and, unfused, the product before it is weighed.
+    unweighed = 0 if _is_fused(shape) else _ffn_width(shape) * e
+    per_copy = _gated_kept(shape, _ffn_width(shape), 1) + unweighed + _FLOAT32
     kept = tokens * top * (model.hidden_size * e + per_copy)
     kept += tokens * (3 * model.num_experts + 24 * top)
     if model.shared_expert_ffn_hidden_size is not None:

@@ -52,6 +52,8 @@ def _settings(plan: Plan) -> list[Change]:
         size //= 2
         seq = plan.work.microbatch.seq
         singles.append(microbatch_keys(config, plan.work.job, rows=size, seq=seq))
+    if plan.work.job == "ppo" and config.ppo.scoring_microbatch_factor > 1:
+        singles.append({"ppo.scoring_microbatch_factor": 1})
     if plan.work.job == "ppo":
         slots = Generation.of_rollout(plan.work).slots
         while slots > 8:

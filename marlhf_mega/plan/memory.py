@@ -19,7 +19,7 @@ from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, generation_memory
 from marlhf_mega.plan.layout import Layout
 from marlhf_mega.plan.parameters import Parameter, count, largest_stage, stage_parameters
-from marlhf_mega.plan.workload import Role, Workload
+from marlhf_mega.plan.workload import Microbatch, Role, Workload
 
 WORKING = ("activations", "backward", "forward", "prefill and sampling")
 """What passes hold: estimates, which a measured run corrects. All else is exact."""
@@ -249,13 +249,13 @@ def _experience(
     last = stage == work.layout.pipeline - 1
     peaks = []
     for role in work.roles:
-        shape = layer_shape(role, work.layout, work.microbatch, formats)
+        shape = layer_shape(role, work.layout, work.scoring, formats)
         head = head_workspace(shape, role.head, backward=False) if last else 0
         peaks.append(max(forward_workspace(shape), head) + shape.residual * formats.element)
     found["forward"] = max(peaks)
     rows = _FLOAT32 * work.batch_rows * work.microbatch.response
     found["experience"] = 10 * rows
-    found["messages"] = _messages(work, formats)
+    found["messages"] = _messages(work, work.scoring, formats)
     return found
 
 
@@ -275,14 +275,14 @@ def _update(
         extra = max(extra, states // (2 if formats.element == _FLOAT32 else 3) - kept)
     found["activations"] = kept
     found["backward"] = extra
-    found["messages"] = _messages(work, formats)
+    found["messages"] = _messages(work, work.microbatch, formats)
     return found
 
 
-def _messages(work: Workload, formats: Formats) -> int:
+def _messages(work: Workload, microbatch: Microbatch, formats: Formats) -> int:
     """What ranks receive: a sequence gathered from its parts, a neighbour stage's activations."""
     layout, hidden = work.layout, work.policy.model.hidden_size
-    whole = work.microbatch.tokens * hidden * formats.element
+    whole = microbatch.tokens * hidden * formats.element
     gathered = whole if layout.sequence_share > 1 else 0
     return gathered + (whole // layout.sequence_share if layout.pipeline > 1 else 0)
 

@@ -72,6 +72,7 @@ def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[s
             for role in work.roles
         },
         "microbatch": asdict(work.microbatch),
+        "scoring_microbatch": asdict(work.scoring),
         "num_microbatches": work.num_microbatches,
         "stages": [_stage_as_json(stage) for stage in plan.stages],
         "rollout_stages": [_stage_as_json(stage) for stage in plan.rollout_stages],
@@ -113,6 +114,8 @@ def _head(plan: Plan) -> list[str]:
         f"pipeline idle {plan.bubble:.0%}",
     ]
     if work.job == "ppo":
+        if work.scoring.tokens > rows.tokens:
+            lines.append(f"scoring microbatch {work.scoring.describe()} tokens")
         generation, apart = Generation.of_rollout(work), work.num_rollout_ranks
         tensor = max(tensor, generation.layout.tensor)
         where = f"{apart} ranks only generate," if apart else "rollout"

@@ -99,7 +99,7 @@ def bubble(layout: Layout, num_microbatches: int) -> float:
 def _forward(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
     flops = _flops(work, role, seq=work.microbatch.seq, outputs=work.microbatch.response)
     speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=role.learns)
-    count = -(-work.batch_rows // work.microbatch.rows)
+    count = -(-work.batch_rows // work.scoring.rows)
     return flops / (speed * work.layout.world) * (1 + bubble(work.layout, count))
 
 

@@ -76,6 +76,9 @@ class Workload:
     """Ranks beside them that only generate; 0: those that train generate as well."""
     roles: tuple[Role, ...]
     microbatch: Microbatch
+    """Of passes that train."""
+    scoring: Microbatch
+    """Of passes that keep nothing for a backward pass."""
     num_microbatches: int
     """Per optimizer step and data-parallel rank."""
     minibatch_rows: int
@@ -123,9 +126,10 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     planned = cast(PlannedJob, job)
     layout = Layout.of(config.parallel, world_size - apart)
     rows, minibatch, batch = _rows(config, planned, layout)
-    microbatch = _microbatch(
-        config, planned, layout.sequence_share, rows=rows, most=max(1, minibatch)
-    )
+    share = layout.sequence_share
+    microbatch = _microbatch(config, planned, share, rows=rows, most=max(1, minibatch))
+    factor = config.ppo.scoring_microbatch_factor
+    scoring = _microbatch(config, planned, share, rows=rows, most=max(1, batch), factor=factor)
     count = -(-minibatch // microbatch.rows)
     return Workload(
         config=config,
@@ -134,6 +138,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         num_rollout_ranks=apart,
         roles=_roles(config, planned),
         microbatch=microbatch,
+        scoring=scoring,
         num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),
         minibatch_rows=minibatch,
         batch_rows=batch,
@@ -148,8 +153,13 @@ def microbatch_keys(config: Config, job: str, *, rows: int, seq: int) -> dict[st
     return {f"{section}.microbatch_size": rows}
 
 
-def _microbatch(config: Config, job: PlannedJob, share: int, *, rows: int, most: int) -> Microbatch:
-    """Size a forward of `rows` sequences, or of a number of tokens in at most `most` of them."""
+def _microbatch(
+    config: Config, job: PlannedJob, share: int, *, rows: int, most: int, factor: int = 1
+) -> Microbatch:
+    """Size a forward of `rows` sequences, or of a number of tokens, times a factor.
+
+    It never has more than `most` sequences.
+    """
     packs = {
         "sft": config.sft.packing,
         "reward": config.reward_model.packing,
@@ -161,7 +171,10 @@ def _microbatch(config: Config, job: PlannedJob, share: int, *, rows: int, most:
         seq = round_up(seq, share)
     budget = config.ppo.microbatch_tokens if job == "ppo" else None
     if budget is not None:
+        budget *= factor
         rows = max(1, budget // seq)
+    else:
+        rows *= factor
     rows = min(rows, most)
     tokens = rows * seq if budget is None else min(budget, most * seq)
     return Microbatch(

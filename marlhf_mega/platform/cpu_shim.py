@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from marlhf_mega.platform import cpu_collectives
+from marlhf_mega.platform import cpu_collectives, cpu_functions
 from marlhf_mega.platform.patches import MEGATRON, PatchSet
 
 _RNG_LOGGER = logging.getLogger(f"{MEGATRON}.tensor_parallel.random")
@@ -85,6 +85,13 @@ def _on_import(patches: PatchSet, module: ModuleType) -> None:
             # Compiling small functions costs seconds at their first call on a CPU and gains
             # nothing; modules bind this name when they are imported.
             patches.replace(module, "jit_fuser", module.noop_decorator)
+        case "utils":
+            patches.replace(module, "local_multi_tensor_l2_norm", cpu_functions.l2_norm)
+        case "models.common.embeddings.rope_utils":
+            name = "_apply_rotary_pos_emb_bshd"
+            patches.replace(module, name, cpu_functions.in_halves(vars(module)[name]))
+        case "fusions.fused_bias_swiglu":
+            patches.replace(module, "swiglu_back", cpu_functions.swiglu_back)
         case "tensor_parallel.random":
             # The original only queues the change until CUDA starts, so the tracker would
             # silently do nothing.

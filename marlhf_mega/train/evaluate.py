@@ -142,7 +142,7 @@ class Evaluator:
                 rollout.prompts,
                 rollout.responses,
                 mesh=self.mesh,
-                limit=MicrobatchLimit.of(self.config.ppo),
+                limit=MicrobatchLimit.of_scoring(self.config.ppo),
                 run=LogprobStep(temperature),
                 leading=(2,),
             )[0]
@@ -242,7 +242,7 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
         rewards,
         tokenizer,
         mesh,
-        limit=MicrobatchLimit.of(config.ppo),
+        limit=MicrobatchLimit.of_scoring(config.ppo),
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     evaluator = Evaluator(config, inputs.validation, tokenizer, scorer, generator, mesh)

@@ -69,7 +69,7 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
         models,
         tokenizer,
         mesh,
-        limit=MicrobatchLimit.of(config.ppo),
+        limit=MicrobatchLimit.of_scoring(config.ppo),
     )
     generator, _ = build_generator(policy, config, mesh, eos_id=tokenizer.eos_id)
     files = []

@@ -127,7 +127,7 @@ class PpoRun:
             self.roles.rewards,
             tokenizer,
             mesh,
-            limit=MicrobatchLimit.of(ppo),
+            limit=MicrobatchLimit.of_scoring(ppo),
         )
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
         self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)

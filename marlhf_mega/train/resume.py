@@ -34,7 +34,12 @@ _FREE = {
     "rollout.tensor_size",
     "rollout.pipeline_size",
 }
-_FREE_NAMES = {"microbatch_size", "microbatch_tokens", "packing"}
+_FREE_NAMES = {
+    "microbatch_size",
+    "microbatch_tokens",
+    "scoring_microbatch_factor",
+    "packing",
+}
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def ppo_case(config, mesh, folder):
         generator.generate([prompts[i] for i in own], own, rule=rule, **options)
         for rule in (SamplingRule(temperature=0.0), SamplingRule(temperature=1.0))
     )
-    cut = {"mesh": mesh, "limit": MicrobatchLimit.of(config.ppo)}
+    cut = {"mesh": mesh, "limit": MicrobatchLimit.of_scoring(config.ppo)}
     if config.ppo.microbatch_tokens is not None:
         rollout = balance(rollout, minibatch_size=BATCH, mesh=mesh)
     balanced = rollout.sample_indices

@@ -14,7 +14,7 @@ PACKING = BUDGET | {"packing": True}
 # World size, degrees, microbatch size or token budget.
 LAYOUTS = {
     "TP1": (1, {}, 4),
-    "TP1 microbatch 1": (1, {}, 1),
+    "TP1 microbatch 1": (1, {}, {"microbatch_size": 1, "scoring_microbatch_factor": 3}),
     "TP2": (2, TP2, 4),
     "TP2 SP": (2, TP2 | SP, 2),
     "PP2": (2, PP2, 2),
@@ -32,7 +32,7 @@ LAYOUTS = {
     "EP2": (2, EP2, 2),
     "TP2 SP EP2": (2, TP2 | SP | EP2, 4),
     "PP2 EP2": (4, PP2 | EP2, 2),
-    "TP2 SP tokens": (2, TP2 | SP, BUDGET),
+    "TP2 SP tokens": (2, TP2 | SP, BUDGET | {"scoring_microbatch_factor": 2}),
     "DP2 tokens": (2, {}, BUDGET),
     "EP2 tokens": (2, EP2, BUDGET),
     "PP2 VPP2 DP2 tokens": (4, PP2 | VPP2, BUDGET),

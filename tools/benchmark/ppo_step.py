@@ -49,7 +49,7 @@ class Iteration:
             self.roles.rewards,
             None,
             mesh,
-            limit=MicrobatchLimit.of(config.ppo),
+            limit=MicrobatchLimit.of_scoring(config.ppo),
         )
         segmenter = Segmenter(config.macro, None, mesh, seed=args.seed)
         self.builder = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)
@@ -140,6 +140,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
         "minibatch_size": config.ppo.minibatch_size,
         "microbatch_size": config.ppo.microbatch_size,
         "microbatch_tokens": config.ppo.microbatch_tokens,
+        "scoring_microbatch_factor": config.ppo.scoring_microbatch_factor,
         "rollout_layout": iteration.generator.mesh.describe(),
         "lines": [
             f"{tokens / median:.0f} response tokens per second, "
@@ -158,12 +159,17 @@ def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config
             f"that {mesh.dp_size} data-parallel ranks can share. Change one of them."
         )
     share = minibatch // mesh.dp_size
-    size = args.microbatch_size or max(1, share // (2 * mesh.pp_size if mesh.pp_size > 1 else 1))
+    parts = 2 * mesh.pp_size if mesh.pp_size > 1 else 1
+    size = args.microbatch_size or max(1, share // parts)
+    # As the peers score a whole batch at once.
+    most = args.batch // mesh.dp_size // parts
+    factor = args.scoring_microbatch_factor or max(1, most // size)
     ppo = {
         "epochs": args.ppo_epochs,
         "minibatch_size": minibatch,
         "microbatch_size": size,
         "microbatch_tokens": args.microbatch_tokens,
+        "scoring_microbatch_factor": factor,
         "old_logprobs": args.old_logprobs,
     }
     rollout = {
@@ -202,6 +208,11 @@ def main() -> int:
     options.add_argument("--ppo-epochs", type=int, default=1)
     options.add_argument("--microbatch-size", type=int, help="sequences per forward on one rank")
     options.add_argument("--microbatch-tokens", type=int, help="tokens per forward instead")
+    options.add_argument(
+        "--scoring-microbatch-factor",
+        type=int,
+        help="default: all of a rank's that fill a pipeline",
+    )
     options.add_argument(
         "--old-logprobs", choices=("trainer", "sampler"), default="trainer", help="by whom"
     )

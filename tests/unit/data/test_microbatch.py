@@ -4,8 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marlhf_mega.config.schema import PPOConfig
 from marlhf_mega.data.microbatch import (
     Microbatches,
+    MicrobatchLimit,
     deal_by_tokens,
     fewest_by_tokens,
     pad_sequences,
@@ -151,6 +153,14 @@ def test_dealing_gives_every_rank_as_many_samples_and_nearly_as_many_tokens(
     assert {len(own) for own in dealt} == {share}
     tokens = [sum(lengths[sample] for sample in own) for own in dealt]
     assert max(tokens) - min(tokens) <= max(lengths)
+
+
+def test_scoring_takes_more_at_a_time_by_hand() -> None:
+    ppo = PPOConfig(microbatch_size=2, scoring_microbatch_factor=3, packing=True)
+    assert MicrobatchLimit.of(ppo) == MicrobatchLimit(rows=2, packed=True)
+    assert MicrobatchLimit.of_scoring(ppo) == MicrobatchLimit(rows=6, packed=True)
+    tokens = ppo.model_copy(update={"microbatch_tokens": 100})
+    assert MicrobatchLimit.of_scoring(tokens).tokens == 300
 
 
 def test_dealing_by_hand() -> None:

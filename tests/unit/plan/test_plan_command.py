@@ -106,6 +106,15 @@ def test_a_smaller_token_budget_is_offered_and_searched():
     assert found == {1536, 2 * 1536, 4 * 1536, 8 * 1536, 16 * 1536}
 
 
+def test_scoring_holds_as_much_more_as_it_takes_at_a_time():
+    def forward(factor):
+        plan = planned({"ppo.scoring_microbatch_factor": factor})
+        return plan.stages[0].phases["experience"]["forward"]
+
+    assert forward(3) == 3 * forward(1)
+    assert forward(8) == forward(100)  # each replica has 64 sequences
+
+
 def test_nothing_helps_where_the_models_alone_are_too_large():
     plan = planned({"parallel.tensor_size": 1, "parallel.sequence_parallel": False}, nodes=1)
     assert not plan.fits
@@ -239,6 +248,15 @@ def test_packed_microbatches_by_hand():
     assert (few.rows, few.tokens, few.pairs) == (64, 64 * 1535, 64 * 1535**2)
     rows = workload(with_keys(config, {"ppo.microbatch_tokens": None}), "ppo", 128).microbatch
     assert (rows.rows, rows.tokens) == (8, 8 * 1535)
+
+
+def test_scoring_microbatches_by_hand():
+    config = with_keys(Config.model_validate(PPO), {"ppo.scoring_microbatch_factor": 3})
+    work = workload(config, "ppo", 128)
+    assert (work.microbatch.rows, work.scoring.rows) == (8, 24)
+    packed = with_keys(config, {"ppo.microbatch_tokens": 4000, "ppo.packing": True})
+    work = workload(packed, "ppo", 128)
+    assert (work.microbatch.tokens, work.scoring.tokens) == (4000, 12000)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Small functions of Megatron's in fewer passes over memory, for CPUs."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def in_halves(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return Megatron's rotation, done shorter where all of a head turns, half against half."""
+
+    @wraps(original)
+    def rotate(
+        heads: Tensor,
+        angles: Tensor,
+        rotary_interleaved: bool = False,
+        mscale: float = 1.0,
+        **others: Any,
+    ) -> Tensor:
+        whole = angles.shape[-1] == heads.shape[-1]
+        if not whole or rotary_interleaved or mscale != 1.0 or any(others.values()):
+            return original(heads, angles, rotary_interleaved, mscale=mscale, **others)
+        cosine, sine = (x.to(heads.dtype) for x in (angles.cos(), angles.sin()))
+        turned: Tensor = _Rotation.apply(heads, cosine, sine)
+        return turned
+
+    return rotate
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(heads, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        cosine, sine = ctx.saved_tensors
+        return _turn(grad, cosine, -sine), None, None
+
+
+def _turn(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    (a, b), (sine_a, sine_b) = heads.chunk(2, -1), sine.chunk(2, -1)
+    turned = heads * cosine
+    turned_a, turned_b = turned.chunk(2, -1)
+    turned_a.addcmul_(b, sine_a, value=-1)
+    turned_b.addcmul_(a, sine_b)
+    return turned
+
+
+def swiglu_back(grad: Tensor, halves: Tensor) -> Tensor:
+    """Return the gradient of silu(gate) * up, of a gate and an up half side by side."""
+    gate, up = halves.chunk(2, -1)
+    result = torch.empty_like(halves)
+    grad_gate, grad_up = result.chunk(2, -1)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return result
+
+
+def l2_norm(
+    chunk_size: int, noop: object, tensor_lists: Sequence[Sequence[Tensor]], *args: object
+) -> tuple[Tensor, None]:
+    """Return the norm of all tensors, [1]; torch takes the norm of a whole tensor on one thread."""
+    flat = [tensor.reshape(-1) for tensors in tensor_lists for tensor in tensors]
+    return torch.stack([torch.dot(x, x) for x in flat]).sum().sqrt()[None], None

@@ -1,0 +1,46 @@
+"""One optimizer step on one rank, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from marlhf_mega.config.schema import Config
+from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+
+SIZES = {
+    "num_layers": 1,
+    "hidden_size": 16,
+    "ffn_hidden_size": 16,
+    "num_attention_heads": 2,
+    "vocab_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def chunks():
+    config = Config.model_validate({"model": SIZES})
+    mesh = create_mesh(config.parallel)
+    built = build_chunks(config.model, config.precision, mesh, head="language")
+    for parameter in built[0].parameters():
+        torch.nn.init.zeros_(parameter)
+    yield built
+    destroy_mesh()
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0.0, 1.0), (0.5, 0.5 / 7.0), (7.5, 1.0)])
+def test_gradients_are_clipped_to_the_limit_and_the_norm_is_that_before(chunks, limit, kept):
+    settings = Config().policy.model_copy(update={"grad_clip": limit})
+    state = TrainState(chunks, settings, total_steps=10)
+    state.zero_grad()
+    (buffer,) = state.gradient_buffers()
+    count = sum(p.numel() for p in chunks[0].parameters())
+    for parameter in chunks[0].parameters():
+        parameter.main_grad.fill_(7.0 / math.sqrt(count))
+    result = state.step()
+    assert result.grad_norm == pytest.approx(7.0, rel=1e-5)
+    norm = torch.stack([g.norm() for g in state.gradient_shards()]).norm().item()
+    assert norm == pytest.approx(7.0 * kept, rel=1e-5)
+    assert buffer.norm().item() == pytest.approx(7.0 * kept, rel=1e-5)
