@@ -73,17 +73,6 @@ def check_sizes(config: Config, job: Job, data_size: int) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def check_batches(config: Config, job: Job, data_size: int) -> None:
-    """Check that the job's batches can be dealt to the data-parallel ranks.
-
-    Raises:
-        ConfigError: one line for every batch that cannot.
-    """
-    problems = list(_batch_problems(config, job, data_size))
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
 def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
     yield from _length_problems(config, job)
     yield from _batch_problems(config, job, data_size)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from marlhf_mega.config.checks import check_batches
+from marlhf_mega.config.checks import check_sizes
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.activations import Formats
@@ -103,7 +103,7 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
             "or plan for H100."
         )
     work = workload(config, job, cluster.world_size)
-    check_batches(config, work.job, work.layout.data)
+    check_sizes(config, work.job, work.layout.data)
     formats = formats_of(config.precision, on_gpu=True, has_engine=cluster.has_engine)
     factor = cluster.activation_factor
     stages = tuple(

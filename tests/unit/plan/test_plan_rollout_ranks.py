@@ -18,7 +18,7 @@ APART = {
     "model": LLAMA_70B,
     "parallel": {"tensor_size": 8, "pipeline_size": 4, "sequence_parallel": True},
     "rollout": {"batch_size": 240, "max_response_tokens": 1024, "ranks": 32, "pipeline_size": 1},
-    "ppo": {"minibatch_size": 240, "microbatch_size": 2},
+    "ppo": {"minibatch_size": 240, "microbatch_size": 2, "sampler_cap": 2.0},
     "reward": {"source": "runs/none/reward"},
 }
 WHOLE = 8_820_367_360
@@ -204,6 +204,10 @@ def test_a_runs_peak_corrects_activations_of_its_own_number_of_ranks(file, tmp_p
         (
             {"ppo.minibatch_size": 80},
             "ppo.minibatch_size=80: must be a multiple of the data-parallel size 3. Use 78 or 81.",
+        ),
+        (
+            {"rollout.staleness": 1, "ppo.sampler_cap": None},
+            "rollout.staleness=1: samples of older weights need ppo.sampler_cap; it is not set.",
         ),
     ],
 )
