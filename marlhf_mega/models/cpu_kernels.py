@@ -45,7 +45,7 @@ def _widened(values: Tensor) -> Tensor:
 
 
 def _times(wide: Tensor, factor: Tensor, source: Tensor) -> Tensor:
-    """Return wide * factor, in the memory of `wide` unless that is the memory of its source."""
+    """Return wide * factor, in the memory of `wide` unless it is the source itself."""
     return wide * factor if wide is source else wide.mul_(factor)
 
 

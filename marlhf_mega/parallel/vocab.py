@@ -130,31 +130,61 @@ class _ChunkedLogprobs(torch.autograd.Function):
             shard, hidden, targets, entropy, log_normaliser, grad_logprobs, grad_entropy
         )
         for h, t, ent, log_z, grad_lp, grad_ent in chunks:
-            logits, slope = _scaled_logits(h, rows, ctx.temperature, ctx.softcap)
-            logp = logits.sub_(log_z[:, None])
-            # d logp[target] / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
-            if with_entropy:
-                p = logp.exp()
-                weight_on_p = logp.add_(ent[:, None]).mul_(-grad_ent[:, None])
-                grad = weight_on_p.sub_(grad_lp[:, None]).mul_(p)
-                del p
-            else:
-                grad = logp.exp_().mul_(-grad_lp[:, None])
-            local, mine = _own_targets(t, shard)
-            if shard.num_real:
-                grad.scatter_add_(1, local[:, None], (grad_lp * mine)[:, None])
-            if slope is not None:
-                grad.mul_(slope)
-            if ctx.temperature != 1.0:
-                grad.div_(ctx.temperature)
-            grad = grad.to(hidden.dtype)
+            grad = _logits_gradient(
+                h,
+                rows,
+                t,
+                log_z,
+                grad_lp,
+                (ent, grad_ent) if with_entropy else None,
+                shard,
+                ctx.temperature,
+                ctx.softcap,
+            )
             grad_hidden[done : done + len(h)] = matmul(grad, rows)
             part = matmul(grad.t(), h)
             # Chunks of a low-precision model are summed in float32 and rounded once.
             grad_rows = part if grad_rows is None else grad_rows.float().add_(part)
             done += len(h)
+            del grad, part  # or they would lie beside those of the next chunk
         assert grad_rows is not None, "even no tokens are one chunk"
         return grad_hidden, _with_padding(grad_rows, weight), None, None, None, None
+
+
+def _logits_gradient(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    log_normaliser: Tensor,
+    grad_logprobs: Tensor,
+    entropy: tuple[Tensor, Tensor] | None,
+    shard: VocabShard,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """Return d loss / d raw logits of a chunk, [tokens, real columns] like `hidden`.
+
+    `entropy` is that of the tokens and its gradient, or none where nothing depends on it.
+    """
+    logits, slope = _scaled_logits(hidden, rows, temperature, softcap)
+    logp = logits.sub_(log_normaliser[:, None])
+    # d logp[target] / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
+    if entropy is not None:
+        value, grad_value = entropy
+        p = logp.exp()
+        weight_on_p = logp.add_(value[:, None]).mul_(-grad_value[:, None])
+        grad = weight_on_p.sub_(grad_logprobs[:, None]).mul_(p)
+        del p
+    else:
+        grad = logp.exp_().mul_(-grad_logprobs[:, None])
+    local, mine = _own_targets(targets, shard)
+    if shard.num_real:
+        grad.scatter_add_(1, local[:, None], (grad_logprobs * mine)[:, None])
+    if slope is not None:
+        grad.mul_(slope)
+    if temperature != 1.0:
+        grad.div_(temperature)
+    return grad.to(hidden.dtype)
 
 
 def _with_padding(rows: Tensor, weight: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class Formats:
     fp8: bool
     """Inputs of matrix products are kept in one byte."""
     on_cpu: bool = False
-    """Norms keep less, products keep the whole sequence, short bfloat16 attention keeps scores."""
+    """Norms and gated activations keep less, products keep the whole sequence, short bfloat16
+    attention keeps scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,13 +47,15 @@ def _settings(plan: Plan) -> list[Change]:
         singles.append({"parallel.sequence_parallel": True})
     if config.memory.recompute == "none" and config.model.attention_softcap is not None:
         singles.append({"memory.recompute": "selective"})
+    factor = config.ppo.scoring_microbatch_factor if plan.work.job == "ppo" else 1
+    while factor > 1:
+        factor //= 2
+        singles.append({"ppo.scoring_microbatch_factor": factor})
     size = plan.work.microbatch.rows
     while size > 1:
         size //= 2
         seq = plan.work.microbatch.seq
         singles.append(microbatch_keys(config, plan.work.job, rows=size, seq=seq))
-    if plan.work.job == "ppo" and config.ppo.scoring_microbatch_factor > 1:
-        singles.append({"ppo.scoring_microbatch_factor": 1})
     if plan.work.job == "ppo":
         slots = Generation.of_rollout(plan.work).slots
         while slots > 8:

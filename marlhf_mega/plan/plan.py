@@ -94,8 +94,8 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
         cluster: where it would run.
 
     Raises:
-        ConfigError: the job has no plan, or its layout or batches do not fit the model or the
-            cluster.
+        ConfigError: the job has no plan, or breaks a rule that a start checks, missing files
+            apart.
     """
     if config.precision.fp8 != "off" and not cluster.gpu.has_fp8:
         raise ConfigError(

@@ -128,8 +128,11 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     rows, minibatch, batch = _rows(config, planned, layout)
     share = layout.sequence_share
     microbatch = _microbatch(config, planned, share, rows=rows, most=max(1, minibatch))
-    factor = config.ppo.scoring_microbatch_factor
-    scoring = _microbatch(config, planned, share, rows=rows, most=max(1, batch), factor=factor)
+    scoring = microbatch
+    if planned == "ppo":
+        factor = config.ppo.scoring_microbatch_factor
+        most = _most_scored(config, layout, batch)
+        scoring = _microbatch(config, planned, share, rows=rows, most=most, factor=factor)
     count = -(-minibatch // microbatch.rows)
     return Workload(
         config=config,
@@ -143,6 +146,16 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         minibatch_rows=minibatch,
         batch_rows=batch,
     )
+
+
+def _most_scored(config: Config, layout: Layout, batch: int) -> int:
+    """Return the sequences that one replica scores in a microbatch, however many may go in one.
+
+    An interleaved pipeline cuts them to as many microbatches as it has stages.
+    """
+    if config.data.validation_path is not None:
+        batch = max(batch, -(-config.evaluate.num_prompts // layout.data))
+    return max(1, -(-batch // (layout.pipeline if layout.chunks > 1 else 1)))
 
 
 def microbatch_keys(config: Config, job: str, *, rows: int, seq: int) -> dict[str, int]:

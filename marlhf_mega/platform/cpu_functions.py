@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_NORM_PIECE = 1 << 20
+
 
 def in_halves(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return Megatron's rotation, done shorter where all of a head turns, half against half."""
+    """Return Megatron's rotation, done shorter where all of a head turns, half against half.
+
+    Both halves of the angles must then be equal, as all of Megatron's and ours are.
+    """
 
     @wraps(original)
     def rotate(
@@ -64,6 +69,10 @@ def swiglu_back(grad: Tensor, halves: Tensor) -> Tensor:
 def l2_norm(
     chunk_size: int, noop: object, tensor_lists: Sequence[Sequence[Tensor]], *args: object
 ) -> tuple[Tensor, None]:
-    """Return the norm of all tensors, [1]; torch takes the norm of a whole tensor on one thread."""
+    """Return the norm of all tensors, [1]; torch takes the norm of a whole tensor on one thread.
+
+    Long float32 sums lose digits, so they are made in pieces.
+    """
     flat = [tensor.reshape(-1) for tensors in tensor_lists for tensor in tensors]
-    return torch.stack([torch.dot(x, x) for x in flat]).sum().sqrt()[None], None
+    squares = [torch.dot(x, x) for tensor in flat for x in tensor.split(_NORM_PIECE)]
+    return torch.stack(squares).sum().sqrt()[None], None

@@ -11,7 +11,7 @@ TP2, PP2, TP4 = {"tensor_size": 2}, {"pipeline_size": 2}, {"tensor_size": 4}
 SP, VPP2, EP2 = {"sequence_parallel": True}, {"virtual_pipeline_size": 2}, {"expert_size": 2}
 BUDGET = {"microbatch_size": 2, "microbatch_tokens": 40}
 PACKING = BUDGET | {"packing": True}
-# World size, degrees, microbatch size or token budget.
+# World size, degrees, microbatch size or keys of ppo.
 LAYOUTS = {
     "TP1": (1, {}, 4),
     "TP1 microbatch 1": (1, {}, {"microbatch_size": 1, "scoring_microbatch_factor": 3}),

@@ -3,8 +3,8 @@
     python tools/benchmark/ppo_step.py --ranks 4 [--tensor-size 2 --pipeline-size 2] ...
 
 Policy, critic, reference and reward model are random and of one shape; macro actions are 5-grams.
-No response ends early: each gets exactly the asked length. Prints readable lines and one JSON
-object.
+No response ends early: each gets exactly the asked length. Scoring takes all of a rank's sequences
+at once unless told otherwise, as the peers do. Prints readable lines and one JSON object.
 """
 
 import argparse
@@ -161,9 +161,9 @@ def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config
     share = minibatch // mesh.dp_size
     parts = 2 * mesh.pp_size if mesh.pp_size > 1 else 1
     size = args.microbatch_size or max(1, share // parts)
-    # As the peers score a whole batch at once.
     most = args.batch // mesh.dp_size // parts
-    factor = args.scoring_microbatch_factor or max(1, most // size)
+    whole = 1 if args.microbatch_tokens else max(1, -(-most // size))
+    factor = args.scoring_microbatch_factor or whole
     ppo = {
         "epochs": args.ppo_epochs,
         "minibatch_size": minibatch,
@@ -211,7 +211,7 @@ def main() -> int:
     options.add_argument(
         "--scoring-microbatch-factor",
         type=int,
-        help="default: all of a rank's that fill a pipeline",
+        help="default: all of a rank's sequences",
     )
     options.add_argument(
         "--old-logprobs", choices=("trainer", "sampler"), default="trainer", help="by whom"

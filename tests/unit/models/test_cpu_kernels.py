@@ -32,6 +32,7 @@ def test_norm_in_bfloat16_rounds_as_the_families_do():
     exact = hidden.double(), weight.double()
     rounded = torch.nn.functional.rms_norm(hidden.float(), (64,), None, 1e-5).bfloat16() * weight
     leaves = [x.requires_grad_() for x in (hidden, weight)]
+    kept = [x.detach().clone() for x in leaves]
     found = rms_norm(*leaves, 1e-5)
     with torch.no_grad():
         assert torch.equal(rms_norm(hidden, weight, 1e-5), found)
@@ -46,6 +47,7 @@ def test_norm_in_bfloat16_rounds_as_the_families_do():
     ):
         assert mine.dtype == torch.bfloat16
         assert (mine - other).abs().max() <= 2**-6 * other.abs().max()
+    assert all(map(torch.equal, leaves, kept))
 
 
 def test_norm_of_a_frozen_weight_passes_the_gradient_on():

@@ -1,8 +1,11 @@
 """Chunked log-probs and entropy against the whole softmax, on a world of one rank."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.parallel import vocab
@@ -52,6 +55,32 @@ def test_values_and_gradients_are_those_of_the_whole_softmax(
     given = torch.autograd.grad((torch.stack(found) * pull).sum(), (hidden, weight))
     for mine, other in zip((*found, *given), (*expected, *wanted), strict=True):
         assert torch.allclose(mine.double(), other.double(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("softcap", "chunks"), [(None, 2), (2.0, 4)])
+def test_backward_holds_the_logits_of_one_chunk_as_often_as_planned(
+    shard, monkeypatch, dtype, softcap, chunks
+):
+    tokens, hidden_size, columns = 256, 8, 1024
+    monkeypatch.setattr(vocab, "LOGITS_CHUNK_ELEMENTS", tokens * columns // 4)
+    wide = VocabShard(group=shard.group, start=0, num_real=columns, num_total=columns)
+    hidden, weight = (torch.ones(n, hidden_size, dtype=dtype) for n in (tokens, columns))
+    found = vocab_parallel_logprobs(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.zeros(tokens, dtype=torch.long),
+        shard=wide,
+        softcap=softcap,
+    )
+    loss = torch.stack(found).sum()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss.backward()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(itertools.accumulate(change for _, change in changes))
+    chunk = tokens * columns // 4 * 4
+    assert chunks - 1 < peak / chunk < chunks + 0.4  # the gradients are a small part of a chunk
 
 
 def test_padding_rows_get_no_gradient(shard):

@@ -257,6 +257,23 @@ def test_scoring_microbatches_by_hand():
     packed = with_keys(config, {"ppo.microbatch_tokens": 4000, "ppo.packing": True})
     work = workload(packed, "ppo", 128)
     assert (work.microbatch.tokens, work.scoring.tokens) == (4000, 12000)
+    many = with_keys(config, {"ppo.scoring_microbatch_factor": 100, "evaluate.num_prompts": 1024})
+    assert workload(many, "ppo", 128).scoring.rows == 64  # 256 samples on 4 replicas
+    evaluated = with_keys(many, {"data.validation_path": "prompts.jsonl"})
+    assert workload(evaluated, "ppo", 128).scoring.rows == 256
+    interleaved = with_keys(many, {"parallel.virtual_pipeline_size": 2})
+    assert workload(interleaved, "ppo", 128).scoring.rows == 16  # 4 stages want 4 microbatches
+    other = workload(with_keys(config, {"sft.batch_size": 64}), "sft", 128)
+    assert other.scoring == other.microbatch
+
+
+def test_scoring_less_at_a_time_is_offered_before_smaller_microbatches():
+    keys = {"rollout.batch_size": 2048, "memory.recompute": "full"}
+    plan = planned(keys | {"ppo.scoring_microbatch_factor": 64})
+    assert not plan.fits
+    change, smaller = smallest_change(plan)
+    assert list(change) == ["ppo.scoring_microbatch_factor"]
+    assert smaller.fits
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,18 @@ def test_gated_gradient_is_that_of_autograd():
     assert torch.allclose(swiglu_back(pull, halves.detach()), expected, atol=1e-12)
 
 
+def test_megatron_calls_them():
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.optimizer import clip_grads
+
+    assert fused_bias_swiglu.swiglu_back is swiglu_back
+    assert clip_grads.l2_norm_impl is l2_norm
+    rotate = rope_utils._apply_rotary_pos_emb_bshd
+    assert rotate.__wrapped__.__module__ == rope_utils.__name__
+    assert rotate.__code__ is in_halves(never).__code__
+
+
 def test_norm_of_several_tensors():
     assert l2_norm(0, None, [[torch.tensor([[3.0]]), torch.tensor([0.0, 4.0])]], False)[0] == 5.0
     parts = [draw(300, 70, seed=k).float() for k in range(3)]
@@ -68,3 +80,7 @@ def test_norm_of_several_tensors():
     assert each is None
     assert found.item() == pytest.approx(expected, rel=1e-6)
     assert l2_norm(0, None, [[torch.tensor([1.0, torch.inf])]], False)[0].isinf()
+    # A single float32 sum of so many squares would be 1e-4 off.
+    long = draw(10_000_000, seed=5).float()
+    expected = long.double().norm().item()
+    assert l2_norm(0, None, [[long]], False)[0].item() == pytest.approx(expected, rel=2e-5)
