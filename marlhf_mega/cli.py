@@ -13,11 +13,9 @@ from marlhf_mega.config.checks import rollout_ranks
 from marlhf_mega.config.exit_codes import (
     EXIT_CODE_FILE,
     EXIT_FAILED,
-    EXIT_NO_PROGRESS,
-    EXIT_PREEMPTED,
     EXIT_USAGE,
 )
-from marlhf_mega.config.load import dump_config, load_config
+from marlhf_mega.config.load import ConfigError, dump_config, load_config
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import RedactingFormatter
 from marlhf_mega.plan.command import add_options, run_plan, with_vocabulary
@@ -37,7 +35,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and end the process with its exit code."""
-    code = _for_launcher(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
     if code == EXIT_FAILED:
         _end_now(code)
     sys.exit(code)
@@ -59,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
             return run_plan(config, options)
         if dry:
             return _dry_run(config, options)
-        job = _prepare(options.command, config)
+        job = _prepare(options.command, config, getattr(options, "world_size", None))
         if options.check:
             sys.stdout.write(dump_config(config))
             return 0
@@ -91,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about.capitalize() + ".")
+        command = commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + "."
+        )
         command.add_argument(
             "--config", type=Path, help="YAML file with what differs from defaults"
         )
@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
             "--print-config", action="store_true", help="show the resolved configuration and stop"
         )
         command.add_argument(
-            "--check", action="store_true", help="the same once all that ranks would read is valid"
+            "--check",
+            action="store_true",
+            help="read and check all that a run would, show it, stop",
         )
         if name == "plan":
             add_options(command)
@@ -107,14 +109,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="build every rank without memory and report"
             )
-            command.add_argument("--world-size", type=int, default=1, help="ranks of a dry run")
+            command.add_argument("--world-size", type=int, help="ranks of a dry run or a check")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="dotted keys, such as ppo.epochs=2"
         )
     return parser
 
 
-def _prepare(command: str, config: Config) -> Callable[[], int]:
+def _prepare(command: str, config: Config, world_size: int | None) -> Callable[[], int]:
     """Read everything the command needs; what remains to be done needs the other ranks.
 
     train/COMMAND.py holds both: `COMMAND_inputs(config, world_size)` reads and checks without
@@ -127,7 +129,8 @@ def _prepare(command: str, config: Config) -> Callable[[], int]:
     job = importlib.import_module(f"marlhf_mega.train.{command}")
     from marlhf_mega.parallel.mesh import world_size_from_environment
 
-    inputs = getattr(job, f"{command}_inputs")(config, world_size_from_environment())
+    ranks = world_size_from_environment() if world_size is None else world_size
+    inputs = getattr(job, f"{command}_inputs")(config, ranks)
     run_job = getattr(job, f"run_{command}")
     apart = rollout_ranks(inputs.config, command)
     return lambda: _on_mesh(inputs.config, lambda mesh: run_job(inputs, mesh), apart)
@@ -136,7 +139,8 @@ def _prepare(command: str, config: Config) -> Callable[[], int]:
 def _dry_run(config: Config, options: argparse.Namespace) -> int:
     from marlhf_mega.train.dry_run import dry_run
 
-    lines, problems = dry_run(with_vocabulary(config), options.command, options.world_size)
+    ranks = 1 if options.world_size is None else options.world_size
+    lines, problems = dry_run(with_vocabulary(config), options.command, ranks)
     sys.stdout.write(
         "\n".join([*lines, *problems, "fails" if problems else "nothing fails"]) + "\n"
     )
@@ -168,11 +172,17 @@ def _on_mesh(config: Config, work: Callable[[Any], Any], num_rollout_ranks: int)
     except EarlyEndError as end:
         logging.getLogger(__name__).info("%s", end)
         code = end.code
+    except ConfigError as error:  # such as a checkpoint of other settings: seen by all that train
+        if mesh.launch.rank == 0:
+            sys.stderr.write(f"{error}\n")
+        if num_rollout_ranks:
+            return EXIT_FAILED  # those that only generate wait: the launcher ends them
+        code = EXIT_USAGE
     except Exception as error:
         logging.getLogger(__name__).exception("rank %d failed: %s", mesh.launch.rank, error)
         return EXIT_FAILED
     destroy_mesh()
-    return code
+    return _for_launcher(code)
 
 
 def _end_now(code: int) -> None:
@@ -188,9 +198,12 @@ def _end_now(code: int) -> None:
 
 
 def _for_launcher(code: int) -> int:
-    """Leave a code that ends the run for good where the launcher finds it, and return 0 instead."""
+    """Leave a code that all ranks end with where the launcher finds it, and return 0 instead.
+
+    The launcher would start ranks that end with another code again.
+    """
     file = os.environ.get(EXIT_CODE_FILE)
-    if file is None or code not in (EXIT_PREEMPTED, EXIT_NO_PROGRESS):
+    if file is None or not code:
         return code
     Path(file).write_text(f"{code}\n")  # the same on every rank of this machine
     return 0

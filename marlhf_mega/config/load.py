@@ -159,8 +159,13 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 def _nearest(location: tuple[int | str, ...]) -> str:
     section = ".".join(str(part) for part in location[:-1])
-    siblings = list(_keys(Config, location[:-1]))
-    close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
+    siblings, name = list(_keys(Config, location[:-1])), str(location[-1])
+    elsewhere = [
+        f"{other}.{name}" for other in Config.model_fields if name in _keys(Config, [other])
+    ]
+    if elsewhere:
+        return f"Did you mean {' or '.join(elsewhere)}?"
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {'.'.join(filter(None, [section, close[0]]))}?"
     return f"Known keys: {', '.join(siblings)}."

@@ -265,7 +265,17 @@ class MacroConfig(Section):
     value_target: Literal["token", "macro"] = "token"
     """Whether every token's value or the pooled value regresses to the action's return."""
     compat: Literal["none", "ma_rlhf"] = "none"
-    """`ma_rlhf`: the released code's boundaries, empty actions and pooled rewards included."""
+    """`ma_rlhf`: the released code's boundaries, empty actions and pooled rewards included; the
+    reward is then the mean, and advantages are not whitened."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "MacroConfig":
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise ValueError(
+                f"macro.max_length={self.max_length}: must be at least macro.min_length="
+                f"{self.min_length}. Raise it, or lower macro.min_length."
+            )
+        return self
 
 
 class PPOConfig(Section):
@@ -283,7 +293,7 @@ class PPOConfig(Section):
     minibatch."""
     scoring_microbatch_factor: int = Field(1, gt=0)
     """Times as many sequences, or tokens, per forward of which nothing is kept for a backward pass:
-    scoring and evaluation."""
+    log-probs, values and scores of the experience, and evaluation."""
     packing: bool = False
     """Sequences of a microbatch lie one after the other in one row, without padding."""
     gamma: float = Field(1.0, ge=0, le=1)

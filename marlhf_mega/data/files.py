@@ -98,9 +98,11 @@ def _parse_object(line: str, *, where: str) -> Row:
     try:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: json: {error.msg} at column {error.colno}.") from error
+        raise ValueError(
+            f"{where}: json: {error.msg} at column {error.colno}. Mend the line."
+        ) from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: json: must be an object; got {_type_name(row)}.")
+        raise ValueError(f"{where}: json: must be an object; got {_type_name(row)}. Mend the line.")
     return row
 
 
@@ -126,11 +128,13 @@ def _check_row(row: Row, *, kind: RowKind, where: str) -> None:
     for name in names:
         if name not in row:
             found = ", ".join(sorted(row)) or "none"
-            raise ValueError(f"{where}: {name}: missing; the row has the fields: {found}.")
+            raise ValueError(f"{where}: {name}: missing; the row has the fields: {found}. Add it.")
     _check_prompt(row["prompt"], where=where)
     for name in _TEXT_FIELDS[kind]:
         if not isinstance(row[name], str):
-            raise ValueError(f"{where}: {name}: must be text; got {_type_name(row[name])}.")
+            raise ValueError(
+                f"{where}: {name}: must be text; got {_type_name(row[name])}. Write text."
+            )
     numbers = _NUMBER_FIELDS[kind]
     if kind == "preferences" and "margin" in row:
         numbers = ("margin",)
@@ -138,7 +142,10 @@ def _check_row(row: Row, *, kind: RowKind, where: str) -> None:
         value = row[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (is_number and math.isfinite(value)):
-            raise ValueError(f"{where}: {name}: must be a finite number; got {value!r}.")
+            raise ValueError(
+                f"{where}: {name}: must be a finite number; got {value!r}. Write one, or leave the "
+                "row out."
+            )
 
 
 def _check_prompt(prompt: object, *, where: str) -> None:

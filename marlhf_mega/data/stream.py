@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.counter_rng import fold, uniform
+from marlhf_mega.config.load import ConfigError
 
 _WEIGHTED = 3
 """Keeps these draws apart from others of the same seed."""
@@ -85,7 +86,8 @@ class SampleStream:
         """Go on where `state` was taken; the batch size may differ.
 
         Raises:
-            RuntimeError: when the data, its order or the state itself is not what it was.
+            ConfigError: when the data or its order is not what it was.
+            RuntimeError: when the state contradicts itself.
         """
         rules = {
             "data_hash": (self._data_hash, "the data file changed since the checkpoint"),
@@ -95,7 +97,7 @@ class SampleStream:
         }
         for name, (current, consequence) in rules.items():
             if state[name] != current:
-                raise RuntimeError(
+                raise ConfigError(
                     f"data.{name}={current}: must be as in the checkpoint, {state[name]}; "
                     f"{consequence}. Use the same data and seed, or start a new run."
                 )
@@ -166,11 +168,11 @@ class WeightedStream:
         """Go on where `state` was taken.
 
         Raises:
-            RuntimeError: when the data is not what it was.
+            ConfigError: when the data is not what it was.
         """
         for name, current in self._facts.items():
             if state[name] != current:
-                raise RuntimeError(
+                raise ConfigError(
                     f"data.{name}={current}: must be as in the checkpoint, {state[name]}. Use the "
                     "same data and seed, or start a new run."
                 )

@@ -42,6 +42,7 @@ def ppo_work(
     responses: Sequence[int],
     *,
     epochs: int,
+    num_language: int,
     num_rewards: int,
 ) -> dict[str, Work]:
     """Return the work of one PPO step by phase.
@@ -51,6 +52,7 @@ def ppo_work(
         prompts: tokens of every prompt.
         responses: tokens of every response.
         epochs: of the update.
+        num_language: models whose log-probs the experience takes, the sampler's apart.
         num_rewards: learned reward models.
     """
     vocab, new = model.vocab_size or 0, sum(responses)
@@ -62,7 +64,9 @@ def ppo_work(
     tokens = sum(whole)
     return {
         "rollout": Work(tokens=new, flops=rollout),
-        "experience": Work(tokens=tokens, flops=2 * language + (1 + num_rewards) * scalar),
+        "experience": Work(
+            tokens=tokens, flops=num_language * language + (1 + num_rewards) * scalar
+        ),
         "policy": Work(tokens=epochs * tokens, flops=epochs * training_flops(language)),
         "critic": Work(tokens=epochs * tokens, flops=epochs * training_flops(scalar)),
     }

@@ -68,15 +68,6 @@ def broadcast_from_last_stage(value: Tensor | None, shape: tuple[int, ...], mesh
     return buffer
 
 
-def gather_over_data(rows: Tensor, mesh: Mesh) -> Tensor:
-    """Concatenate equally shaped [n, ...] tensors of the data-parallel ranks, in rank order."""
-    if mesh.dp_size == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(mesh.dp_size)]
-    dist.all_gather(parts, rows.contiguous(), group=mesh.groups.dp)
-    return torch.cat(parts)
-
-
 def gather_objects_over_data(value: T, mesh: Mesh) -> list[T]:
     """Collect one small Python value (texts, counts) per data-parallel rank, in rank order."""
     parts: list[T] = [value] * mesh.dp_size

@@ -34,11 +34,6 @@ class Buffers:
     buckets: tuple[int, ...]
     """Elements of each bucket, dense ones first."""
 
-    @property
-    def largest_share(self) -> int:
-        """Elements of the rank that keeps the most."""
-        return max(self.owned, default=0)
-
 
 def buffers(
     chunks: Sequence[Sequence[Parameter]],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_NORM_PIECE = 1 << 20
+_NORM_PIECE = 1 << 18
 
 
 def in_halves(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

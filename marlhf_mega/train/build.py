@@ -107,14 +107,14 @@ def critic_origin(config: Config, tokenizer: Tokenizer, rewards: list[Origin]) -
             return origin_of(path, tokenizer, key="critic.init")
 
 
-def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_steps: int) -> Roles:
+def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: int) -> Roles:
     """Build the four models of ppo.
 
     Args:
         config: of the run.
         tokenizer: that all of them share.
         mesh: where this rank stands.
-        optimizer_steps: of the whole run, for the learning-rate schedules.
+        num_steps: PPO steps of the whole run, for the learning-rate schedules.
     """
     start = policy_origin(config)
     rewards = reward_origins(config, tokenizer)
@@ -136,10 +136,12 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, optimizer_s
     for chunks in (reference, *models):
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
-    learn = partial(TrainState, total_steps=optimizer_steps, overlap=config.parallel.overlap)
+    ppo, rests = config.ppo, min(config.critic.warmup_ppo_steps, num_steps)
+    updates = ppo.epochs * (config.rollout.batch_size // ppo.minibatch_size)
+    learn = partial(TrainState, overlap=config.parallel.overlap)
     learners = {
-        "policy": learn(policy, config.policy),
-        "critic": learn(critic_chunks, config.critic),
+        "policy": learn(policy, config.policy, total_steps=(num_steps - rests) * updates),
+        "critic": learn(critic_chunks, config.critic, total_steps=num_steps * updates),
     }
     offload = create_offload(
         config.memory,

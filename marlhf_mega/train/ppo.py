@@ -118,8 +118,7 @@ class PpoRun:
         rollout, ppo = config.rollout, config.ppo
         prompts_per_step = rollout.batch_size // rollout.samples_per_prompt
         self.num_steps = config.run.steps or max(1, len(inputs.train) // prompts_per_step)
-        optimizer_steps = self.num_steps * ppo.epochs * (rollout.batch_size // ppo.minibatch_size)
-        self.roles = build_roles(config, tokenizer, mesh, optimizer_steps=optimizer_steps)
+        self.roles = build_roles(config, tokenizer, mesh, num_steps=self.num_steps)
         self.policy: list[StageModel] = [ddp.module for ddp in self.roles.policy.chunks]
         self.rollouts = create_rollouts(inputs, mesh, self.policy, num_steps=self.num_steps)
         self.scorer = Scorer(
@@ -303,6 +302,8 @@ class PpoRun:
                 [len(p) for p in rollout.prompts],
                 [len(r) for r in rollout.responses],
                 epochs=self.config.ppo.epochs,
+                # The reference, and the policy unless the sampler has said it.
+                num_language=1 + (self.config.ppo.old_logprobs == "trainer"),
                 num_rewards=len(self.roles.rewards),
             )
             rates.add(sums, work)

@@ -7,6 +7,7 @@ from typing import Any
 from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable
 from marlhf_mega.checkpoint.store import find, load, read_state
 from marlhf_mega.config.checks import Job
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
@@ -77,8 +78,9 @@ def resume(
         required: keys that the state must have.
 
     Raises:
-        RuntimeError: checkpoints could not be written, there is nothing to go on from but
-            `checkpoint.resume=must`, or a setting or a part of the state is not as it must be.
+        ConfigError: there is nothing to go on from but `checkpoint.resume=must`, or a setting is
+            not as it must be.
+        RuntimeError: checkpoints could not be written, or a part of the state is missing.
     """
     check_writable(config.run.dir, mesh)
     check_space(config.run.dir, roles, mesh)
@@ -87,7 +89,7 @@ def resume(
     found = find(config.run.dir, mesh)
     if found is None:
         if config.checkpoint.resume == "must":
-            raise RuntimeError(
+            raise ConfigError(
                 f"checkpoint.resume=must: {config.run.dir} has no checkpoint that can be loaded. "
                 "Set it to auto to start afresh."
             )
@@ -108,7 +110,7 @@ def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:
         job: only the sections it reads are compared.
 
     Raises:
-        RuntimeError: with each key that differs and both values.
+        ConfigError: with each key that differs and both values.
     """
     present = settings_of(config)
     free = {*config.checkpoint.allow_changed}
@@ -121,7 +123,7 @@ def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:
         if old != new and not {key, key.partition(".")[0]} & free
     ]
     if different:
-        raise RuntimeError(
+        raise ConfigError(
             f"{'; '.join(different)}. Set it back, name it in checkpoint.allow_changed, or use "
             "another run.dir."
         )

@@ -34,6 +34,8 @@ MEANS = (
     "policy/clip_fraction",
     "policy/approx_kl",
     "policy/ratio",
+    "policy/kl_loss",
+    "policy/entropy_loss",
     "policy/grad_norm",
     "policy/lr",
     "policy/skipped_fraction",
@@ -170,7 +172,7 @@ def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Confi
         clip_range=ppo.clip_range,
         dual_clip=ppo.dual_clip,
     )
-    total = loss.loss_sum
+    total, metrics = loss.loss_sum, dict(loss.metrics)
     if ppo.kl_loss_coef:
         divergence = kl_loss(
             logprobs,
@@ -180,10 +182,12 @@ def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Confi
             aggregation=ppo.aggregation,
         )
         total = total + ppo.kl_loss_coef * divergence.loss_sum
+        metrics["kl_loss"] = (divergence.loss_sum.detach(), divergence.count)
     if ppo.entropy_coef:
         bonus = entropy_loss(entropy, actions, aggregation=ppo.aggregation)
         total = total + ppo.entropy_coef * bonus.loss_sum
-    return LossOutput(loss_sum=total, count=loss.count, metrics=loss.metrics)
+        metrics["entropy_loss"] = (bonus.loss_sum.detach(), bonus.count)
+    return LossOutput(loss_sum=total, count=loss.count, metrics=metrics)
 
 
 def critic_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Config) -> LossOutput:

@@ -32,7 +32,7 @@ def keep_skipped(
         config: of the run.
         mesh: where this rank stands.
         role: policy, critic or reward.
-        step: of the run, from 0.
+        step: of the run, from 0; files and messages count from 1, as metrics do.
 
     Raises:
         RuntimeError: more than `run.max_skipped_steps` optimizer steps were skipped in a row.
@@ -40,14 +40,14 @@ def keep_skipped(
     folder = config.run.dir / "skipped"
     if mesh.is_replica_leader:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{step:06d}_{role}_replica{mesh.dp_rank}_{state.num_skipped}.safetensors"
+        name = f"step_{step + 1:06d}_{role}_replica{mesh.dp_rank}_{state.num_skipped}.safetensors"
         tensors = {key: value.detach().cpu().contiguous() for key, value in microbatches.items()}
         save_file(tensors, folder / name)
     if mesh.rank == 0:
         logger.warning(
             "step %d: the gradient of %s is not finite; no weight was changed, the minibatch is "
             "in %s",
-            step,
+            step + 1,
             role,
             folder,
         )
@@ -55,5 +55,5 @@ def keep_skipped(
         raise RuntimeError(
             f"run.max_skipped_steps={config.run.max_skipped_steps}: no more optimizer steps may "
             f"be skipped in a row; {state.num_skipped} gradients of {role} were not finite, the "
-            f"last at step {step}. Look at {folder}, or lower {role}.lr."
+            f"last at step {step + 1}. Look at {folder}, or lower {role}.lr."
         )

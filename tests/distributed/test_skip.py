@@ -33,8 +33,8 @@ def test_the_minibatch_is_kept(steps):
     folder = steps[1] / "skipped"
     names = sorted(p.name for p in folder.iterdir())
     assert len(names) == 2 * 5
-    whole = load_file(folder / "step_000000_policy_replica0_1.safetensors")
-    bad = load_file(folder / "step_000000_policy_replica1_1.safetensors")
+    whole = load_file(folder / "step_000001_policy_replica0_1.safetensors")
+    bad = load_file(folder / "step_000001_policy_replica1_1.safetensors")
     assert not any(tensor.isnan().any() for tensor in whole.values())
     assert [name for name, tensor in bad.items() if tensor.isnan().any()] in (
         [["0.advantages"], ["1.advantages"]]
@@ -47,7 +47,7 @@ def test_the_run_stops_after_too_many_in_a_row(steps):
     assert [step["errors"] for step in found[:5]] == [[None] * 4] * 5
     message = (
         "run.max_skipped_steps=2: no more optimizer steps may be skipped in a row; 3 gradients of "
-        f"policy were not finite, the last at step 5. Look at {run_dir / 'skipped'}, or lower "
+        f"policy were not finite, the last at step 6. Look at {run_dir / 'skipped'}, or lower "
         "policy.lr."
     )
     assert found[5]["errors"] == [message] * 4

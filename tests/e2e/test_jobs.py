@@ -269,13 +269,13 @@ def test_a_changed_setting_or_data_file_is_refused_with_both_values(quickstart, 
     shutil.copytree(folder / "sft", resumed)
     layout = ["parallel.tensor_size=1", "parallel.pipeline_size=1", f"run.dir={resumed}"]
     done = marlhf("sft", *options, *layout, "sft.batch_size=4", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "sft.batch_size=4: must be as in the checkpoint, 8" in done.stderr
     data = tmp_path / "sft.jsonl"
     rows = (folder / "data" / "sft.jsonl").read_text().splitlines()
     data.write_text("\n".join(rows[::-1]))
     done = marlhf("sft", *options, *layout, f"data.train_path={data}", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.search(
         r"data.data_hash=[0-9a-f]{64}: must be as in the checkpoint, [0-9a-f]{64}", done.stderr
     )
@@ -286,5 +286,5 @@ def test_a_resume_that_must_be_is_refused_without_a_checkpoint(quickstart, tmp_p
     layout = ["parallel.tensor_size=1", "parallel.pipeline_size=1"]
     must = [f"run.dir={tmp_path}", "checkpoint.resume=must"]
     done = marlhf("sft", *options, *layout, *must, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"checkpoint.resume=must: {tmp_path} has no checkpoint that can be loaded" in done.stderr

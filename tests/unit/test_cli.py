@@ -9,9 +9,12 @@ import pytest
 
 from marlhf_mega import cli
 from marlhf_mega.cli import run
+from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.train.stop import EarlyEndError
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,27 @@ def call(files, tmp_path, capsys, monkeypatch):
 
 def test_an_unknown_key_names_the_nearest(call):
     assert call("ppo", "ppo.epoch=2") == "ppo.epoch: unknown key. Did you mean ppo.epochs?"
+
+
+def test_an_unknown_key_names_its_twins_in_other_sections(call):
+    twins = "policy.lr or critic.lr or reward_model.lr"
+    assert call("ppo", "ppo.lr=1") == f"ppo.lr: unknown key. Did you mean {twins}?"
+    assert call("ppo", "epochs=2") == "epochs: unknown key. Did you mean ppo.epochs?"
+
+
+def test_lengths_of_macro_actions_that_leave_none_are_refused(call):
+    assert call("ppo", "macro.min_length=9", "macro.max_length=3") == (
+        "macro.max_length=3: must be at least macro.min_length=9. Raise it, or lower "
+        "macro.min_length."
+    )
+
+
+def test_a_check_is_for_as_many_ranks_as_asked(files, tmp_path, capsys):
+    arguments = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train_path={files / 'sft.jsonl'}"]
+    arguments += [f"tokenizer.path={files / 'tok'}", "parallel.tensor_size=2", "--check"]
+    assert run(arguments) == 2
+    assert "the number of ranks; it is 1" in capsys.readouterr().err
+    assert run([*arguments, "--world-size", "2"]) == 0
 
 
 def test_a_wrong_value_is_shown(call):
@@ -291,28 +315,34 @@ def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("code", "own_code", "left"),
-    [(0, 0, ""), (1, 1, ""), (2, 2, ""), (75, 0, "75\n"), (76, 0, "76\n")],
+    ("end", "code"),
+    [
+        (None, 0),
+        (EarlyEndError(75, "pre-empted"), 75),
+        (EarlyEndError(76, "no progress"), 76),
+        (ConfigError("ppo.epochs=3: must be as in the checkpoint, 2."), 2),
+    ],
 )
-def test_codes_that_end_a_run_for_good_are_left_for_the_launcher(
-    tmp_path, monkeypatch, code, own_code, left
+def test_codes_that_all_ranks_end_with_are_left_for_the_launcher(
+    tmp_path, monkeypatch, capsys, end, code
 ):
+    def work(mesh):
+        if end is not None:
+            raise end
+
     file = tmp_path / "code"
     file.touch()
-    monkeypatch.setattr(cli, "run", lambda _: code)
-    monkeypatch.setattr(cli, "_end_now", sys.exit)
+    assert cli._on_mesh(Config(), work, 0) == code
+    assert capsys.readouterr().err == (f"{end}\n" if code == 2 else "")
     monkeypatch.setenv("MARLHF_EXIT_CODE_FILE", str(file))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["ppo"])
-    assert (stop.value.code, file.read_text()) == (own_code, left)
-    monkeypatch.delenv("MARLHF_EXIT_CODE_FILE")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["ppo"])
-    assert stop.value.code == code
+    assert cli._on_mesh(Config(), work, 0) == 0
+    assert file.read_text() == (f"{code}\n" if code else "")
 
 
-def test_a_job_that_fails_amid_collectives_ends_with_1():
+def test_a_job_that_fails_amid_collectives_ends_with_1(tmp_path):
     """Ending Python around gloo's threads would abort this process nearly every time."""
+    file = tmp_path / "code"
+    file.touch()
     program = """
 import torch
 import torch.distributed as dist
@@ -323,17 +353,20 @@ def fail(mesh):
         dist.broadcast(torch.ones(20_000), 0, async_op=True)
     raise OSError("the reason")
 
-cli._prepare = lambda command, config: lambda: cli._on_mesh(config, fail, 0)
+cli._prepare = lambda command, config, ranks: lambda: cli._on_mesh(config, fail, 0)
 cli.main(["sft"])
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | {"MARLHF_EXIT_CODE_FILE": str(file)},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 1, done.stderr
+    assert file.read_text() == ""  # the launcher is to start it again
     assert "rank 0 failed: the reason\n" in done.stderr
     assert "Traceback" in done.stderr

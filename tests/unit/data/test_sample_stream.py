@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.data.stream import SampleStream, WeightedStream
 
 SETTINGS = {"num_samples": 10, "batch_size": 4, "seed": 3, "shuffle": True, "data_hash": "a" * 64}
@@ -86,7 +87,7 @@ def test_a_resumed_stream_goes_on_with_the_next_sample(before: int, batch_size: 
 )
 def test_a_state_of_other_data_is_refused(changes: dict[str, object], message: str) -> None:
     state = SampleStream(**SETTINGS).state_dict()
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ConfigError, match=message):
         SampleStream(**SETTINGS | changes).load_state_dict(state)
 
 
@@ -122,5 +123,5 @@ def test_weighted_draws_do_not_depend_on_batches_or_on_a_restart():
 
 def test_weighted_draws_from_other_data_are_refused():
     state = weighted([0.5, 0.5]).state_dict()
-    with pytest.raises(RuntimeError, match="data.data_hash=other: must be as in the checkpoint, h"):
+    with pytest.raises(ConfigError, match="data.data_hash=other: must be as in the checkpoint, h"):
         weighted([0.5, 0.5], data_hash="other").load_state_dict(state)

@@ -31,7 +31,7 @@ def test_training_is_three_forwards_with_the_head_on_responses_only():
 
 
 def test_phases_of_ppo_by_hand():
-    work = ppo_work(MODEL, PROMPTS, RESPONSES, epochs=2, num_rewards=3)
+    work = ppo_work(MODEL, PROMPTS, RESPONSES, epochs=2, num_language=2, num_rewards=3)
     # Each sequence's last token is never fed back: 5 tokens, 1+2 and 1+2+3 pairs.
     assert work["rollout"] == Work(tokens=4, flops=5 * TOKEN + 9 * PAIR + VOCAB_HEAD)
     # Policy and reference; critic and three reward models.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.train.resume import check_settings, settings_of
 
@@ -22,7 +23,7 @@ def changed(**sections):
     ],
 )
 def test_a_setting_that_matters_is_refused_by_name_with_both_values(sections, message):
-    with pytest.raises(RuntimeError, match="must be as in the checkpoint") as caught:
+    with pytest.raises(ConfigError, match="must be as in the checkpoint") as caught:
         check_settings(SAVED, changed(**sections), "ppo")
     assert str(caught.value) == (
         f"{message}. Set it back, name it in checkpoint.allow_changed, or use another run.dir."
@@ -31,7 +32,7 @@ def test_a_setting_that_matters_is_refused_by_name_with_both_values(sections, me
 
 def test_answers_of_other_settings_are_refused_but_not_for_the_batch_size():
     check_settings(SAVED, changed(rollout={"batch_size": 8}, policy={"lr": 1.0}), "generate")
-    with pytest.raises(RuntimeError, match="rollout.top_k=7: must be as in the answers that are"):
+    with pytest.raises(ConfigError, match="rollout.top_k=7: must be as in the answers that are"):
         check_settings(SAVED, changed(rollout={"top_k": 7, "batch_size": 8}), "generate")
 
 
