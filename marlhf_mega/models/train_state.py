@@ -1,5 +1,6 @@
 """A model that learns: data-parallel chunks, optimizer and learning-rate schedule."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +242,15 @@ class TrainState:
 def _schedule(
     optimizer: MegatronOptimizer, settings: OptimizerConfig, total_steps: int
 ) -> OptimizerParamScheduler:
+    if 0 < total_steps < settings.warmup_steps:
+        logger.info(
+            "warmup_steps=%d: the run has %d optimizer steps, so the learning rate ends at %.3g of "
+            "%.3g",
+            settings.warmup_steps,
+            total_steps,
+            settings.lr * total_steps / settings.warmup_steps,
+            settings.lr,
+        )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

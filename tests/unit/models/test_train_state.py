@@ -44,3 +44,18 @@ def test_gradients_are_clipped_to_the_limit_and_the_norm_is_that_before(chunks, 
     norm = torch.stack([g.norm() for g in state.gradient_shards()]).norm().item()
     assert norm == pytest.approx(7.0 * kept, rel=1e-5)
     assert buffer.norm().item() == pytest.approx(7.0 * kept, rel=1e-5)
+
+
+@pytest.mark.parametrize("total", [3, 10])
+def test_the_learning_rate_rises_to_what_the_log_says(chunks, caplog, total):
+    settings = Config().policy.model_copy(update={"lr": 0.1, "warmup_steps": 10})
+    with caplog.at_level("INFO", logger="marlhf_mega"):
+        state = TrainState(chunks, settings, total_steps=total)
+    said = (
+        "warmup_steps=10: the run has 3 optimizer steps, so the learning rate ends at 0.03 of 0.1"
+    )
+    assert (said in caplog.messages) == (total == 3)
+    for _ in range(total):
+        state.zero_grad()
+        result = state.step()
+    assert result.lr == pytest.approx(0.01 * total)
