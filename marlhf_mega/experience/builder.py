@@ -90,7 +90,7 @@ class ExperienceBuilder:
             ref_logprobs = self._logprobs(self.roles.reference, rollout)[0]
         with self.roles.offload.present("critic"):
             values = self._forward(self.roles.critic.chunks, rollout, value_step, ())
-        mask = _response_mask(rollout, self.mesh.device) & scores.valid[:, None]
+        mask = rollout.response_mask(self.mesh.device) & scores.valid[:, None]
         actions, num_fallbacks = self.segmenter.segment(rollout, mask, ref_logprobs, step=step)
         kl = kl_estimate(old_logprobs, ref_logprobs, self.config.ppo.kl_estimator) * mask
         rewards = token_rewards(kl, shaped, last_token_positions(mask), kl_coef=kl_coef)
@@ -200,11 +200,6 @@ class ExperienceBuilder:
         moments = sum_over_data(masked_moments(advantages, weights), self.mesh)
         mean, variance = mean_and_variance(moments)
         return actions.spread(whiten(advantages, weights, mean=mean, variance=variance))
-
-
-def _response_mask(rollout: Rollout, device: torch.device) -> Tensor:
-    lengths = torch.tensor([len(r) for r in rollout.responses], device=device)
-    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
 
 
 def _report(

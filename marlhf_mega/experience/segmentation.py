@@ -90,7 +90,7 @@ class Segmenter:
                 ends = torch.zeros_like(mask)
                 flags = self.tokenizer.ends_sentence.to(mask.device)
                 ids = torch.tensor([t for r in rollout.responses for t in r], device=mask.device)
-                ends[_real(rollout, mask)] = flags[ids]
+                ends[rollout.response_mask(mask.device)] = flags[ids]
                 return termination.sentence(mask, ends, ends_with_eos=ends_with_eos), 0
             case "whole_response":
                 return termination.whole_response(mask), 0
@@ -114,14 +114,8 @@ class Segmenter:
         boundaries = share_in_replica(parsed, self.mesh)
         starts = torch.zeros_like(mask)
         flags = [flag for sample in boundaries for flag in sample.starts]
-        starts[_real(rollout, mask)] = torch.tensor(flags, device=mask.device)
+        starts[rollout.response_mask(mask.device)] = torch.tensor(flags, device=mask.device)
         return starts, sum(sample.fell_back for sample in boundaries)
-
-
-def _real(rollout: Rollout, mask: Tensor) -> Tensor:
-    """Bool [batch, response] of all real tokens, masked samples included."""
-    lengths = torch.tensor([len(r) for r in rollout.responses], device=mask.device)
-    return torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
 
 
 def load_parser(name: str) -> Parser:

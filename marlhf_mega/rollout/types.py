@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,8 @@ class Rollout:
     logprobs: Tensor
     """[batch, response] float32, zero on padding: log p of each sampled token under
     softmax(logits / temperature) over the whole vocabulary, before top-k and top-p."""
+
+    def response_mask(self, device: torch.device) -> Tensor:
+        """Return bool [batch, response], True at real tokens."""
+        lengths = torch.tensor([len(r) for r in self.responses], device=device)
+        return torch.arange(int(lengths.max()), device=device) < lengths[:, None]

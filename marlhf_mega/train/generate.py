@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf_mega.checkpoint import durable
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.files import content_hash, write_jsonl
@@ -15,7 +16,7 @@ from marlhf_mega.parallel.collectives import gather_objects_over_data, share_fro
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.reshard import ReshardedGenerator
-from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.train import rollouts
 from marlhf_mega.train.build import build_generator, build_model, policy_origin, reward_origins
 from marlhf_mega.train.evaluate import prompt_examples, prompt_row
 from marlhf_mega.train.inputs import Inputs, read_inputs
@@ -50,7 +51,7 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
         The files, one per block of prompts.
 
     Raises:
-        RuntimeError: blocks are there of other settings or prompts.
+        ConfigError: blocks are there of other settings or prompts.
     """
     config, tokenizer = inputs.config, inputs.tokenizer
     folder = config.run.dir / "responses"
@@ -107,7 +108,7 @@ def _check_blocks(folder: Path, config: Config, mesh: Mesh) -> None:
         return
     check_settings(saved[CONFIG], config, "generate")
     if saved["data_hash"] != data_hash:
-        raise RuntimeError(
+        raise ConfigError(
             f"data.validation_path={path}: must hold the prompts of the answers that are there, "
             f"sha256 {saved['data_hash']}; it is {data_hash}. Use the same file or another run.dir."
         )
@@ -125,14 +126,11 @@ def answer(
     first, last = (settings.samples_per_prompt * i for i in (block.start, block.stop))
     own = list(range(first + mesh.dp_rank, last, mesh.dp_size))
     prompts = [inputs.validation[i // settings.samples_per_prompt] for i in own]
-    rollout = generator.generate(
+    rollout = rollouts.generate(
+        generator,
         [p.prompt_ids for p in prompts],
         own,
-        rule=SamplingRule(
-            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-        ),
-        max_response_tokens=settings.max_response_tokens,
-        seed=config.run.seed,
+        config,
         step=0,
         slots=settings.slots or max(1, settings.batch_size // generator.mesh.dp_size),
     )

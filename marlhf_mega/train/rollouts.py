@@ -255,6 +255,7 @@ def generate(
     config: Config,
     *,
     step: int,
+    slots: int | None = None,
 ) -> Rollout:
     """Answer some of a PPO step's samples as the configuration says.
 
@@ -264,6 +265,7 @@ def generate(
         indices: global index of every sample.
         config: of the run.
         step: PPO step, from 0.
+        slots: sequences decoded together; none: `rollout.slots`.
     """
     settings = config.rollout
     rule = SamplingRule(
@@ -276,7 +278,7 @@ def generate(
         max_response_tokens=settings.max_response_tokens,
         seed=config.run.seed,
         step=step,
-        slots=settings.slots,
+        slots=slots or settings.slots,
     )
 
 

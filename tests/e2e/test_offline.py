@@ -121,11 +121,11 @@ def test_answers_of_other_settings_or_prompts_are_not_added_to(folder):
     again = folder / "again"
     shutil.copytree(folder / "generate", again)
     options = [f"run.dir={again}", f"data.validation_path={folder}/prompts.jsonl"]
-    done = marlhf(folder, "generate", *options, "rollout.temperature=0.5", code=1)
+    done = marlhf(folder, "generate", *options, "rollout.temperature=0.5", code=2)
     message = "rollout.temperature=0.5: must be as in the answers that are there, 1.0"
     assert message in done.stderr
     done = marlhf(
-        folder, "generate", *options, f"data.validation_path={folder}/held_out.jsonl", code=1
+        folder, "generate", *options, f"data.validation_path={folder}/held_out.jsonl", code=2
     )
     assert "held_out.jsonl: must hold the prompts of the answers that are there" in done.stderr
 
