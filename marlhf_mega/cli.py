@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     _set_up_logging()
     try:
+        _check_world_size(options)
         dry, planned = getattr(options, "dry_run", False), options.command == "plan"
         config = load_config(options.config, options.overrides, need_weights=not (dry or planned))
         if options.print_config:
@@ -76,6 +77,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
     return options
+
+
+def _check_world_size(options: argparse.Namespace) -> None:
+    size = getattr(options, "world_size", None)
+    if size is not None and not (options.dry_run or options.check):
+        raise ConfigError(
+            f"--world-size={size}: is for --dry-run and --check; a run has as many ranks as were "
+            "started. Leave it out, or start them with torchrun."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

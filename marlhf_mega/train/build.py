@@ -107,6 +107,13 @@ def critic_origin(config: Config, tokenizer: Tokenizer, rewards: list[Origin]) -
             return origin_of(path, tokenizer, key="critic.init")
 
 
+def optimizer_steps(config: Config, num_steps: int) -> dict[str, int]:
+    """Return how many steps each optimizer takes in a run of `num_steps` PPO steps."""
+    each = config.ppo.epochs * (config.rollout.batch_size // config.ppo.minibatch_size)
+    resting = min(config.critic.warmup_ppo_steps, num_steps)
+    return {"policy": (num_steps - resting) * each, "critic": num_steps * each}
+
+
 def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: int) -> Roles:
     """Build the four models of ppo.
 
@@ -136,12 +143,11 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: 
     for chunks in (reference, *models):
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
-    ppo, rests = config.ppo, min(config.critic.warmup_ppo_steps, num_steps)
-    updates = ppo.epochs * (config.rollout.batch_size // ppo.minibatch_size)
+    steps = optimizer_steps(config, num_steps)
     learn = partial(TrainState, overlap=config.parallel.overlap)
     learners = {
-        "policy": learn(policy, config.policy, total_steps=(num_steps - rests) * updates),
-        "critic": learn(critic_chunks, config.critic, total_steps=num_steps * updates),
+        "policy": learn(policy, config.policy, total_steps=steps["policy"]),
+        "critic": learn(critic_chunks, config.critic, total_steps=steps["critic"]),
     }
     offload = create_offload(
         config.memory,

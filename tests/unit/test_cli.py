@@ -78,6 +78,10 @@ def test_a_check_is_for_as_many_ranks_as_asked(files, tmp_path, capsys):
     assert run(arguments) == 2
     assert "the number of ranks; it is 1" in capsys.readouterr().err
     assert run([*arguments, "--world-size", "2"]) == 0
+    capsys.readouterr()
+    assert run([*arguments[:-1], "--world-size", "2"]) == 2
+    assert capsys.readouterr().err.startswith("--world-size=2: is for --dry-run and --check; ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_value_is_shown(call):
