@@ -38,7 +38,7 @@ def check_world(config: Config, world_size: int, *, apart: int = 0) -> int:
         )
     num_training = world_size - apart
     problems = list(_layout_problems(config, config.parallel, "parallel", num_training))
-    if (apart or config.rollout_parallel != config.parallel) and not problems:
+    if (apart or config.moves_weights) and not problems:
         num_generating = apart or world_size
         problems += _layout_problems(config, config.rollout_parallel, "rollout", num_generating)
     if problems:
@@ -102,11 +102,6 @@ def _layout_problems(
         yield (
             f"parallel.expert_size={parallel.expert_size}: must divide the ranks of one pipeline "
             f"stage, {world_size // pipeline}. Lower it or start more ranks."
-        )
-    if parallel.context_size > 1:
-        yield (
-            f"parallel.context_size={parallel.context_size}: sequences cannot be shared between "
-            "ranks yet. Set it to 1; long sequences fit by tensor_size and sequence_parallel."
         )
     if model.num_attention_heads % tensor:
         yield (
@@ -176,8 +171,7 @@ def _fp8_problems(config: Config) -> Iterator[str]:
             "parallel.overlap=true: weights in mxfp8 travel through the gradients' memory, which "
             "the next step needs. Set it to false, or precision.fp8_param_gather=false."
         )
-    moves = config.rollout.ranks or config.rollout_parallel != parallel
-    if precision.fp8_param_gather and moves:
+    if precision.fp8_param_gather and (config.rollout.ranks or config.moves_weights):
         yield (
             "precision.fp8_param_gather=true: weights in FP8 cannot move to ranks or a layout of "
             "the rollout's own. Set it to false, or leave out rollout.ranks, rollout.tensor_size "
@@ -370,13 +364,16 @@ def _offload_problems(config: Config, job: Job) -> Iterator[str]:
 
 def _budget_problems(config: Config) -> Iterator[str]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.parallel.sequence_parallel and not config.ppo.packing:
-        longest = -(-longest // config.parallel.tensor_size) * config.parallel.tensor_size
+    parallel, packs = config.parallel, config.ppo.packing
+    multiple = 2 * parallel.context_size if parallel.context_size > 1 else 1
+    if parallel.sequence_parallel and not packs:
+        multiple *= parallel.tensor_size
+    longest = -(-longest // multiple) * multiple
     if config.ppo.microbatch_tokens is not None and config.ppo.microbatch_tokens < longest:
         yield (
             f"ppo.microbatch_tokens={config.ppo.microbatch_tokens}: must hold the longest "
             f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
-            f"{'' if config.ppo.packing else ' with padding'}. Use at least {longest}."
+            f"{'' if packs and multiple == 1 else ' with padding'}. Use at least {longest}."
         )
 
 

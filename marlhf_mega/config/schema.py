@@ -39,7 +39,7 @@ class ParallelConfig(Section):
     virtual_pipeline_size: int = Field(1, gt=0)
     """Chunks of layers per stage (interleaved schedule); 1: the plain 1F1B schedule."""
     context_size: int = Field(1, gt=0)
-    """Ranks that share every sequence; only 1 for now."""
+    """Ranks that share every sequence, for long ones; while generating each is a replica."""
     expert_size: int = Field(1, gt=0)
     """Ranks the experts of a layer are spread over."""
     sequence_parallel: bool = False
@@ -51,6 +51,14 @@ class ParallelConfig(Section):
     def model_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor_size * self.pipeline_size * self.context_size
+
+    @property
+    def generating(self) -> "ParallelConfig":
+        """The degrees while the same ranks generate with the weights where they are.
+
+        Sequences that grow token by token are not shared.
+        """
+        return self.model_copy(update={"context_size": 1})
 
 
 class PrecisionConfig(Section):
@@ -557,15 +565,19 @@ class Config(Section):
         tensor = self.rollout.tensor_size or self.parallel.tensor_size
         pipeline = self.rollout.pipeline_size or self.parallel.pipeline_size
         if (tensor, pipeline) == (self.parallel.tensor_size, self.parallel.pipeline_size):
-            return self.parallel
+            return self.parallel.generating
         return ParallelConfig(
             tensor_size=tensor,
             pipeline_size=pipeline,
-            context_size=self.parallel.context_size,
             expert_size=self.parallel.expert_size,
             # Experts ask for it; generation then does without, whatever the model.
             sequence_parallel=self.model.num_experts is not None and tensor > 1,
         )
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether ranks that train fetch other weights than their own to generate."""
+        return self.rollout_parallel != self.parallel.generating
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

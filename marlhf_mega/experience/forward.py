@@ -50,7 +50,7 @@ def cut_rows(
     """
 
     def taken(length: int) -> int:
-        return length if limit.packed else round_up(length, mesh.sequence_multiple)
+        return round_up(length, mesh.context_multiple if limit.packed else mesh.sequence_multiple)
 
     lengths = [taken(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
     if limit.tokens is None or not lengths:
@@ -78,6 +78,7 @@ def cut_rows(
                 [all_responses[i] for i in rows.tolist()],
                 pad_id=0,
                 multiple=mesh.sequence_multiple,
+                context_multiple=mesh.context_multiple,
                 device=mesh.device,
                 packed=limit.packed,
             ),

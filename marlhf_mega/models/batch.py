@@ -16,7 +16,7 @@ class SequenceBatch:
     """[batch, seq] int64: prompt, response, padding; packed [1, seq]: sequence after sequence, then
     padding."""
     lengths: tuple[int, ...] | None
-    """Packed: tokens of each sequence, prompt and response. None: each has its row."""
+    """Packed: tokens of each sequence, its own padding included. None: each has its row."""
     prompt_lengths: Tensor
     """[batch] int64, at least 1."""
     response_lengths: Tensor
@@ -41,10 +41,11 @@ class SequenceBatch:
         multiple: int,
         device: torch.device,
         packed: bool = False,
+        context_multiple: int = 1,
     ) -> "SequenceBatch":
         """Pad sequences to the longest, or put them all in one row.
 
-        A row's length is rounded up so that ranks can share it evenly.
+        Lengths are rounded up so that ranks can share them evenly.
 
         Args:
             prompts: token ids of each sequence.
@@ -53,8 +54,11 @@ class SequenceBatch:
             multiple: a row's length is a multiple of this.
             device: where the tensors go.
             packed: put the sequences one after the other in one row.
+            context_multiple: packed: every sequence's length is a multiple of this.
         """
         texts = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        if packed:
+            texts = [text + [pad_id] * (-len(text) % context_multiple) for text in texts]
         sizes = tuple(map(len, texts))
         prompt_lengths = torch.tensor([len(p) for p in prompts])
         lengths = torch.tensor([len(r) for r in responses])
@@ -91,7 +95,12 @@ class SequenceBatch:
         """[real] int64: the ids of the real response tokens."""
         return self.tokens[self.lines, self.positions]
 
-    def to_grid(self, values: Tensor) -> Tensor:
-        """Lay [real] values out as [batch, response], zero on padding; differentiable."""
+    def to_grid(self, values: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """Lay values out as [batch, response], zero elsewhere; differentiable.
+
+        Args:
+            values: [chosen], one for each.
+            chosen: which of the real response tokens; default: all.
+        """
         grid = values.new_zeros(len(self.prompt_lengths), self.num_columns)
-        return grid.index_put((self.rows, self.columns), values)
+        return grid.index_put((self.rows[chosen], self.columns[chosen]), values)

@@ -23,6 +23,7 @@ from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.packing import Packing
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
 from marlhf_mega.models.spec import block_spec, transformer_config
+from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
@@ -62,6 +63,8 @@ class StageModel(LanguageModule):
         self.row_multiple = precision.fp8_alignment
         if config.sequence_parallel:
             self.row_multiple *= mesh.tp_size
+        self.context = mesh.groups.cp if mesh.cp_size > 1 else None
+        self.context_multiple = mesh.context_multiple
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = chunk if mesh.num_chunks > 1 else None
         self.pre_process = mesh.is_first_stage and chunk == 0
@@ -137,23 +140,25 @@ class StageModel(LanguageModule):
             [2, batch, response], log-probs of the response tokens and entropies. Scalar head:
             float32 [batch, response].
         """
-        hidden = self._run_layers(batch)
+        hidden, share = self._run_layers(batch)
         if not self.post_process:
             return hidden
-        if self.head == "scalar":
-            whole = self._gather_sequence(hidden, sum_gradients=False)
-            selected = _select(whole, batch, shift)
-            return batch.to_grid(self.output_layer(selected))
-        whole = self._gather_sequence(hidden, sum_gradients=True)
-        logprobs, entropy = vocab_parallel_logprobs(
-            _select(whole, batch, -1),
-            self.head_weight(),
-            batch.response_tokens,
-            shard=self.vocab_shard,
-            temperature=temperature,
-            softcap=self.model.logits_softcap,
-        )
-        return torch.stack((batch.to_grid(logprobs), batch.to_grid(entropy)))
+        is_language = self.head == "language"
+        whole = self._gather_sequence(hidden, sum_gradients=is_language)
+        selected, chosen = _select(whole, batch, -1 if is_language else shift, share)
+        if is_language:
+            outputs = vocab_parallel_logprobs(
+                selected,
+                self.head_weight(),
+                batch.response_tokens[chosen],
+                shard=self.vocab_shard,
+                temperature=temperature,
+                softcap=self.model.logits_softcap,
+            )
+            grid = torch.stack([batch.to_grid(values, chosen) for values in outputs])
+        else:
+            grid = batch.to_grid(self.output_layer(selected), chosen)
+        return grid if share is None else share.sum(grid)
 
     @torch.no_grad()
     def logits(self, batch: SequenceBatch) -> Tensor:
@@ -163,33 +168,40 @@ class StageModel(LanguageModule):
             Not the last chunk: activations. Last: float32 [batch, seq, vocab/tp], padding of the
             vocabulary included.
         """
-        hidden = self._run_layers(batch)
+        hidden, share = self._run_layers(batch)
         if not self.post_process:
             return hidden
         whole = self._gather_sequence(hidden, sum_gradients=False)
+        if share is not None:
+            whole = share.gather(whole)
         whole = whole[: batch.tokens.shape[1]]
         logits = torch.nn.functional.linear(whole, self.head_weight()).float().transpose(0, 1)
         cap = self.model.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _run_layers(self, batch: SequenceBatch) -> Tensor:
+    def _run_layers(self, batch: SequenceBatch) -> tuple[Tensor, ContextShare | None]:
+        """Return the hidden states of this rank's tokens, and which those are if not all."""
         tokens = self._aligned(batch.tokens)
         width, device = tokens.shape[1], tokens.device
-        positions, packing = torch.arange(width, device=device), None
-        if batch.lengths is not None:
-            packing = Packing.of(batch.lengths, width=width, device=device)
-            positions = packing.positions
+        positions, packing, share = torch.arange(width, device=device), None, None
+        if batch.lengths is not None or self.context is not None:
+            lengths = (width,) if batch.lengths is None else batch.lengths
+            packing = Packing.of(lengths, width=width, device=device, context=self.context)
+            positions, share = packing.positions, packing.share
+        if share is not None:
+            own = share.places(device)
+            tokens, positions = tokens[:, own], positions[own]
         hidden: Tensor = self.decoder(
             hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=rotation_angles(self.rotary_speeds, positions)[:, None, None, :],
             packed_seq_params=packing,
         )
-        return hidden
+        return hidden, share
 
     def _aligned(self, tokens: Tensor) -> Tensor:
         """Pad [batch, seq] on the right to the rows that the products take; no token sees it."""
-        missing = -tokens.shape[1] % self.row_multiple if self.row_multiple > 1 else 0
+        missing = -tokens.shape[1] % (self.row_multiple * self.context_multiple)
         return torch.nn.functional.pad(tokens, (0, missing)) if missing else tokens
 
     def head_weight(self) -> Tensor:
@@ -263,10 +275,19 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def _select(hidden: Tensor, batch: SequenceBatch, shift: int) -> Tensor:
-    """Take the states around real response tokens: [seq, batch, hidden] -> [real, hidden]."""
-    flat = (batch.positions + shift) * hidden.shape[1] + batch.lines
-    return hidden.flatten(0, 1).index_select(0, flat)
+def _select(
+    hidden: Tensor, batch: SequenceBatch, shift: int, share: ContextShare | None
+) -> tuple[Tensor, Tensor | slice]:
+    """Take the states around real response tokens, [seq, batch, hidden] -> [chosen, hidden].
+
+    Returns:
+        The states, and of which real tokens they are: those whose states are on this rank.
+    """
+    places, lines, chosen = batch.positions + shift, batch.lines, slice(None)
+    if share is not None:
+        chosen, places = share.find(places)
+        lines = lines[chosen]
+    return hidden.flatten(0, 1).index_select(0, places * hidden.shape[1] + lines), chosen
 
 
 def build_chunks(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from marlhf_mega.models.cpu_kernels import LONGEST_SCORES, rms_norm, short_causal_attention
 from marlhf_mega.models.packing import Packing
+from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.linear import linear
 from marlhf_mega.parallel.mesh import Group
 
@@ -148,22 +149,45 @@ class SdpaAttention(torch.nn.Module):
         """Attend causally.
 
         Args:
-            query: [seq, batch, heads, head_dim].
+            query: [seq, batch, heads, head_dim]; seq is this rank's share where ranks share rows.
             key: [seq, batch, groups, head_dim].
             value: like key.
             attention_mask: always none: the order of positions is the mask.
-            packed_seq_params: sequences that lie in one row (batch 1); they do not see each other.
+            packed_seq_params: sequences that lie in one row (batch 1), or one in each; they do not
+                see each other.
 
         Returns:
             [seq, batch, heads * head_dim].
         """
         assert attention_mask is None
-        if packed_seq_params is not None:
-            return packed_seq_params.apart(self.forward, query, key, value)
+        if packed_seq_params is None:
+            return self._attend_last(query, key, value)
+        if packed_seq_params.share is not None:
+            return self._attend_shared(query, key, value, packed_seq_params.share)
+        return packed_seq_params.apart(self._attend_last, query, key, value)
+
+    def _attend_shared(
+        self, query: Tensor, key: Tensor, value: Tensor, share: ContextShare
+    ) -> Tensor:
+        """Let this rank's queries see the keys and values of all ranks."""
+        keys, values = share.gather(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
+        queries = query.split([piece.end - piece.first for piece in share.pieces])
+        parts = [
+            self._attend_last(part, keys[piece.start : piece.end], values[piece.start : piece.end])
+            for piece, part in zip(share.pieces, queries, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _attend_last(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend causally; the queries are the last of the positions that the keys have."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        num_queries, num_keys = len(query), len(key)
+        slides = self.window is not None and self.window < num_keys
         mask = None
-        if self.window is not None and self.window < query.shape[0]:
-            mask = causal_mask(query.shape[0], window=self.window, device=query.device)
+        if slides or num_queries < num_keys:
+            mask = causal_mask(
+                num_keys, window=self.window, device=query.device, num_queries=num_queries
+            )
         if mask is None and self._is_short_on_cpu(q):
             context = short_causal_attention(q, k, v, self.scale)
         else:
@@ -213,9 +237,18 @@ class SdpaAttention(torch.nn.Module):
         return probabilities.to(q.dtype) @ v
 
 
-def causal_mask(size: int, *, window: int | None, device: torch.device) -> Tensor:
-    """Return bool [size, size], True where query row may see key column."""
+def causal_mask(
+    size: int, *, window: int | None, device: torch.device, num_queries: int | None = None
+) -> Tensor:
+    """Return bool [queries, size], True where query row may see key column.
+
+    Args:
+        size: number of keys.
+        window: keys that a query sees at most, its own included; none: all before it.
+        device: where the mask goes.
+        num_queries: of the last positions; none: of all.
+    """
     positions = torch.arange(size, device=device)
-    distance = positions[:, None] - positions
+    distance = positions[-(num_queries or size) :, None] - positions
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)

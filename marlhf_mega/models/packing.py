@@ -13,6 +13,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from marlhf_mega.parallel.context import ContextShare
+from marlhf_mega.parallel.mesh import Group
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -22,17 +25,33 @@ class Packing:
     """Tokens of each, in order; they fill the row."""
     ends: Tensor
     """[sequences + 1] int32: where each begins, and the end of the row."""
+    share: ContextShare | None = None
+    """This rank's part of the row, where ranks share it."""
     qkv_format: str = "sbhd"
     """What Megatron-Core asks for: for `thd` it would walk over the sequences in Python to rotate
     queries and keys, and wait for the device at each."""
 
     @staticmethod
-    def of(lengths: Sequence[int], *, width: int, device: torch.device) -> "Packing":
-        """Describe a row of `width` tokens; what is left at its end is a sequence of its own."""
+    def of(
+        lengths: Sequence[int],
+        *,
+        width: int,
+        device: torch.device,
+        context: Group | None = None,
+    ) -> "Packing":
+        """Describe a row of `width` tokens; what is left at its end is a sequence of its own.
+
+        Args:
+            lengths: tokens of each sequence.
+            width: of the row.
+            device: of the model.
+            context: ranks that share every sequence; none: this rank has them whole.
+        """
         rest = width - sum(lengths)
         whole = (*lengths, rest) if rest else tuple(lengths)
         ends = torch.tensor([0, *accumulate(whole)], dtype=torch.int32)
-        return Packing(whole, ends.to(device))
+        share = None if context is None else ContextShare(whole, context)
+        return Packing(whole, ends.to(device), share)
 
     @property
     def positions(self) -> Tensor:
@@ -82,7 +101,8 @@ def packing_engine(engine: Any) -> type:
                 output: Tensor = engine.forward(self, *qkv, attention_mask, **others, **packed)
                 return output
 
-            if packed_seq_params is None:
+            # One sequence in every row is what the engine takes for granted.
+            if packed_seq_params is None or len(packed_seq_params.lengths) == 1:
                 return attend(query, key, value)
             if query.dtype == torch.float32:  # the engine's kernels for packed rows take 16 bits
                 return packed_seq_params.apart(attend, query, key, value)

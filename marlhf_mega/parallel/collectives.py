@@ -79,8 +79,10 @@ def gather_objects_over_data(value: T, mesh: Mesh) -> list[T]:
 def share_in_replica(value: T | None, mesh: Mesh) -> T:
     """Give every rank of a replica the small Python value that its first rank holds."""
     box = [value]
-    if mesh.groups.mp.size() > 1:
-        dist.broadcast_object_list(box, group_src=0, group=mesh.groups.mp)
+    # The first rank's peers along the context, then everyone's along tensor and pipeline.
+    for group in (mesh.groups.cp, mesh.groups.mp):
+        if group.size() > 1:
+            dist.broadcast_object_list(box, group_src=0, group=group)
     received = box[0]
     assert received is not None
     return received

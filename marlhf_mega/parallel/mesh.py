@@ -95,10 +95,14 @@ class Mesh:
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
+    def context_multiple(self) -> int:
+        """Sequences are a multiple of this, so that context-parallel ranks hold two pieces each."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
     def sequence_multiple(self) -> int:
-        """Padded sequences are a multiple of this, so that ranks can share them evenly."""
-        tensor = self.tp_size if self.parallel.sequence_parallel else 1
-        return tensor * (2 * self.cp_size if self.cp_size > 1 else 1)
+        """Rows are a multiple of this, so that ranks can share them evenly."""
+        return self.context_multiple * (self.tp_size if self.parallel.sequence_parallel else 1)
 
     def describe(self) -> str:
         """Say the layout in one line, such as `4 ranks: TP2 x PP2 x DP1 (gloo, cpu)`."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -68,8 +69,10 @@ def run_forward_backward(
 
     def reduce(microbatch: Microbatch, output: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
         result = loss(output, microbatch)
+        # Ranks that share sequences see the same losses, and each has a part of the gradient.
+        counts = parallel_state.get_context_parallel_rank() == 0
         # The schedule changes the loss that it is given in place.
-        return result.loss_sum.clone(), result.count.to(torch.int), result
+        return result.loss_sum.clone(), (result.count * counts).to(torch.int), result
 
     return _run(
         chunks,

@@ -229,7 +229,7 @@ def _rollout(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) 
     if work.num_rollout_ranks:
         return found | {"buckets of the move": _ONE_WAY}
     # Ranks stand on other stages of a second layout than of the first: its largest stage counts.
-    if config.rollout_parallel != config.parallel:
+    if config.moves_weights:
         largest = largest_stage(work.policy.model, generation.layout, "language")
         found["policy at rollout's layout"] = largest * formats.element
         found["buckets of the move"] = MOVE_BUCKET_BYTES

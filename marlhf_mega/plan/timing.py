@@ -47,7 +47,7 @@ def step_seconds(
     if work.job == "ppo":
         found["rollout prefill"] = _prefill(work, gpu, rates)
         found["rollout decode"] = _decode(work, gpu, formats, rates)
-        if work.num_rollout_ranks or work.config.rollout_parallel != work.config.parallel:
+        if work.num_rollout_ranks or work.config.moves_weights:
             found[MOVE] = _move(work, gpu, formats, rates)
         offload = _offload(work, formats, rates)
         if offload:

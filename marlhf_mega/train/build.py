@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +161,22 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: 
     return Roles(**learners, reference=reference, rewards=models, offload=offload)
 
 
+def generator_in_place(
+    policy: Sequence[StageModel], config: Config, mesh: Mesh, *, eos_id: int
+) -> Generator | ReshardedGenerator:
+    """Build what generates with the weights where they are trained.
+
+    Ranks that share sequences in training are replicas of their own while they generate.
+    """
+    generator = partial(
+        Generator, policy, eos_id=eos_id, cuda_graphs=config.rollout.cuda_graphs
+    )
+    if mesh.cp_size == 1:
+        return generator(mesh)
+    replicas = create_second_mesh(mesh.parallel.generating, mesh)
+    return ReshardedGenerator(generator(replicas), training=mesh, weights=nullcontext)
+
+
 def build_generator(
     policy: Sequence[StageModel], config: Config, mesh: Mesh, *, eos_id: int
 ) -> tuple[Generator | ReshardedGenerator, Mover | None]:
@@ -174,10 +191,9 @@ def build_generator(
     Returns:
         The generator, and what moves the weights to its layout, none where it is training's.
     """
-    layout, graphs = config.rollout_parallel, config.rollout.cuda_graphs
-    if layout == config.parallel:
-        return Generator(policy, mesh, eos_id=eos_id, cuda_graphs=graphs), None
-    second = create_second_mesh(layout, mesh)
+    if not config.moves_weights:
+        return generator_in_place(policy, config, mesh, eos_id=eos_id), None
+    second = create_second_mesh(config.rollout_parallel, mesh)
     with in_force(second):
         chunks = build_chunks(config.model, config.precision, second, head="language")
     for chunk in chunks:
@@ -189,5 +205,6 @@ def build_generator(
         second.describe(),
         mover.total_bytes / 2**30,
     )
+    graphs = config.rollout.cuda_graphs
     generator = Generator(chunks, second, eos_id=eos_id, cuda_graphs=graphs)
     return ReshardedGenerator(generator, training=mesh, weights=mover.present), mover

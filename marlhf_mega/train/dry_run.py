@@ -137,8 +137,7 @@ def _name_tensors(role: Role, chunks: Sequence[StageModel], mesh: Mesh, found: _
 
 def _build_rollout(work: Workload, mesh: Mesh, found: _Found) -> None:
     """Build what generates on a rank that trains, at its own layout."""
-    parallel = work.config.rollout_parallel
-    second = mesh
+    parallel, second = work.config.rollout_parallel, mesh
     if parallel != work.config.parallel:
         second = replace(create_second_mesh(parallel, mesh), platform=mesh.platform)
     with in_force(second):

@@ -95,6 +95,7 @@ def _pair_microbatch(pairs: Sequence[PreferencePair], mesh: Mesh, *, packed: boo
         [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs],
         pad_id=0,
         multiple=mesh.sequence_multiple,
+        context_multiple=mesh.context_multiple,
         device=mesh.device,
         packed=packed,
     )

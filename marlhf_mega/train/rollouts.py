@@ -21,7 +21,7 @@ from marlhf_mega.rollout.reshard import ReshardedGenerator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
 from marlhf_mega.train.beats import WAITING
-from marlhf_mega.train.build import build_generator
+from marlhf_mega.train.build import build_generator, generator_in_place
 from marlhf_mega.train.faults import Faults
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.stop import EarlyEndError
@@ -198,8 +198,7 @@ class SeparateRollouts(Rollouts):
         self._remote.end(End(code=0, reason=""))
 
     def _connect(self, policy: Sequence[StageModel]) -> None:
-        graphs = self.config.rollout.cuda_graphs
-        self.generator = Generator(policy, self.mesh, eos_id=self._eos_id, cuda_graphs=graphs)
+        self.generator = generator_in_place(policy, self.config, self.mesh, eos_id=self._eos_id)
         self._mover = connect((policy, self.mesh), None)
         self._remote = RemoteGenerator(self._mover, self.mesh)
         self._rows = self._answer = None

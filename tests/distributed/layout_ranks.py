@@ -29,9 +29,9 @@ from marlhf_mega.parallel.collectives import (
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import run_forward_backward
 from marlhf_mega.rollout.deal import balance
-from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.train import reward as reward_job
+from marlhf_mega.train.build import generator_in_place
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.update import ppo as update
 
@@ -109,7 +109,7 @@ def ppo_case(config, mesh, folder):
     )
     own = update.local_indices(BATCH, BATCH, mesh)
     prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6])
-    generator = Generator(policy, mesh, eos_id=EOS)
+    generator = generator_in_place(policy, config, mesh, eos_id=EOS)
     options = {"max_response_tokens": 10, "seed": 11, "step": 3, "slots": 3}
     greedy, rollout = (
         generator.generate([prompts[i] for i in own], own, rule=rule, **options)

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 TP2, PP2, TP4 = {"tensor_size": 2}, {"pipeline_size": 2}, {"tensor_size": 4}
+CP2 = {"context_size": 2}
 SP, VPP2, EP2 = {"sequence_parallel": True}, {"virtual_pipeline_size": 2}, {"expert_size": 2}
 BUDGET = {"microbatch_size": 2, "microbatch_tokens": 40}
 PACKING = BUDGET | {"packing": True}
@@ -32,6 +33,12 @@ LAYOUTS = {
     "EP2": (2, EP2, 2),
     "TP2 SP EP2": (2, TP2 | SP | EP2, 4),
     "PP2 EP2": (4, PP2 | EP2, 2),
+    "CP2": (2, CP2, 4),
+    "CP4": (4, {"context_size": 4}, 8),
+    "TP2 CP2 SP": (4, TP2 | CP2 | SP, 4),
+    "PP2 VPP2 CP2": (4, PP2 | VPP2 | CP2, 2),
+    "CP2 DP2": (4, CP2, 2),
+    "CP2 EP2": (2, CP2 | EP2, 4),
     "TP2 SP tokens": (2, TP2 | SP, BUDGET | {"scoring_microbatch_factor": 2}),
     "DP2 tokens": (2, {}, BUDGET),
     "EP2 tokens": (2, EP2, BUDGET),
@@ -40,12 +47,16 @@ LAYOUTS = {
     "TP2 SP packed": (2, TP2 | SP, PACKING),
     "DP2 packed": (2, {}, {"microbatch_size": 2, "packing": True}),
     "EP2 packed": (2, EP2, PACKING),
+    "CP2 packed": (2, CP2, PACKING | {"microbatch_tokens": 44}),
+    "CP2 FP8 rows packed": (2, CP2, PACKING | {"microbatch_tokens": 44}),
+    "TP2 CP2 SP packed": (4, TP2 | CP2 | SP, {"microbatch_size": 3, "packing": True}),
+    "CP2 DP2 tokens": (4, CP2, BUDGET),
     "TP2 PP2 SP packed": (4, TP2 | PP2 | SP, PACKING),
     "PP2 VPP2 DP2 packed": (4, PP2 | VPP2, PACKING),
     "TP2 PP2 SP FP8 rows packed": (4, TP2 | PP2 | SP, PACKING),
 }
-TOKENS = ["TP2 SP tokens", "DP2 tokens", "PP2 VPP2 DP2 tokens"]
-PACKED = ["TP2 SP packed", "DP2 packed", "PP2 VPP2 DP2 packed", "TP2 PP2 SP FP8 rows packed"]
+TOKENS = ["TP2 SP tokens", "DP2 tokens", "PP2 VPP2 DP2 tokens", "CP2 DP2 tokens"]
+PACKED = ["CP2 packed", "CP2 FP8 rows packed", "TP2 CP2 SP packed", "TP2 SP packed", "DP2 packed", "PP2 VPP2 DP2 packed", "TP2 PP2 SP FP8 rows packed"]
 DENSE = [name for name in LAYOUTS if not any(word in name for word in ("EP2", "tokens", "packed"))]
 QWEN = {"architecture": "qwen2", "qkv_bias": True}
 GEMMA2 = {
@@ -79,7 +90,7 @@ MODELS = {
     ),
     "qk norm": (
         {"architecture": "qwen3", "qk_norm": True},
-        ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4"],
+        ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4", "CP2"],
     ),
     "gemma2": (
         GEMMA2,
@@ -93,6 +104,9 @@ MODELS = {
             "TP1 packed",
             "TP2 SP packed",
             "PP2 VPP2 DP2 packed",
+            "CP2",
+            "PP2 VPP2 CP2",
+            "CP2 packed",
         ],
     ),
     "experts": (
@@ -107,6 +121,7 @@ MODELS = {
             "PP2 EP2",
             "EP2 tokens",
             "EP2 packed",
+            "CP2 EP2",
         ],
     ),
 }
