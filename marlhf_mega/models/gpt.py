@@ -283,7 +283,8 @@ def _select(
     Returns:
         The states, and of which real tokens they are: those whose states are on this rank.
     """
-    places, lines, chosen = batch.positions + shift, batch.lines, slice(None)
+    places, lines = batch.positions + shift, batch.lines
+    chosen: Tensor | slice = slice(None)
     if share is not None:
         chosen, places = share.find(places)
         lines = lines[chosen]

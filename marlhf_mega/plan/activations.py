@@ -47,7 +47,7 @@ class LayerShape:
     @property
     def tokens(self) -> int:
         """Tokens inside attention and feed-forward."""
-        return self.microbatch.tokens
+        return self.microbatch.tokens // self.layout.context
 
     @property
     def residual(self) -> int:
@@ -66,6 +66,38 @@ class LayerShape:
         return self.tokens * groups * self.model.kv_channels
 
     @property
+    def gathered(self) -> int:
+        """Elements of keys and values of all ranks that share sequences; the engine's travel."""
+        if self.layout.context == 1 or self.formats.has_engine:
+            return 0
+        return 2 * self.key * self.layout.context
+
+    @property
+    def masks(self) -> int:
+        """Elements of the masks of this rank's pieces; rows of equal lengths have them together."""
+        if not self.gathered:
+            return 0
+        count, microbatch = 2 * self.layout.context, self.microbatch
+        pairs = microbatch.pairs if microbatch.packed is not None else microbatch.seq**2
+        # Pieces r and count - 1 - r see (count + 1) pieces of keys together.
+        return pairs * (count + 1) // count**2
+
+    @property
+    def selected(self) -> int:
+        """Response tokens that the head sees on the rank with most of them."""
+        microbatch, count = self.microbatch, 2 * self.layout.context
+        piece = microbatch.seq // count
+        before = microbatch.seq - microbatch.response
+
+        def responses(number: int) -> int:
+            return max(0, (number + 1) * piece - max(number * piece, before))
+
+        if count == 2:
+            return microbatch.response_tokens
+        most = max(responses(n) + responses(count - 1 - n) for n in range(count // 2))
+        return -(-microbatch.tokens * most // microbatch.seq)
+
+    @property
     def heads(self) -> int:
         """Query heads."""
         return self.model.num_attention_heads // self._tp
@@ -73,13 +105,14 @@ class LayerShape:
     @property
     def scores(self) -> int:
         """Elements of the attention matrix, which only softcaps and `keeps_scores` need whole."""
-        return self.microbatch.pairs * self.heads
+        return self.microbatch.pairs * self.heads // self.layout.context
 
     @property
     def keeps_scores(self) -> bool:
         """Whether it is the CPU's attention by batched products."""
         seq, window = self.microbatch.seq, self.model.sliding_window
         whole = seq <= SHORT_ATTENTION and (window is None or window >= seq)
+        whole = whole and self.layout.context == 1
         return self.formats.on_cpu and self.formats.element < _FLOAT32 and whole
 
     @property
@@ -106,7 +139,7 @@ def layer_kept(shape: LayerShape, memory: MemoryConfig) -> int:
         + _attention_kept(shape, selective=memory.recompute == "selective")
         + (_experts_kept(shape) if model.num_experts else _gated_kept(shape, _ffn_width(shape)))
         + (_head_norms(shape) if model.qk_norm else 0)
-        + 4 * shape.microbatch.positions * (model.kv_channels * e)
+        + 4 * shape.microbatch.positions // shape.layout.context * (model.kv_channels * e)
     )
 
 
@@ -136,7 +169,7 @@ def chunk_kept(
     if not last:
         return kept + shape.residual * e
     kept += _normed_input(shape, is_product_input=False)
-    selected = shape.microbatch.response_tokens
+    selected = shape.selected
     state = _FLOAT32 if head == "scalar" else e
     return kept + selected * (model.hidden_size * state + 32)
 
@@ -151,7 +184,7 @@ def layer_workspace(shape: LayerShape) -> int:
     inner = shape.tokens * width * (2 if shape.model.num_experts is None else 2 * _top_k(shape))
     matrix = 2 * width * shape.model.hidden_size
     gathered = shape.tokens * shape.model.hidden_size
-    attention = shape.query + 2 * shape.key
+    attention = shape.query + 2 * shape.key + 2 * shape.gathered
     if shape.model.attention_softcap is not None:
         attention += 3 * shape.scores
     return (max(inner, attention) + gathered + matrix) * e
@@ -160,7 +193,7 @@ def layer_workspace(shape: LayerShape) -> int:
 def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:
     """Return the bytes that log-probs hold beside their inputs: one chunk of logits at a time."""
     model, e = shape.model, shape.formats.element
-    selected = shape.microbatch.response_tokens
+    selected = shape.selected
     hidden = shape.tokens * model.hidden_size * e
     if head == "scalar":
         return hidden + selected * model.hidden_size * _FLOAT32
@@ -182,7 +215,7 @@ def forward_workspace(shape: LayerShape) -> int:
     residual = 3 * shape.residual + shape.tokens * shape.model.hidden_size
     factor = 1 if shape.model.num_experts is None else _top_k(shape)
     feed_forward = 5 * shape.tokens * width * factor
-    attention = 3 * shape.query + 3 * shape.key
+    attention = 3 * shape.query + 3 * shape.key + 2 * shape.gathered
     if shape.model.attention_softcap is not None:
         attention += 2 * shape.scores + 2 * shape.query
     return (residual + max(feed_forward, attention)) * e
@@ -234,9 +267,12 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
     e = shape.formats.element
     projected = shape.query + 2 * shape.key
     rotated = shape.query + shape.key
+    if shape.gathered:  # copies of keys and values, so that nothing holds on to the rank's own
+        projected, rotated = shape.gathered + shape.masks, shape.query
     output = shape.query * (e + (1 if shape.formats.fp8 else 0))
-    if shape.microbatch.packed is not None and not shape.formats.has_engine:
-        output += shape.query * e  # each sequence's, and all in one row
+    in_parts = shape.microbatch.packed is not None or shape.layout.context > 1
+    if in_parts and not shape.formats.has_engine:
+        output += shape.query * e  # each part's, and all in one row
     if shape.keeps_scores and shape.model.attention_softcap is None:
         return (projected + rotated + (0 if selective else shape.scores)) * e + output
     if shape.model.attention_softcap is None:

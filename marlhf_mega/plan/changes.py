@@ -112,6 +112,6 @@ def _larger(layout: Layout, most_tensor: int) -> list[tuple[int, int]]:
         for pipeline in (1, 2, 4, 8, 16)
         if tensor <= most_tensor
         and layout.tensor * layout.pipeline < tensor * pipeline
-        and layout.world % (tensor * pipeline) == 0
+        and layout.world % (tensor * pipeline * layout.context) == 0
     ]
     return sorted(found, key=lambda pair: (pair[0] * pair[1], pair[1]))

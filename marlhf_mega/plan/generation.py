@@ -32,7 +32,8 @@ class Generation:
     @staticmethod
     def of_evaluation(work: Workload) -> "Generation":
         """Return how ranks that train answer held-out prompts while others only generate."""
-        settings, layout = work.config.evaluate, work.layout
+        settings, parallel = work.config.evaluate, work.config.parallel.generating
+        layout = Layout.of(parallel, work.layout.world)
         rows = -(-settings.num_prompts // layout.data)
         slots = max(1, settings.batch_size // layout.data)
         return Generation(layout=layout, slots=min(slots, rows))

@@ -41,13 +41,19 @@ class Layout:
 
     @property
     def sequence_share(self) -> int:
-        """Ranks among which norms and residuals are split along the sequence."""
+        """Tensor-parallel ranks among which norms and residuals are split along the sequence."""
         return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def context_multiple(self) -> int:
+        """Sequences are a multiple of this: two pieces for each rank that shares them."""
+        return 2 * self.context if self.context > 1 else 1
 
     def describe(self) -> str:
         """Say the layout, such as `TP8 x PP4 x DP4 + SP`."""
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
         parts += [f"VPP{self.chunks}"] if self.chunks > 1 else []
+        parts += [f"CP{self.context}"] if self.context > 1 else []
         parts += [f"EP{self.expert}"] if self.expert > 1 else []
         parts += [f"DP{self.data}"]
         return " x ".join(parts) + (" + SP" if self.sequence_parallel else "")

@@ -282,7 +282,7 @@ def _update(
 def _messages(work: Workload, microbatch: Microbatch, formats: Formats) -> int:
     """What ranks receive: a sequence gathered from its parts, a neighbour stage's activations."""
     layout, hidden = work.layout, work.policy.model.hidden_size
-    whole = microbatch.tokens * hidden * formats.element
+    whole = microbatch.tokens // layout.context * hidden * formats.element
     gathered = whole if layout.sequence_share > 1 else 0
     return gathered + (whole // layout.sequence_share if layout.pipeline > 1 else 0)
 

@@ -13,6 +13,8 @@ from marlhf_mega.plan.workload import microbatch_keys
 
 _SIZES = (1, 2, 4, 8, 16)
 _MICROBATCHES = (1, 2, 4, 8, 16)
+_SHARED_TOKENS = 4096
+"""Of a sequence, for each rank that shares it; with fewer it is not worth the messages."""
 _OFFLOAD = {"memory.offload_idle": True, "memory.offload_optimizer": True}
 
 
@@ -42,19 +44,23 @@ def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, A
 def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str, Any]]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tensors = [size for size in _SIZES if size <= cluster.gpus_per_node]
-    for tensor, pipeline, apart in product(tensors, _SIZES, _rollout_ranks(config, job, cluster)):
-        if (cluster.world_size - apart) % (tensor * pipeline):
+    contexts = [size for size in _SIZES if size == 1 or longest >= size * _SHARED_TOKENS]
+    ranks = _rollout_ranks(config, job, cluster)
+    for tensor, pipeline, context, apart in product(tensors, _SIZES, contexts, ranks):
+        if (cluster.world_size - apart) % (tensor * pipeline * context):
             continue
+        multiple = tensor * (2 * context if context > 1 else 1)
         chunks = (1, 2, 4) if pipeline > 1 else (1,)
         for virtual, rows, recompute in product(chunks, _MICROBATCHES, ("none", "full")):
             yield {
                 "parallel.tensor_size": tensor,
                 "parallel.pipeline_size": pipeline,
                 "parallel.virtual_pipeline_size": virtual,
+                "parallel.context_size": context,
                 "parallel.sequence_parallel": tensor > 1,
                 "memory.recompute": recompute,
                 "memory.recompute_num_layers": None,
-                **microbatch_keys(config, job, rows=rows, seq=round_up(longest, tensor)),
+                **microbatch_keys(config, job, rows=rows, seq=round_up(longest, multiple)),
                 **({"rollout.ranks": apart} if apart else {}),
             }
 

@@ -157,12 +157,13 @@ def _reduce(work: Workload, role: Role, gpu: Gpu, formats: Formats, rates: Effic
     the weights do not, as far as they fit beside the other role's passes.
     """
     layout = work.layout
-    if layout.data == 1:
+    replicas = layout.data * layout.context
+    if replicas == 1:
         return 0.0
     largest = largest_stage(role.model, layout, role.head)
-    within = layout.tensor * layout.data <= 8 and layout.pipeline == 1
+    within = layout.tensor * replicas <= 8 and layout.pipeline == 1
     speed = gpu.link if within else min(gpu.link, rates.network_bytes)
-    element_seconds = (layout.data - 1) / layout.data / speed
+    element_seconds = (replicas - 1) / replicas / speed
     gradients, weights = (largest * size * element_seconds for size in (4, formats.element))
     steps = work.batch_rows / work.minibatch_rows
     if layout.overlap:

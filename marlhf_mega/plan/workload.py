@@ -126,13 +126,12 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     planned = cast(PlannedJob, job)
     layout = Layout.of(config.parallel, world_size - apart)
     rows, minibatch, batch = _rows(config, planned, layout)
-    share = layout.sequence_share
-    microbatch = _microbatch(config, planned, share, rows=rows, most=max(1, minibatch))
+    microbatch = _microbatch(config, planned, layout, rows=rows, most=max(1, minibatch))
     scoring = microbatch
     if planned == "ppo":
         factor = config.ppo.scoring_microbatch_factor
         most = _most_scored(config, layout, batch)
-        scoring = _microbatch(config, planned, share, rows=rows, most=most, factor=factor)
+        scoring = _microbatch(config, planned, layout, rows=rows, most=most, factor=factor)
     count = -(-minibatch // microbatch.rows)
     return Workload(
         config=config,
@@ -167,7 +166,7 @@ def microbatch_keys(config: Config, job: str, *, rows: int, seq: int) -> dict[st
 
 
 def _microbatch(
-    config: Config, job: PlannedJob, share: int, *, rows: int, most: int, factor: int = 1
+    config: Config, job: PlannedJob, layout: Layout, *, rows: int, most: int, factor: int = 1
 ) -> Microbatch:
     """Size a forward of `rows` sequences, or of a number of tokens, times a factor.
 
@@ -180,8 +179,8 @@ def _microbatch(
     }[job]
     new = config.rollout if job == "ppo" else config.data
     seq = config.data.max_prompt_tokens + new.max_response_tokens
-    if not packs:
-        seq = round_up(seq, share)
+    share = layout.sequence_share * layout.context_multiple
+    seq = round_up(seq, layout.context_multiple if packs else share)
     budget = config.ppo.microbatch_tokens if job == "ppo" else None
     if budget is not None:
         budget *= factor

@@ -168,9 +168,7 @@ def generator_in_place(
 
     Ranks that share sequences in training are replicas of their own while they generate.
     """
-    generator = partial(
-        Generator, policy, eos_id=eos_id, cuda_graphs=config.rollout.cuda_graphs
-    )
+    generator = partial(Generator, policy, eos_id=eos_id, cuda_graphs=config.rollout.cuda_graphs)
     if mesh.cp_size == 1:
         return generator(mesh)
     replicas = create_second_mesh(mesh.parallel.generating, mesh)

@@ -60,7 +60,8 @@ def batches(work, mesh):
             texts(0),
             texts(1),
             pad_id=0,
-            multiple=1,
+            multiple=mesh.sequence_multiple,
+            context_multiple=mesh.context_multiple,
             device=mesh.device,
             packed=size.packed is not None,
         )

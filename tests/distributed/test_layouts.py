@@ -56,7 +56,15 @@ LAYOUTS = {
     "TP2 PP2 SP FP8 rows packed": (4, TP2 | PP2 | SP, PACKING),
 }
 TOKENS = ["TP2 SP tokens", "DP2 tokens", "PP2 VPP2 DP2 tokens", "CP2 DP2 tokens"]
-PACKED = ["CP2 packed", "CP2 FP8 rows packed", "TP2 CP2 SP packed", "TP2 SP packed", "DP2 packed", "PP2 VPP2 DP2 packed", "TP2 PP2 SP FP8 rows packed"]
+PACKED = [
+    "CP2 packed",
+    "CP2 FP8 rows packed",
+    "TP2 CP2 SP packed",
+    "TP2 SP packed",
+    "DP2 packed",
+    "PP2 VPP2 DP2 packed",
+    "TP2 PP2 SP FP8 rows packed",
+]
 DENSE = [name for name in LAYOUTS if not any(word in name for word in ("EP2", "tokens", "packed"))]
 QWEN = {"architecture": "qwen2", "qkv_bias": True}
 GEMMA2 = {

@@ -129,11 +129,6 @@ def test_virtual_stages_need_a_pipeline(call):
     assert "needs parallel.pipeline_size > 1" in call("sft", "parallel.virtual_pipeline_size=2")
 
 
-def test_context_parallelism_is_refused(call):
-    line = call("sft", "parallel.context_size=2", world_size=2)
-    assert line.startswith("parallel.context_size=2: sequences cannot be shared")
-
-
 def test_experts_need_a_model_that_has_them(call):
     line = call("sft", "parallel.expert_size=2", world_size=2)
     assert line == "parallel.expert_size=2: the model has no experts. Set it to 1."

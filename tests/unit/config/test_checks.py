@@ -67,9 +67,9 @@ def test_experts_that_fit():
         (
             {"context_size": 2},
             {},
-            2,
-            "parallel.context_size=2: sequences cannot be shared between ranks yet. Set it to 1; "
-            "long sequences fit by tensor_size and sequence_parallel.",
+            3,
+            "parallel: tensor_size * pipeline_size * context_size = 2 must divide the number of "
+            "ranks; it is 3. Start a multiple of 2 ranks.",
         ),
         (
             {"tensor_size": 8},
@@ -344,6 +344,16 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     # Packed sequences are not padded one by one.
     packed = {"microbatch_tokens": 98, "packing": True}
     assert job_problems(job, ppo=packed, parallel=parallel, data=data) == []
+    # Two pieces for each of the ranks that share a sequence, packed or not.
+    context = {"context_size": 4}
+    assert job_problems(job, ppo={"microbatch_tokens": 103}, parallel=context) == [
+        "ppo.microbatch_tokens=103: must hold the longest sequence, data.max_prompt_tokens + "
+        "rollout.max_response_tokens = 104 with padding. Use at least 104."
+    ]
+    assert len(job_problems(job, ppo=packed, parallel=context)) == 1
+    assert (
+        job_problems(job, ppo={"microbatch_tokens": 104, "packing": True}, parallel=context) == []
+    )
     assert job_problems(job, ppo=packed) == [
         "ppo.microbatch_tokens=98: must hold the longest sequence, data.max_prompt_tokens + "
         "rollout.max_response_tokens = 100. Use at least 100."

@@ -144,6 +144,12 @@ def test_only_every_nth_layer_slides_starting_with_the_first():
     assert attention_of(2, layer=2, window=3).window == 3
 
 
+def test_the_mask_of_the_last_queries():
+    options = {"device": torch.device("cpu"), "num_queries": 2}
+    assert causal_mask(4, window=None, **options).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert causal_mask(4, window=2, **options).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+
+
 def test_causal_mask():
     assert causal_mask(3, window=None, device=torch.device("cpu")).int().tolist() == [
         [1, 0, 0],

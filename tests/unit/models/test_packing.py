@@ -109,7 +109,8 @@ def test_the_engines_attention_takes_packed_and_padded_rows(dtype):
     module = packing_engine(EngineLike)()
     packing, tensors = Packing.of([4, 1, 6], width=12, device=CPU), draw(12, 2, dtype)
     how = {"attention_mask": None, "attn_mask_type": AttnMaskType.causal}
-    for packed, lengths in ((packing, [4, 1, 6, 1]), (None, [12])):
+    whole = Packing.of([12], width=12, device=CPU)
+    for packed, lengths in ((packing, [4, 1, 6, 1]), (None, [12]), (whole, [12])):
         found = module(*tensors, **how, packed_seq_params=packed)
         expected = by_mask(*tensors, visible(lengths, None), None)
         assert found.shape == expected.shape

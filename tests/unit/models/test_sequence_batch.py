@@ -9,9 +9,9 @@ from marlhf_mega.models.batch import SequenceBatch
 CPU = torch.device("cpu")
 
 
-def create(prompts, responses, multiple=1, *, packed=False):
+def create(prompts, responses, multiple=1, **options):
     return SequenceBatch.create(
-        prompts, responses, pad_id=0, multiple=multiple, device=CPU, packed=packed
+        prompts, responses, pad_id=0, multiple=multiple, device=CPU, **options
     )
 
 
@@ -42,6 +42,20 @@ def test_a_packed_batch_worked_by_hand():
     assert batch.positions.tolist() == [3, 5, 6, 7]
     assert batch.response_tokens.tolist() == [11, 12, 13, 14]
     assert batch.to_grid(batch.response_tokens).tolist() == [[11, 0, 0], [12, 13, 14]]
+
+
+def test_packed_sequences_that_ranks_share_are_padded_one_by_one():
+    batch = create([[5, 6, 7], [8]], [[11, 12], [13]], multiple=6, packed=True, context_multiple=4)
+    assert batch.tokens.tolist() == [[5, 6, 7, 11, 12, 0, 0, 0, 8, 13, 0, 0]]
+    assert batch.lengths == (8, 4)
+    assert batch.positions.tolist() == [3, 4, 9]
+    assert batch.response_tokens.tolist() == [11, 12, 13]
+
+
+def test_a_grid_of_some_tokens():
+    batch = create([[5], [8]], [[11, 12], [13]])
+    grid = batch.to_grid(torch.tensor([1.0, 2.0]), torch.tensor([2, 0]))
+    assert grid.tolist() == [[2.0, 0.0], [1.0, 0.0]]
 
 
 def test_the_length_is_rounded_up_to_the_multiple():
