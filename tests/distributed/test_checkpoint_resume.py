@@ -22,11 +22,13 @@ EXACT = {
         {"expert_size": 2},
         {"num_experts": 4, "experts_per_token": 2, "expert_ffn_hidden_size": 32},
     ),
+    "TP2 CP2 SP": ({"tensor_size": 2, "context_size": 2, "sequence_parallel": True}, {}),
 }
 RESHARD = {
     "DP4": {},
     "TP4": {"tensor_size": 4},
     "TP2 DP2": {"tensor_size": 2},
+    "CP2 DP2": {"context_size": 2},
     "PP2 VPP2 DP2": {"pipeline_size": 2, "virtual_pipeline_size": 2},
 }
 

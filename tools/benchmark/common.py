@@ -44,6 +44,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     layout.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     layout.add_argument("--tensor-size", type=int, default=1)
     layout.add_argument("--pipeline-size", type=int, default=1)
+    layout.add_argument("--context-size", type=int, default=1)
     work = options.add_argument_group("work")
     work.add_argument("--batch", type=int, default=32, help="sequences, over all ranks")
     work.add_argument("--prompt-len", type=int, default=64)
@@ -125,7 +126,11 @@ def make_config(args: argparse.Namespace) -> Config:
                 "ffn_hidden_size": args.ffn,
                 "vocab_size": args.vocab,
             },
-            "parallel": {"tensor_size": args.tensor_size, "pipeline_size": args.pipeline_size},
+            "parallel": {
+                "tensor_size": args.tensor_size,
+                "pipeline_size": args.pipeline_size,
+                "context_size": args.context_size,
+            },
             "precision": {"dtype": args.dtype, "fp8": args.fp8},
             "rollout": {"batch_size": args.batch, "max_response_tokens": args.response_len},
             "macro": {"rule": "fixed_ngram", "n": 5},

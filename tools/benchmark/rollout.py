@@ -15,8 +15,8 @@ import common
 from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.flops import forward_flops
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.train.build import generator_in_place
 from marlhf_mega.update.ppo import local_indices
 
 
@@ -25,7 +25,9 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     if args.cuda_graphs and mesh.platform.name != "cuda":
         raise ValueError("--cuda-graphs: needs a CUDA device; there is none. Leave it out.")
     chunks = common.build(config, mesh, "language", seed=args.seed)
-    generator = Generator(chunks, mesh, eos_id=common.EOS, cuda_graphs=args.cuda_graphs)
+    graphs = config.rollout.model_copy(update={"cuda_graphs": args.cuda_graphs})
+    config = config.model_copy(update={"rollout": graphs})
+    generator = generator_in_place(chunks, config, mesh, eos_id=common.EOS)
     own = local_indices(args.batch, args.batch, mesh)
     vocabulary = config.model.vocab_size or 0
     prompts = common.random_tokens(args.seed, [args.prompt_len] * args.batch, vocabulary)
