@@ -83,7 +83,7 @@ class StageModel(LanguageModule):
         num_layers = model.num_layers // (mesh.pp_size * mesh.num_chunks)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(model, mesh, num_layers),
+            spec=block_spec(model, mesh, num_layers, config.params_dtype),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=mesh.groups,

@@ -111,23 +111,33 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig, mesh: Mesh) -> TransformerBlockSubmodules | ModuleSpec:
-    """Choose the modules of a transformer layer for this platform and model."""
+def engine_attends(model: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine's attention suits: its ring has no float32 and no windows."""
+    return mesh.cp_size == 1 or (dtype != torch.float32 and model.sliding_window is None)
+
+
+def layer_spec(
+    model: ModelConfig, mesh: Mesh, dtype: torch.dtype
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """Choose the modules of a transformer layer for this platform, model and number format."""
     if uses_transformer_engine(model, mesh):
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
         )
         attention = spec.submodules.self_attention.submodules
-        attention.core_attention = packing_engine(attention.core_attention)
+        if engine_attends(model, mesh, dtype):
+            attention.core_attention = packing_engine(attention.core_attention)
+        else:
+            attention.core_attention = _own_attention(model)
         return spec
     return _local_layer_spec(model)
 
 
 def block_spec(
-    model: ModelConfig, mesh: Mesh, num_layers_here: int
+    model: ModelConfig, mesh: Mesh, num_layers_here: int, dtype: torch.dtype
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Spec of one stage chunk: its layers and the norm class that follows the last of them."""
-    layer = layer_spec(model, mesh)
+    layer = layer_spec(model, mesh, dtype)
     if uses_transformer_engine(model, mesh):
         return layer
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers_here, layer_norm=RMSNorm)
@@ -160,12 +170,7 @@ def _local_layer_spec(model: ModelConfig) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
-            core_attention=partial(
-                SdpaAttention,
-                softcap=model.attention_softcap,
-                window=model.sliding_window,
-                window_every=model.sliding_window_every,
-            ),
+            core_attention=_own_attention(model),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=RMSNorm if model.qk_norm else IdentityOp,
             k_layernorm=RMSNorm if model.qk_norm else IdentityOp,
@@ -188,6 +193,15 @@ def _local_layer_spec(model: ModelConfig) -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),
+    )
+
+
+def _own_attention(model: ModelConfig) -> Any:
+    return partial(
+        SdpaAttention,
+        softcap=model.attention_softcap,
+        window=model.sliding_window,
+        window_every=model.sliding_window_every,
     )
 
 

@@ -68,7 +68,8 @@ class LayerShape:
     @property
     def gathered(self) -> int:
         """Elements of keys and values of all ranks that share sequences; the engine's travel."""
-        if self.layout.context == 1 or self.formats.has_engine:
+        travels = self.formats.has_engine and self.model.sliding_window is None
+        if self.layout.context == 1 or travels:
             return 0
         return 2 * self.key * self.layout.context
 

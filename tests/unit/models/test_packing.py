@@ -1,5 +1,7 @@
 """Packed sequences: each is computed as if it were alone, by attention and by whole models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,12 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.layers import SdpaAttention
 from marlhf_mega.models.packing import Packing, packing_engine
-from marlhf_mega.models.spec import AttnMaskType, TransformerConfig
+from marlhf_mega.models.spec import AttnMaskType, TransformerConfig, engine_attends
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
 CPU = torch.device("cpu")
@@ -117,6 +120,20 @@ def test_the_engines_attention_takes_packed_and_padded_rows(dtype):
         assert torch.allclose(
             found.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.05
         )
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "dtype", "window", "expected"),
+    [
+        (1, torch.float32, 8, True),
+        (2, torch.bfloat16, None, True),
+        (2, torch.float32, None, False),
+        (2, torch.bfloat16, 8, False),
+    ],
+)
+def test_what_the_engines_ring_cannot_do_is_ours(cp_size, dtype, window, expected):
+    model, mesh = ModelConfig(sliding_window=window), SimpleNamespace(cp_size=cp_size)
+    assert engine_attends(model, mesh, dtype) is expected
 
 
 MODELS = {

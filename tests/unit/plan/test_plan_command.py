@@ -11,6 +11,7 @@ from shapes import GEMMA2_27B, LLAMA_8B, LLAMA_70B, QWEN3_30B
 
 from marlhf_mega.cli import run
 from marlhf_mega.config.schema import Config
+from marlhf_mega.plan.activations import Formats, layer_shape
 from marlhf_mega.plan.changes import smallest_change
 from marlhf_mega.plan.checkpoints import Reliability, checkpoint_plan
 from marlhf_mega.plan.generation import Generation
@@ -126,6 +127,41 @@ def test_more_layouts_are_tried_where_settings_do_not_help():
     keys, changed = smallest_change(plan)
     assert keys["parallel.pipeline_size"] > 1
     assert changed.fits
+
+
+LONG = PPO | {
+    "data": {"max_prompt_tokens": 7168},
+    "parallel": {"tensor_size": 8, "context_size": 2, "sequence_parallel": True},
+}
+
+
+def test_sequences_that_ranks_share_are_sized_by_hand():
+    """8192 tokens, the last 1024 of them a response: one piece of 4 is 2048 tokens."""
+    work = workload(Config.model_validate(LONG), "ppo", 128)
+    assert work.layout.describe() == "TP8 x PP1 x CP2 x DP8 + SP"
+    assert work.microbatch.seq == 8192
+    formats = Formats(element=2, has_engine=True, fp8=False)
+    shape = layer_shape(work.policy, work.layout, work.microbatch, formats)
+    rows = 8
+    assert shape.tokens == rows * 4096
+    # The whole response is in the last piece, so one rank's head sees all of it.
+    assert shape.selected == rows * 1024
+    assert (shape.gathered, shape.masks) == (0, 0)
+    local = replace(shape, formats=replace(formats, has_engine=False))
+    # One group of keys and one of values, 128 wide, of the whole sequence.
+    assert local.gathered == rows * 2 * 8192 * 128
+    # Of the 4 pieces, rank 0 has the first (sees 1) and the last (sees 4).
+    assert local.masks == 2048 * 5 * 2048
+    # A response of 3 pieces: the rank with the last two of its own has two.
+    longer = replace(work.microbatch, response=3 * 2048)
+    assert replace(shape, microbatch=longer).selected == rows * 2 * 2048
+
+
+def test_context_parallelism_is_searched_where_sequences_are_long():
+    found = search(Config.model_validate(LONG), "ppo", cluster())
+    assert {keys["parallel.context_size"] for keys, _ in found} == {1, 2}
+    short = search(Config.model_validate(PPO), "ppo", cluster())
+    assert {keys["parallel.context_size"] for keys, _ in short} == {1}
 
 
 def test_search_ranks_what_fits():
