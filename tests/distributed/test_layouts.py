@@ -37,7 +37,6 @@ LAYOUTS = {
     "CP4": (4, {"context_size": 4}, 8),
     "TP2 CP2 SP": (4, TP2 | CP2 | SP, 4),
     "PP2 VPP2 CP2": (4, PP2 | VPP2 | CP2, 2),
-    "CP2 DP2": (4, CP2, 2),
     "CP2 EP2": (2, CP2 | EP2, 4),
     "TP2 SP tokens": (2, TP2 | SP, BUDGET | {"scoring_microbatch_factor": 2}),
     "DP2 tokens": (2, {}, BUDGET),
@@ -48,8 +47,7 @@ LAYOUTS = {
     "DP2 packed": (2, {}, {"microbatch_size": 2, "packing": True}),
     "EP2 packed": (2, EP2, PACKING),
     "CP2 packed": (2, CP2, PACKING | {"microbatch_tokens": 44}),
-    "CP2 FP8 rows packed": (2, CP2, PACKING | {"microbatch_tokens": 44}),
-    "TP2 CP2 SP packed": (4, TP2 | CP2 | SP, {"microbatch_size": 3, "packing": True}),
+    "TP2 CP2 SP FP8 rows packed": (4, TP2 | CP2 | SP, {"microbatch_size": 3, "packing": True}),
     "CP2 DP2 tokens": (4, CP2, BUDGET),
     "TP2 PP2 SP packed": (4, TP2 | PP2 | SP, PACKING),
     "PP2 VPP2 DP2 packed": (4, PP2 | VPP2, PACKING),
@@ -58,8 +56,7 @@ LAYOUTS = {
 TOKENS = ["TP2 SP tokens", "DP2 tokens", "PP2 VPP2 DP2 tokens", "CP2 DP2 tokens"]
 PACKED = [
     "CP2 packed",
-    "CP2 FP8 rows packed",
-    "TP2 CP2 SP packed",
+    "TP2 CP2 SP FP8 rows packed",
     "TP2 SP packed",
     "DP2 packed",
     "PP2 VPP2 DP2 packed",
@@ -94,7 +91,8 @@ MODELS = {
     "untied": (QWEN, DENSE + TOKENS + PACKED),
     "tied": (
         QWEN | {"tied_embeddings": True},
-        [name for name in DENSE if "FP8" not in name] + ["TP2 PP2 SP packed"],
+        [name for name in DENSE if "FP8" not in name and "CP" not in name]
+        + ["TP2 PP2 SP packed", "PP2 VPP2 CP2"],
     ),
     "qk norm": (
         {"architecture": "qwen3", "qk_norm": True},
@@ -112,7 +110,6 @@ MODELS = {
             "TP1 packed",
             "TP2 SP packed",
             "PP2 VPP2 DP2 packed",
-            "CP2",
             "PP2 VPP2 CP2",
             "CP2 packed",
         ],
