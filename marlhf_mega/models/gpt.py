@@ -189,8 +189,7 @@ class StageModel(LanguageModule):
             packing = Packing.of(lengths, width=width, device=device, context=self.context)
             positions, share = packing.positions, packing.share
         if share is not None:
-            own = share.places(device)
-            tokens, positions = tokens[:, own], positions[own]
+            tokens, positions = tokens[:, share.places], positions[share.places]
         hidden: Tensor = self.decoder(
             hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=None,

@@ -50,7 +50,7 @@ class Packing:
         rest = width - sum(lengths)
         whole = (*lengths, rest) if rest else tuple(lengths)
         ends = torch.tensor([0, *accumulate(whole)], dtype=torch.int32)
-        share = None if context is None else ContextShare(whole, context)
+        share = None if context is None else ContextShare(whole, context, device)
         return Packing(whole, ends.to(device), share)
 
     @property

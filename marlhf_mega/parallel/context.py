@@ -7,6 +7,7 @@ every rank. The engine's attention expects this order, too.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -38,15 +39,24 @@ class ContextShare:
     """Tokens of the row's sequences, in order; each a multiple of twice the ranks."""
     group: Group
     """The ranks that share them."""
+    device: torch.device
+    """Of the model."""
 
-    @property
+    @cached_property
     def pieces(self) -> list[Piece]:
         """What this rank holds, in its order."""
         return list(self._pieces(self.group.rank()))
 
-    def places(self, device: torch.device) -> Tensor:
+    @cached_property
+    def places(self) -> Tensor:
         """[row / ranks] int64: where in the row this rank's tokens are."""
-        return _places(self.pieces, device)
+        return self._places(self.pieces)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """[row] int64: where in what all ranks hold, rank by rank, the row's tokens are."""
+        ranks = range(self.group.size())
+        return self._places([piece for rank in ranks for piece in self._pieces(rank)]).argsort()
 
     def find(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Look tokens of the row up among this rank's.
@@ -57,9 +67,8 @@ class ContextShare:
         Returns:
             [found] int64, which of them this rank holds; [found] int64, where among its own.
         """
-        own = self.places(places.device)
-        number = own.new_full((sum(self.lengths),), -1)
-        number[own] = torch.arange(len(own), device=own.device)
+        number = self.places.new_full((sum(self.lengths),), -1)
+        number[self.places] = torch.arange(len(self.places), device=self.device)
         here = number[places]
         found = (here >= 0).nonzero()[:, 0]
         return found, here[found]
@@ -74,9 +83,7 @@ class ContextShare:
             [row, ...].
         """
         by_rank = gather_from_sequence_parallel_region(own, group=self.group)
-        ranks = range(self.group.size())
-        held = _places([p for rank in ranks for p in self._pieces(rank)], own.device)
-        whole: Tensor = by_rank.index_select(0, held.argsort())
+        whole: Tensor = by_rank.index_select(0, self._order)
         return whole
 
     def sum(self, values: Tensor) -> Tensor:
@@ -87,12 +94,13 @@ class ContextShare:
     def _pieces(self, rank: int) -> Iterator[Piece]:
         count, start = 2 * self.group.size(), 0
         for length in self.lengths:
-            size = length // count
+            size, rest = divmod(length, count)
+            assert not rest, (length, count)
             for number in (rank, count - 1 - rank):
                 first = start + number * size
                 yield Piece(start, first, first + size)
             start += length
 
-
-def _places(pieces: list[Piece], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(p.first, p.end, device=device) for p in pieces])
+    def _places(self, pieces: list[Piece]) -> Tensor:
+        found = [torch.arange(piece.first, piece.end) for piece in pieces]
+        return torch.cat(found).to(self.device)

@@ -24,14 +24,14 @@ class Group:
 
 
 def shares(lengths, count):
-    return [ContextShare(tuple(lengths), Group(number, count)) for number in range(count)]
+    return [ContextShare(tuple(lengths), Group(number, count), CPU) for number in range(count)]
 
 
 def test_pieces_worked_by_hand():
     first, second = shares([8, 4], 2)
     assert first.pieces == [Piece(0, 0, 2), Piece(0, 6, 8), Piece(8, 8, 9), Piece(8, 11, 12)]
-    assert first.places(CPU).tolist() == [0, 1, 6, 7, 8, 11]
-    assert second.places(CPU).tolist() == [2, 3, 4, 5, 9, 10]
+    assert first.places.tolist() == [0, 1, 6, 7, 8, 11]
+    assert second.places.tolist() == [2, 3, 4, 5, 9, 10]
 
 
 def test_tokens_are_found_where_they_are():
@@ -47,7 +47,7 @@ def test_tokens_are_found_where_they_are():
 def test_every_token_is_held_once_and_attention_is_the_same_work(pieces, count):
     lengths = [2 * count * n for n in pieces]
     everyone = shares(lengths, count)
-    held = sorted(place for share in everyone for place in share.places(CPU).tolist())
+    held = sorted(place for share in everyone for place in share.places.tolist())
     assert held == list(range(sum(lengths)))
     starts = [start for share in everyone for start in {piece.start for piece in share.pieces}]
     assert set(starts) == {sum(lengths[:n]) for n in range(len(lengths))}
