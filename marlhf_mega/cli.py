@@ -121,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--world-size", type=int, help="ranks of a dry run or a check")
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="dotted keys, such as ppo.epochs=2"
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="dotted keys, such as ppo.epochs=2; key=null unsets what may be unset",
         )
     return parser
 

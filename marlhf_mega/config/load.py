@@ -1,18 +1,22 @@
 """YAML files and dotted overrides to one frozen `Config`; every problem found, one line each."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from yaml import MarkedYAMLError, YAMLError
 
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import redact
+
+_YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 class ConfigError(ValueError):
@@ -26,7 +30,8 @@ def load_config(
 
     Args:
         path: a YAML file that holds only what differs from the defaults; none: defaults alone.
-        overrides: dotted assignments such as `rollout.top_k=50`; values are YAML.
+        overrides: dotted assignments such as `rollout.top_k=50`; values are YAML, and `none` is
+            null where a key may be null.
         need_weights: refuse where the model's folder is missing; plans do with the shape that the
             file gives.
 
@@ -153,8 +158,9 @@ def _lines(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "value_error":
             yield message.removeprefix("Value error, ")
         else:
-            shown = problem["input"]
-            yield f"{where}={shown}: {message[0].lower()}{message[1:]}. Change the value."
+            unset = ", or write null to unset it" if _may_be_null(problem["loc"]) else ""
+            shown = _YAML_WORDS.get(repr(problem["input"]), problem["input"])
+            yield f"{where}={shown}: {message[0].lower()}{message[1:]}. Change the value{unset}."
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
@@ -171,7 +177,12 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"Known keys: {', '.join(siblings)}."
 
 
-def _keys(model: type[BaseModel], path: Iterable[int | str]) -> Iterable[str]:
+def _may_be_null(location: tuple[int | str, ...]) -> bool:
+    field = _keys(Config, location[:-1]).get(str(location[-1]))
+    return field is not None and NoneType in get_args(field.annotation)
+
+
+def _keys(model: type[BaseModel], path: Iterable[int | str]) -> Mapping[str, FieldInfo]:
     for part in path:
         if isinstance(part, str) and part in model.model_fields:
             model = _inner_model(model.model_fields[part].annotation) or model

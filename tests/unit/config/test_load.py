@@ -55,6 +55,29 @@ def test_values_of_overrides_are_yaml():
     assert config.run.name == "a: b"
 
 
+@pytest.mark.parametrize("word", ["null", "~", "", "none", "None"])
+def test_a_key_that_may_be_null_is_unset_by_any_word_for_it(word):
+    unset = [f"ppo.value_clip_range={word}", f"evaluate.gold={word}", f"tokenizer.path={word}"]
+    config = load_config(None, ["evaluate.gold=a:b", "tokenizer.path=tok", *unset])
+    assert config.ppo.value_clip_range is None
+    assert config.evaluate.gold is None
+    assert config.tokenizer.path is None
+
+
+def test_none_is_a_word_where_a_key_cannot_be_null(yaml_file):
+    path = yaml_file("memory: {recompute: none}\nrun: {name: none, steps: none}\n")
+    config = load_config(path, ["reward.missing_eos=none", "model.rope_scaling.kind=none"])
+    assert (config.memory.recompute, config.run.name, config.run.steps) == ("none", "none", None)
+    assert (config.reward.missing_eos, config.model.rope_scaling.kind) == ("none", "none")
+
+
+def test_whole_numbers_may_be_written_as_floats_and_floats_as_whole_numbers():
+    overrides = ["policy.lr=1", "ppo.epochs=2.0", "run.steps=1e3", "rollout.staleness=0"]
+    config = load_config(None, [*overrides, "data.shuffle=0", "ppo.packing=yes"])
+    assert (config.policy.lr, config.ppo.epochs, config.run.steps) == (1.0, 2, 1000)
+    assert (config.data.shuffle, config.ppo.packing) == (False, True)
+
+
 def test_a_file_can_refer_to_its_own_keys(yaml_file):
     config = load_config(yaml_file("run: {name: x, dir: 'runs/${run.name}'}"), ["run.name=y"])
     assert config.run.dir.name == "y"
@@ -93,6 +116,12 @@ def test_an_unknown_key_names_the_nearest_or_all(override, message):
         ("ppo.epochs=0", "ppo.epochs=0: input should be greater than 0. Change the value."),
         ("ppo.gamma=1.1", "ppo.gamma=1.1: input should be less than or equal to 1."),
         ("ppo.epochs=1.5", "ppo.epochs=1.5: input should be a valid integer"),
+        ("ppo.epochs=true", "ppo.epochs=true: input should be a number, not true or false. Ch"),
+        ("policy.lr=off", "policy.lr=false: input should be a number, not true or false. Change"),
+        ("rollout.staleness=true", "rollout.staleness=true: input should be a number, not true"),
+        ("macro.lengths=[2,true]", "macro.lengths=[2, True]: input should be a number, not true"),
+        ("policy.lr=.inf", "policy.lr=inf: input should be a finite number. Change the value."),
+        ("ppo.epochs=null", "ppo.epochs=null: input should be a valid integer. Change the value."),
         ("run.name=3", "run.name=3: input should be a valid string"),
         ("rollout.temperature=hot", "rollout.temperature=hot: input should be a valid number"),
         ("data.shuffle=maybe", "data.shuffle=maybe: input should be a valid boolean"),
@@ -104,6 +133,11 @@ def test_an_unknown_key_names_the_nearest_or_all(override, message):
 )
 def test_a_value_of_the_wrong_type_or_range_is_shown(override, message):
     assert refused(override).startswith(message)
+
+
+@pytest.mark.parametrize("override", ["run.steps=off", "ppo.dual_clip=0", "logging.wandb=3"])
+def test_a_wrong_value_of_a_key_that_may_be_null_says_how_to_unset_it(override):
+    assert refused(override).endswith(". Change the value, or write null to unset it.")
 
 
 def test_every_problem_is_reported_on_a_line_of_its_own():
