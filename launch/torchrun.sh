@@ -107,6 +107,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Read the configuration in one process: torchrun would wrap a wrong key in a page of its own. The
 # dry run needs neither the data nor the models, so it only resolves it.
 config=
+[[ $1 != plan ]] || refuse "plan: imagines its ranks and needs none. Run marlhf plan."
 if [[ $1 == doctor ]]; then
     restarts=0 # what it finds is the answer
 else

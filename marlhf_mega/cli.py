@@ -50,8 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         dry, planned = getattr(options, "dry_run", False), options.command == "plan"
         config = load_config(options.config, options.overrides, need_weights=not (dry or planned))
         if options.print_config:
-            sys.stdout.write(dump_config(config))
-            return 0
+            return _show(config)
         if options.command == "doctor":
             return _doctor(config)
         if planned:
@@ -60,13 +59,28 @@ def run(arguments: Sequence[str]) -> int:
             return _dry_run(config, options)
         job = _prepare(options.command, config, getattr(options, "world_size", None))
         if options.check:
-            sys.stdout.write(dump_config(config))
-            return 0
+            return _show(config)
     except ValueError as error:
-        if _rank() == 0:
-            sys.stderr.write(f"{error}\n")
-        return EXIT_USAGE
+        return _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            return _refuse(str(error))
+        return _refuse(
+            f"{error.filename}: cannot be used; {error.strerror}. Mend it or use another path."
+        )
     return job()
+
+
+def _show(config: Config) -> int:
+    if _rank() == 0:
+        sys.stdout.write(dump_config(config))
+    return 0
+
+
+def _refuse(message: str) -> int:
+    if _rank() == 0:
+        sys.stderr.write(f"{message}\n")
+    return EXIT_USAGE
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -86,6 +100,8 @@ def _check_world_size(options: argparse.Namespace) -> None:
             f"--world-size={size}: is for --dry-run and --check; a run has as many ranks as were "
             "started. Leave it out, or start them with torchrun."
         )
+    if size is not None and size <= 0:
+        raise ConfigError(f"--world-size={size}: must be above 0. Give a positive number.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,15 +124,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--print-config", action="store_true", help="show the resolved configuration and stop"
         )
-        command.add_argument(
-            "--check",
-            action="store_true",
-            help="read and check all that a run would, show it, stop",
-        )
+        looks = command.add_mutually_exclusive_group()
         if name == "plan":
             add_options(command)
+        elif name != "doctor":
+            looks.add_argument(
+                "--check",
+                action="store_true",
+                help="read and check all that a run would, a checkpoint's settings included, "
+                "show it, stop",
+            )
         if name in ("sft", "reward", "ppo"):
-            command.add_argument(
+            looks.add_argument(
                 "--dry-run", action="store_true", help="build every rank without memory and report"
             )
             command.add_argument("--world-size", type=int, help="ranks of a dry run or a check")

@@ -1,5 +1,6 @@
 """Rules that need more than one section, the job, or the size of the world."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,7 @@ def check_world(config: Config, world_size: int, *, apart: int = 0) -> int:
 
 
 def check_job(config: Config, job: Job, data_size: int) -> None:
-    """Check what one job needs: its files and its batch arithmetic.
+    """Check what one job needs: its files, its folder and its batch arithmetic.
 
     Args:
         config: the resolved configuration.
@@ -57,7 +58,11 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     Raises:
         ConfigError: one line for every rule that is broken.
     """
-    problems = [*_file_problems(config, job), *_size_problems(config, job, data_size)]
+    problems = [
+        *_file_problems(config, job),
+        *_folder_problems(config),
+        *_size_problems(config, job, data_size),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -70,6 +75,16 @@ def check_sizes(config: Config, job: Job, data_size: int) -> None:
     """
     problems = list(_size_problems(config, job, data_size))
     if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_run_dir(config: Config) -> None:
+    """Check that the run directory can be written to, as far as looking tells.
+
+    Raises:
+        ConfigError: a file is in its way, or it is not ours to write.
+    """
+    if problems := list(_folder_problems(config)):
         raise ConfigError("\n".join(problems))
 
 
@@ -263,6 +278,22 @@ def _file_problems(config: Config, job: Job) -> Iterator[str]:
             yield f"data.{key}: {job} needs it; it is not set. Give a .jsonl or .parquet file."
         elif path is not None and not Path(path).is_file():
             yield f"data.{key}={path}: no such file. Give a .jsonl or .parquet file."
+
+
+def _folder_problems(config: Config) -> Iterator[str]:
+    """Look, without writing, whether the run directory or what it would be made in is writable."""
+    path = config.run.dir.absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    reason = None
+    if not nearest.is_dir():
+        reason = "is not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "cannot be written to"
+    if reason is not None:
+        yield (
+            f"run.dir={config.run.dir}: must be a folder that can be written to; {nearest} "
+            f"{reason}. Use another folder."
+        )
 
 
 def _length_problems(config: Config, job: Job) -> Iterator[str]:

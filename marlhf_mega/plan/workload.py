@@ -119,8 +119,6 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
             "model.vocab_size: a plan needs it; it is not set. Set it, or model.hf_path or "
             "tokenizer.path."
         )
-    if world_size < 1:
-        raise ConfigError(f"--world-size={world_size}: must be above 0. Give a positive number.")
     apart = rollout_ranks(config, job)
     check_world(config, world_size, apart=apart)
     planned = cast(PlannedJob, job)

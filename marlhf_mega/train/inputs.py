@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from marlhf_mega import platform
-from marlhf_mega.config.checks import WITHOUT_TRAINING, Job, check_job, check_world, rollout_ranks
+from marlhf_mega.config.checks import (
+    GENERATING,
+    WITHOUT_TRAINING,
+    Job,
+    check_job,
+    check_world,
+    rollout_ranks,
+)
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import ExampleBuilder
 from marlhf_mega.data.files import Row, RowKind, content_hash, read_rows
 from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.experience.segmentation import load_parser
 from marlhf_mega.metrics.writers import check_wandb
+from marlhf_mega.rewards.rule import check_importable
 
 Example = TypeVar("Example")
 Build = Callable[[ExampleBuilder, Sequence[Row]], Sequence[Example]]
@@ -61,6 +70,7 @@ def read_inputs(
     check_job(config, job, data_size)
     check_wandb(config.logging.wandb)
     _check_device(config)
+    check_imports(config, job)
     tokenizer_path = _tokenizer_path(config)
     tokenizer = Tokenizer.load(tokenizer_path)
     config = _with_vocabulary(config, tokenizer)
@@ -86,6 +96,23 @@ def read_inputs(
         validation=examples(config.data.validation_path, *(validation or (kind, build))),
         data_hash=content_hash(train_path) if train_path else "",
     )
+
+
+def check_imports(config: Config, job: Job) -> None:
+    """Import what the job will call.
+
+    Raises:
+        ValueError: with the key of what cannot be imported.
+    """
+    if job not in GENERATING:
+        return
+    for term in config.reward.source:
+        if term.is_rule:
+            check_importable(term.source, sandbox=term.sandbox)
+    if config.evaluate.gold is not None and job != "generate":
+        check_importable(config.evaluate.gold, key="evaluate.gold")
+    if config.macro.rule == "parsing" and job == "ppo":
+        load_parser(config.macro.parser)
 
 
 def check_same_tokenizer(origin: Origin, tokenizer: Tokenizer, *, key: str) -> None:

@@ -15,7 +15,7 @@ from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
-from marlhf_mega.experience.segmentation import Segmenter, load_parser
+from marlhf_mega.experience.segmentation import Segmenter
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics import rates
 from marlhf_mega.metrics.memory import PHASE_PEAKS
@@ -25,7 +25,6 @@ from marlhf_mega.metrics.writers import Sample
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.offload import TRAINING
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rewards.rule import check_importable
 from marlhf_mega.rollout.types import Rollout
 from marlhf_mega.train.build import (
     build_roles,
@@ -58,13 +57,6 @@ def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
     config, tokenizer = inputs.config, inputs.tokenizer
     policy_origin(config)
     critic_origin(config, tokenizer, reward_origins(config, tokenizer))
-    for term in config.reward.source:
-        if term.is_rule:
-            check_importable(term.source, sandbox=term.sandbox)
-    if config.evaluate.gold is not None:
-        check_importable(config.evaluate.gold, key="evaluate.gold")
-    if config.macro.rule == "parsing":
-        load_parser(config.macro.parser)
     return inputs
 
 

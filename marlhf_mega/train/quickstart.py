@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlhf_mega.config.checks import check_world
+from marlhf_mega.config.checks import Job, check_run_dir, check_sizes, check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
@@ -16,6 +16,7 @@ from marlhf_mega.metrics.progress import show_before_after
 from marlhf_mega.metrics.report import report
 from marlhf_mega.parallel.collectives import barrier
 from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.train.inputs import check_imports
 from marlhf_mega.train.ppo import ppo_inputs, run_ppo
 from marlhf_mega.train.reward import reward_inputs, run_reward
 from marlhf_mega.train.sft import run_sft, sft_inputs
@@ -23,6 +24,7 @@ from marlhf_mega.train.sft import run_sft, sft_inputs
 VOCABULARY = 512
 ROWS = {"sft": 4096, "preferences": 4096, "prompts": 4096}
 HELD_OUT = 512
+JOBS: tuple[Job, ...] = ("sft", "reward", "ppo")
 STEPS = {"sft": 300, "reward": 300, "ppo": 40}
 SFT_LR = 2e-3
 SETTINGS: dict[str, Any] = {
@@ -64,7 +66,7 @@ def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
     """Put the user's keys over the quickstart's own settings.
 
     Raises:
-        ConfigError: a key that the quickstart decides itself is set, or the layout does not fit.
+        ConfigError: a key that the quickstart decides itself is set, or something does not fit.
     """
     for section in ("tokenizer", "data", "reward"):
         if section in user.model_fields_set:
@@ -81,7 +83,12 @@ def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
         SETTINGS | {"parallel": _layout(world_size)}, user.model_dump(exclude_unset=True)
     )
     config = Config.model_validate(settings)
-    check_world(config, world_size)
+    data_size = check_world(config, world_size)
+    check_run_dir(config)
+    # Not when their turn comes, minutes later.
+    for job in JOBS:
+        check_sizes(_stage(config, job), job, data_size)
+    check_imports(config, "ppo")
     return QuickstartInputs(config)
 
 
@@ -98,7 +105,7 @@ def run_quickstart(inputs: QuickstartInputs, mesh: Mesh) -> None:
     before, after = run_ppo(ppo_inputs(ppo, world), mesh)
     if mesh.rank == 0:
         out = folder / "report.html"
-        report([folder / "sft", folder / "reward", folder / "ppo"], out)
+        report([folder / job for job in JOBS], out)
         show_before_after(
             [(label, before.get(name), after.get(name)) for label, name in SHOWN],
             columns=("sft", "macro ppo"),
@@ -139,7 +146,7 @@ def _layout(world_size: int) -> dict[str, int]:
     }
 
 
-def _stage(config: Config, job: str) -> Config:
+def _stage(config: Config, job: Job) -> Config:
     """Derive one job's configuration."""
     folder = config.run.dir
     data = folder / "data"

@@ -36,7 +36,7 @@ def call(files, tmp_path, capsys, monkeypatch):
 
     def refuse(command, *overrides, world_size=1):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        data = {"sft": "sft", "reward": "pairs", "ppo": "prompts", "evaluate": "prompts"}[command]
+        data = {"sft": "sft", "reward": "pairs"}.get(command, "prompts")
         defaults = [
             f"run.dir={run_dir}",
             f"tokenizer.path={files / 'tok'}",
@@ -79,6 +79,8 @@ def test_a_check_is_for_as_many_ranks_as_asked(files, tmp_path, capsys):
     assert "the number of ranks; it is 1" in capsys.readouterr().err
     assert run([*arguments, "--world-size", "2"]) == 0
     capsys.readouterr()
+    assert run([*arguments, "--world-size", "0"]) == 2
+    assert capsys.readouterr().err.startswith("--world-size=0: must be above 0.")
     assert run([*arguments[:-1], "--world-size", "2"]) == 2
     assert capsys.readouterr().err.startswith("--world-size=2: is for --dry-run and --check; ")
     assert not (tmp_path / "run").exists()
@@ -189,6 +191,22 @@ def test_ppo_needs_a_reward(call):
     assert call("ppo", "reward.source=[]").startswith("reward.source: ppo needs a reward.")
 
 
+def test_a_run_directory_with_a_file_in_its_way(call, files):
+    """Together with whatever else is wrong; `call` sees to it that nothing is written."""
+    file = files / "sft.jsonl"
+    for command in ("sft", "reward", "ppo", "evaluate", "generate"):
+        assert call(command, f"run.dir={file / 'run'}") == (
+            f"run.dir={file / 'run'}: must be a folder that can be written to; {file} is not a "
+            "folder. Use another folder."
+        )
+
+
+def test_a_path_that_the_system_refuses(call):
+    name = "x" * 300 + ".jsonl"
+    line = f"{name}: cannot be used; File name too long. Mend it or use another path."
+    assert call("sft", f"data.train_path={name}") == line
+
+
 def test_a_missing_data_file(call):
     line = "data.train_path=/nowhere.jsonl: no such file. Give a .jsonl or .parquet file."
     assert call("sft", "data.train_path=/nowhere.jsonl") == line
@@ -219,8 +237,15 @@ def test_a_reward_function_that_cannot_be_imported(call):
     assert line.startswith("reward.source=marlhf_mega.data.toy:silver: must name a function")
 
 
-def test_a_gold_rule_that_cannot_be_imported(call):
-    assert call("ppo", "evaluate.gold=no.module:at_all").startswith("evaluate.gold=no.module")
+@pytest.mark.parametrize("command", ["ppo", "evaluate"])
+def test_a_gold_rule_that_cannot_be_imported(call, command):
+    assert call(command, "evaluate.gold=no.module:at_all").startswith("evaluate.gold=no.module")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_rule_that_cannot_be_imported_is_refused_without_training_too(call, command):
+    line = call(command, "reward.source=no.module:at_all")
+    assert line.startswith("reward.source=no.module:at_all: must name a function")
 
 
 def test_a_parser_that_cannot_be_imported(call):
@@ -299,9 +324,34 @@ def test_quickstart_refuses_what_it_decides_itself(capsys):
     assert capsys.readouterr().err.startswith("data: quickstart makes its own data")
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollout.batch_size=100", "ppo.minibatch_size=64: must divide rollout.batch_size=100."),
+        ("rollout.max_response_tokens=60", "rollout.max_response_tokens: with data.max_prompt"),
+        ("evaluate.gold=no:at_all", "evaluate.gold=no:at_all: must name a function"),
+        ("run.dir=/dev/null/run", "run.dir=/dev/null/run: must be a folder that can be written"),
+    ],
+)
+def test_the_quickstart_refuses_at_once_what_its_last_job_would(capsys, override, line):
+    assert run(["quickstart", override]) == 2
+    assert capsys.readouterr().err.startswith(line)
+
+
 def test_the_quickstart_runs_all_jobs_on_the_same_ranks(capsys):
     assert run(["quickstart", "rollout.ranks=1"]) == 2
     assert capsys.readouterr().err.startswith("rollout.ranks=1: quickstart runs all its jobs on")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "--check"], ["doctor", "--check"], ["sft", "--check", "--dry-run"]],
+)
+def test_options_that_would_be_ignored_are_refused(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    assert ended.value.code == 2
+    assert "--check" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys):

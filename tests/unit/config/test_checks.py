@@ -1,8 +1,11 @@
 """Rules about the layout, the job and the world; every message, and the cases just inside."""
 
+import os
+import subprocess
+
 import pytest
 
-from marlhf_mega.config.checks import check_job, check_world
+from marlhf_mega.config.checks import check_job, check_run_dir, check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 
@@ -535,3 +538,46 @@ def test_only_models_that_rest_leave_the_device(job_problems, key):
         f"memory.{key}=true: weights in FP8 cannot leave the GPU. Set it to false, or "
         "precision.fp8_param_gather=false."
     ]
+
+
+def test_a_run_directory_may_be_there_or_be_made(tmp_path):
+    check_run_dir(make(run={"dir": tmp_path}))
+    check_run_dir(make(run={"dir": tmp_path / "a" / "b"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_file_in_the_way_of_the_run_directory_is_named(tmp_path, below):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError) as error:
+        check_run_dir(make(run={"dir": file / below}))
+    assert str(error.value) == (
+        f"run.dir={file / below}: must be a folder that can be written to; {file} is not a folder. "
+        "Use another folder."
+    )
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Make a folder that this user, even if it is root, cannot write to."""
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o555)
+    if os.geteuid() != 0:
+        yield folder
+        return
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_run_directory_on_a_read_only_file_system_is_refused(read_only, below):
+    with pytest.raises(ConfigError) as error:
+        check_run_dir(make(run={"dir": read_only / below}))
+    assert str(error.value) == (
+        f"run.dir={read_only / below}: must be a folder that can be written to; {read_only} "
+        "cannot be written to. Use another folder."
+    )

@@ -96,6 +96,7 @@ def test_visible_gpus_are_counted_and_hidden_ones_are_not_used(launch, gpus):
         (["--node", "2", "ppo"], "--node: unknown option. See --help."),
         (["--nodes"], "--nodes: needs a value. See --help."),
         (["--dry-run"], "launch/torchrun.sh: needs a command such as ppo; none was given. See --help."),
+        (["plan"], "plan: imagines its ranks and needs none. Run marlhf plan."),
         (["ppo", "ppo.epoch=2"], "ppo.epoch: unknown key. Did you mean ppo.epochs?"),
         (["--dry-run", "ppo", "ppo.epoch=2"], "ppo.epoch: unknown key. Did you mean ppo.epochs?"),
     ],
