@@ -68,6 +68,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """Return the state of the checkpoint that a run would most likely go on from.
+
+    Reads its tables only, where `find` verifies the weights too, and does not communicate.
+    """
+    root = run_dir / "checkpoints"
+    for name in folders.candidates(root)[0]:
+        try:
+            expected = manifest.read(root / name)["files"][manifest.STATE]
+        except ValueError:
+            continue
+        if manifest.check_file(root / name, manifest.STATE, expected) is None:
+            return read_state(root / name)
+    return None
+
+
 def load(
     folder: Path, roles: Mapping[str, TrainState], mesh: Mesh, *, required: Sequence[str] = ()
 ) -> dict[str, Any]:

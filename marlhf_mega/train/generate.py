@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from marlhf_mega.train.resume import CONFIG, check_settings, settings_of
 
 logger = logging.getLogger(__name__)
 
+_SETTINGS = "settings.json"
+
 BLOCK_PROMPTS = 1024
 """Prompts answered between two writes: what an interrupted job loses at most."""
 
@@ -36,6 +39,7 @@ def generate_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
     )
     policy_origin(inputs.config)
     reward_origins(inputs.config, inputs.tokenizer)
+    _check_blocks(_saved(inputs.config), inputs.config)
     return inputs
 
 
@@ -55,8 +59,11 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
     """
     config, tokenizer = inputs.config, inputs.tokenizer
     folder = config.run.dir / "responses"
-    _check_blocks(folder, config, mesh)
+    saved = share_from_first(_saved(config), mesh)
+    _check_blocks(saved, config)
     if mesh.rank == 0:
+        if saved is None:
+            _begin_blocks(folder, config)
         write_run_directory(config, tokenizer, inputs.tokenizer_path, mesh)
     policy = build_model(
         config.model, config, mesh, head="language", origin=policy_origin(config), name="policy"
@@ -91,27 +98,42 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh) -> list[Path]:
     return files
 
 
-def _check_blocks(folder: Path, config: Config, mesh: Mesh) -> None:
-    """Refuse to add to answers of another configuration or file; note both for the next start."""
-    file, path = folder / "settings.json", config.data.validation_path
-    assert path is not None
-    goes_on = config.checkpoint.resume != "never" and file.is_file()
-    saved = share_from_first(json.loads(file.read_text()) if goes_on else None, mesh)
-    data_hash = content_hash(path)
+def _saved(config: Config) -> dict[str, Any] | None:
+    """Return what is noted about the answers to go on from; none: there are none."""
+    file = config.run.dir / "responses" / _SETTINGS
+    if config.checkpoint.resume == "never" or not file.is_file():
+        return None
+    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return saved
+
+
+def _check_blocks(saved: Mapping[str, Any] | None, config: Config) -> None:
+    """Refuse to add to answers of another configuration or file."""
     if saved is None:
-        if mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if config.checkpoint.resume == "never":
-                for block in folder.glob("*.jsonl"):
-                    block.unlink()
-            durable.replace(file, json.dumps({CONFIG: settings_of(config), "data_hash": data_hash}))
         return
     check_settings(saved[CONFIG], config, "generate")
+    data_hash = _data_hash(config)
     if saved["data_hash"] != data_hash:
         raise ConfigError(
-            f"data.validation_path={path}: must hold the prompts of the answers that are there, "
-            f"sha256 {saved['data_hash']}; it is {data_hash}. Use the same file or another run.dir."
+            f"data.validation_path={config.data.validation_path}: must hold the prompts of the "
+            f"answers that are there, sha256 {saved['data_hash']}; it is {data_hash}. Use the same "
+            "file or another run.dir."
         )
+
+
+def _begin_blocks(folder: Path, config: Config) -> None:
+    """Note settings and file for the next start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.checkpoint.resume == "never":
+        for block in folder.glob("*.jsonl"):
+            block.unlink()
+    noted = {CONFIG: settings_of(config), "data_hash": _data_hash(config)}
+    durable.replace(folder / _SETTINGS, json.dumps(noted))
+
+
+def _data_hash(config: Config) -> str:
+    assert config.data.validation_path is not None
+    return content_hash(config.data.validation_path)
 
 
 def answer(

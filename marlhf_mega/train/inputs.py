@@ -23,6 +23,7 @@ from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.segmentation import load_parser
 from marlhf_mega.metrics.writers import check_wandb
 from marlhf_mega.rewards.rule import check_importable
+from marlhf_mega.train.resume import check_resume
 
 Example = TypeVar("Example")
 Build = Callable[[ExampleBuilder, Sequence[Row]], Sequence[Example]]
@@ -88,13 +89,16 @@ def read_inputs(
         return build(builder, read_rows(path, kind))
 
     train_path = None if job in WITHOUT_TRAINING else config.data.train_path
+    data_hash = content_hash(train_path) if train_path else ""
+    if job not in WITHOUT_TRAINING:
+        check_resume(config, job, data_hash)
     return Inputs(
         config=config,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         train=examples(train_path, kind, build),
         validation=examples(config.data.validation_path, *(validation or (kind, build))),
-        data_hash=content_hash(train_path) if train_path else "",
+        data_hash=data_hash,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable
-from marlhf_mega.checkpoint.store import find, load, read_state
+from marlhf_mega.checkpoint.store import find, load, newest_state, read_state
 from marlhf_mega.config.checks import Job
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
@@ -88,17 +88,47 @@ def resume(
         return None
     found = find(config.run.dir, mesh)
     if found is None:
-        if config.checkpoint.resume == "must":
-            raise ConfigError(
-                f"checkpoint.resume=must: {config.run.dir} has no checkpoint that can be loaded. "
-                "Set it to auto to start afresh."
-            )
+        _check_fresh_start(config)
         return None
     # Before the weights: a changed model is better named by its key than by a tensor's shape.
     check_settings(read_state(found).get(CONFIG, {}), config, job)
     state = load(found, roles, mesh, required=(*required, CONFIG))
     logger.info("going on from %s", found)
     return state
+
+
+def check_resume(config: Config, job: Job, data_hash: str) -> None:
+    """Refuse before anything starts what `resume` would refuse. Does not communicate.
+
+    Args:
+        config: of this run, with the vocabulary size.
+        job: whose settings must be those of the checkpoint.
+        data_hash: sha256 of the training file.
+
+    Raises:
+        ConfigError: as of `resume`, or the training file is another.
+    """
+    if config.checkpoint.resume == "never":
+        return
+    state = newest_state(config.run.dir)
+    if state is None:
+        _check_fresh_start(config)
+        return
+    check_settings(state.get(CONFIG, {}), config, job)
+    saved_hash = state.get("stream", {}).get("data_hash", data_hash)
+    if saved_hash != data_hash:
+        raise ConfigError(
+            f"data.train_path={config.data.train_path}: must hold the rows of the checkpoint, "
+            f"sha256 {saved_hash}; it is {data_hash}. Use the same file or another run.dir."
+        )
+
+
+def _check_fresh_start(config: Config) -> None:
+    if config.checkpoint.resume == "must":
+        raise ConfigError(
+            f"checkpoint.resume=must: {config.run.dir} has no checkpoint that can be loaded. "
+            "Set it to auto to start afresh."
+        )
 
 
 def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:

@@ -277,8 +277,23 @@ def test_a_changed_setting_or_data_file_is_refused_with_both_values(quickstart, 
     done = marlhf("sft", *options, *layout, f"data.train_path={data}", check=False)
     assert done.returncode == 2
     assert re.search(
-        r"data.data_hash=[0-9a-f]{64}: must be as in the checkpoint, [0-9a-f]{64}", done.stderr
+        r"must hold the rows of the checkpoint, sha256 [0-9a-f]{64}; it is [0-9a-f]{64}\.",
+        done.stderr,
     )
+
+
+def test_a_check_refuses_what_a_start_would_refuse_of_a_checkpoint(quickstart):
+    """With one process, for as many ranks as wrote it; nothing is written."""
+    folder = quickstart[0]
+    options = [*stage_options(folder, "ppo"), f"run.dir={folder / 'ppo'}"]
+    check = ["--check", "--world-size", "4", "checkpoint.resume=must"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert marlhf("ppo", *options, *check).returncode == 0
+    done = marlhf("ppo", *options, *check, "macro.n=3", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("macro.n=3: must be as in the checkpoint, 5. Set it back")
+    assert done.stderr.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_a_resume_that_must_be_is_refused_without_a_checkpoint(quickstart, tmp_path):

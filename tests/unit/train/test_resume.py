@@ -1,10 +1,13 @@
 """Which settings may change between a checkpoint and the run that goes on from it."""
 
+import json
+
 import pytest
 
+from marlhf_mega.checkpoint import manifest
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
-from marlhf_mega.train.resume import check_settings, settings_of
+from marlhf_mega.train.resume import check_resume, check_settings, settings_of
 
 SAVED = settings_of(Config())
 
@@ -58,3 +61,53 @@ def test_settings_of_other_jobs_do_not_matter():
 def test_a_change_that_is_allowed_by_name_is_made(allowed):
     config = changed(policy={"lr": 1.0}, checkpoint={"allow_changed": [allowed]})
     check_settings(SAVED, config, "ppo")
+
+
+def write_checkpoint(run_dir, step, config, *, data_hash="abc"):
+    """Write a checkpoint's tables; the weights are nowhere, since nothing may read them."""
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    state = {"config": settings_of(config), "stream": {"data_hash": data_hash}}
+    (folder / "state.json").write_text(json.dumps({"format": 1, "state": state}))
+    files = {"state.json": manifest.facts(folder / "state.json")}
+    weights = {"policy/__0_0.distcp": {"bytes": 9, "sha256": "0"}}
+    (folder / "manifest.json").write_text(manifest.make(files | weights, format=1, step=step))
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
+def going_on(run_dir, resume="auto", **sections):
+    return changed(run={"dir": run_dir}, checkpoint={"resume": resume}, **sections)
+
+
+def test_before_a_start_the_newest_checkpoint_decides(tmp_path):
+    write_checkpoint(tmp_path, 2, changed(ppo={"epochs": 2}))
+    newest = write_checkpoint(tmp_path, 4, changed(ppo={"epochs": 3}))
+    check_resume(going_on(tmp_path, ppo={"epochs": 3}), "ppo", "abc")
+    with pytest.raises(ConfigError, match=r"ppo.epochs=2: must be as in the checkpoint, 3\."):
+        check_resume(going_on(tmp_path, ppo={"epochs": 2}), "ppo", "abc")
+    # What a damaged checkpoint says counts for nothing, here as for a start.
+    text = (newest / "state.json").read_text()
+    (newest / "state.json").write_text(text.replace('"epochs": 3', '"epochs": 4'))
+    with pytest.raises(ConfigError, match=r"ppo.epochs=4: must be as in the checkpoint, 2\."):
+        check_resume(going_on(tmp_path, ppo={"epochs": 4}), "ppo", "abc")
+
+
+def test_before_a_start_another_data_file_is_refused_with_both_hashes(tmp_path):
+    write_checkpoint(tmp_path, 4, Config(), data_hash="abc")
+    config = going_on(tmp_path, data={"train_path": "new.jsonl"})
+    with pytest.raises(ConfigError) as caught:
+        check_resume(config, "sft", "def")
+    assert str(caught.value) == (
+        "data.train_path=new.jsonl: must hold the rows of the checkpoint, sha256 abc; it is def. "
+        "Use the same file or another run.dir."
+    )
+
+
+def test_before_a_start_only_a_resume_needs_a_checkpoint(tmp_path):
+    check_resume(going_on(tmp_path), "sft", "abc")
+    with pytest.raises(ConfigError, match="checkpoint.resume=must: .* has no checkpoint that can"):
+        check_resume(going_on(tmp_path, "must"), "sft", "abc")
+    write_checkpoint(tmp_path, 4, Config())
+    check_resume(going_on(tmp_path, "must"), "sft", "abc")
+    check_resume(going_on(tmp_path, "never", policy={"lr": 1.0}), "sft", "def")
