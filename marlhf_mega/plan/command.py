@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,10 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
     Raises:
         ConfigError: something has no plan.
     """
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(
+            f"--json={options.json}: must be a file in a folder that is there. Make the folder."
+        )
     config, cluster = with_vocabulary(config), _cluster(options)
     if options.calibrate is not None:
         factor = activation_factor(options.calibrate, cluster)
@@ -94,9 +99,11 @@ def with_vocabulary(config: Config) -> Config:
 def _cluster(options: argparse.Namespace) -> Cluster:
     for key in ("nodes", "gpus_per_node", "mfu", "mtbf_hours", "write_gb_per_second"):
         value = getattr(options, key)
-        if value <= 0:
-            flag = key.replace("_", "-")
-            raise ConfigError(f"--{flag}={value}: must be above 0. Give a positive number.")
+        flag = f"--{key.replace('_', '-')}={value}"
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{flag}: must be above 0 and finite. Give a number.")
+        if key == "mfu" and value > 1:
+            raise ConfigError(f"{flag}: is a share, at most 1. Give for example 0.4.")
     return Cluster(
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,

@@ -21,7 +21,8 @@ _OFFLOAD = {"memory.offload_idle": True, "memory.offload_optimizer": True}
 def search(config: Config, job: str, cluster: Cluster) -> list[tuple[dict[str, Any], Plan]]:
     """Try layouts, recomputation and microbatch sizes; offload where nothing else makes it fit.
 
-    Of ranks that only generate also other numbers, where the configuration has some.
+    Of ranks that only generate also other numbers, where the configuration has some. The factor of
+    scoring stays as it is: no estimated time falls with it.
 
     Returns:
         The changed keys and the plan of everything that fits, the fastest first; of layouts that

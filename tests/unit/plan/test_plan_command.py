@@ -407,7 +407,11 @@ def test_tensor_parallelism_across_machines_is_pointed_out(file, capsys):
     ("arguments", "line"),
     [
         (["--gpu", "T1000"], "--gpu=T1000: must be a known device. Use one of A100-40, A100, H100"),
-        (["--nodes", "0"], "--nodes=0: must be above 0. Give a positive number."),
+        (["--nodes", "0"], "--nodes=0: must be above 0 and finite. Give a number."),
+        (["--mtbf-hours", "inf"], "--mtbf-hours=inf: must be above 0 and finite. Give a number."),
+        (["--mfu", "nan"], "--mfu=nan: must be above 0 and finite. Give a number."),
+        (["--mfu", "40"], "--mfu=40.0: is a share, at most 1. Give for example 0.4."),
+        (["--json", "/no/plan.json"], "--json=/no/plan.json: must be a file in a folder that is"),
         (["--job", "offline"], "--job=offline: must be one of sft, reward, ppo; the others have"),
         (["model.vocab_size=null"], "model.vocab_size: a plan needs it; it is not set. Set it, or"),
         (["--nodes", "3"], "parallel: tensor_size * pipeline_size * context_size = 32 must divide"),
