@@ -17,6 +17,12 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import redact
 
 _YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
+_RULES = {
+    "tuple_type": "input should be a list, such as [a,b]",
+    "model_type": "input should be a mapping of keys",
+    "path_type": "input should be a path",
+}
+"""Instead of pydantic's words, where they speak of Python."""
 
 
 class ConfigError(ValueError):
@@ -152,9 +158,11 @@ def _secrets_in(values: Any, where: str = "") -> Iterator[str]:
 def _lines(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"]
+        message = _RULES.get(problem["type"], problem["msg"])
         if problem["type"] == "extra_forbidden":
             yield f"{where}: unknown key. {_nearest(problem['loc'])}"
+        elif problem["type"] == "missing":
+            yield f"{where}: must be given; it is not. Add it."
         elif problem["type"] == "value_error":
             yield message.removeprefix("Value error, ")
         else:

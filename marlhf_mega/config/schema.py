@@ -591,4 +591,12 @@ class Config(Section):
                 "parallel.sequence_parallel=true: needs parallel.tensor_size > 1; it is 1. "
                 "Set it to false."
             )
+        for key in self.checkpoint.allow_changed:
+            section, _, name = key.partition(".")
+            known = getattr(self, section) if section in type(self).model_fields else None
+            if known is None or (name and name not in type(known).model_fields):
+                raise ValueError(
+                    f"checkpoint.allow_changed=[{key}]: must name keys or sections; there is no "
+                    f"{key}. Write for example [policy.lr,reward]."
+                )
         return self

@@ -100,7 +100,8 @@ class ExampleBuilder:
         """Tokenise prompt rows; chats go through the tokenizer's template.
 
         Raises:
-            ValueError: when a prompt is too long and the policy is `error`, or no row is left.
+            ValueError: when a prompt is empty, or too long and the policy is `error`, or no row is
+                left.
         """
         texts = [self._prompt_text(row["prompt"]) for row in rows]
         encoded = self.tokenizer.encode_batch(texts)
@@ -162,6 +163,11 @@ class ExampleBuilder:
 
     def _limit_prompt(self, ids: list[int], number: int) -> list[int] | None:
         limit = self.max_prompt_tokens
+        if not ids:
+            raise ValueError(
+                f"{self.source}: the prompt of row {number} must have at least one token; it is "
+                "empty, and this tokenizer puts none in front. Write a prompt, or drop the row."
+            )
         if len(ids) <= limit:
             return ids
         match self.long_prompts:

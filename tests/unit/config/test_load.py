@@ -127,7 +127,10 @@ def test_an_unknown_key_names_the_nearest_or_all(override, message):
         ("data.shuffle=maybe", "data.shuffle=maybe: input should be a valid boolean"),
         ("macro.rule=words", "macro.rule=words: input should be 'token', 'fixed_ngram'"),
         ("macro.lengths=[2,0]", "macro.lengths.1=0: input should be greater than 0"),
-        ("run=5", "run=5: input should be a valid dictionary"),
+        ("run=5", "run=5: input should be a mapping of keys. Change the value."),
+        ("run.dir=", "run.dir=null: input should be a path. Change the value."),
+        ("macro.lengths=3", "macro.lengths=3: input should be a list, such as [a,b]. Change"),
+        ("reward.source=[{weight: 1}]", "reward.source.0.source: must be given; it is not. Add"),
         ("run.seed.x=1", "run.seed={'x': 1}: input should be a valid integer"),
     ],
 )
@@ -205,6 +208,14 @@ def test_an_override_inside_a_list_of_the_file(yaml_file):
             ["parallel.sequence_parallel=true"],
             "parallel.sequence_parallel=true: needs parallel.tensor_size > 1; it is 1. "
             "Set it to false.",
+        ),
+        *(
+            (
+                [f"checkpoint.allow_changed=[policy,{key}]"],
+                f"checkpoint.allow_changed=[{key}]: must name keys or sections; there is no {key}. "
+                "Write for example [policy.lr,reward].",
+            )
+            for key in ("polcy.lr", "policy.rate", "lr", "rollout_parallel", "policy.lr.x")
         ),
         (
             ["model.num_query_groups=3"],

@@ -44,6 +44,20 @@ def test_the_loss_counts_the_response_and_its_end(toy_tokenizer: Tokenizer) -> N
     assert [index for index, counts in counted if counts] == response_ids
 
 
+def test_an_empty_prompt_needs_a_token_in_front(
+    toy_tokenizer: Tokenizer, chat_tokenizer: Tokenizer
+) -> None:
+    """With nothing to predict the first token from, there is no response."""
+    rows = [ROW, ROW | {"prompt": ""}]
+    assert [p.prompt_ids for p in builder(chat_tokenizer).prompts(rows)][1] == [1]
+    with pytest.raises(ValueError, match="must have at least one token") as caught:
+        builder(toy_tokenizer).prompts(rows)
+    assert str(caught.value) == (
+        "train.jsonl: the prompt of row 2 must have at least one token; it is empty, and this "
+        "tokenizer puts none in front. Write a prompt, or drop the row."
+    )
+
+
 def test_preferences_and_offline_rows_keep_their_numbers(toy_tokenizer: Tokenizer) -> None:
     rows = [
         {"prompt": "I", "chosen": " love", "rejected": " put", "margin": 2},
@@ -118,8 +132,8 @@ def test_a_long_response_loses_its_end_and_is_counted(toy_tokenizer: Tokenizer) 
     words = toy_tokenizer.encode(" I love the red lamp")
     fits, cut = build.supervised(
         [
-            {"prompt": "", "response": " I love the"},
-            {"prompt": "", "response": " I love the red lamp"},
+            {"prompt": "I", "response": " I love the"},
+            {"prompt": "I", "response": " I love the red lamp"},
         ]
     )
     assert fits.response_ids == [*words[:3], 2]
