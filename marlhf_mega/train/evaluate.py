@@ -1,6 +1,8 @@
 """Generate on held-out prompts and judge: reward score, gold rule, KL from a reference."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,8 @@ from marlhf_mega.rollout.types import Rollout
 from marlhf_mega.train.build import build_generator, build_model, policy_origin, reward_origins
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import write_run_directory
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_STEP = 1 << 40
 """Held-out prompts are always answered with the same draws, so that steps can be compared."""
@@ -124,6 +128,13 @@ class Evaluator:
         if scorer is None or not scorer.terms:
             return None
         scores = scorer.score(rollout, rows)
+        if scores.errors and self.mesh.is_replica_leader:
+            what = "gold" if scorer is self.gold else "reward"
+            reason, _ = Counter(scores.errors).most_common(1)[0]
+            count = int((~scores.valid).sum())
+            logger.warning(
+                "%d of %d held-out responses have no %s score: %s", count, len(rows), what, reason
+            )
         return torch.where(scores.valid, scores.scores, torch.nan)
 
     def _divergence(

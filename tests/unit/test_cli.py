@@ -14,6 +14,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.train.resume import settings_of
 from marlhf_mega.train.stop import EarlyEndError
 
 
@@ -361,6 +362,29 @@ def test_check_starts_nothing_and_shows_what_was_checked(files, tmp_path, capsys
     assert "vocab_size: 400" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert run([*arguments[:-1], "data.train_path=/nowhere.jsonl", "--check"]) == 2
+
+
+def test_a_check_knows_the_answers_that_are_there(files, tmp_path, capsys):
+    noted = {"config": settings_of(Config()), "data_hash": "another"}
+    (tmp_path / "responses").mkdir()
+    (tmp_path / "responses" / "settings.json").write_text(json.dumps(noted))
+    arguments = ["generate", f"run.dir={tmp_path}", f"data.validation_path={files}/prompts.jsonl"]
+    arguments += [f"tokenizer.path={files / 'tok'}", "--check"]
+    allowed = "checkpoint.allow_changed=[model,data,tokenizer]"
+    assert run([*arguments, "rollout.top_k=7", allowed]) == 2
+    assert capsys.readouterr().err.startswith("rollout.top_k=7: must be as in the answers that are")
+    assert run([*arguments, allowed]) == 2
+    assert "the prompts of the answers that are there, sha256 another; " in capsys.readouterr().err
+    assert run([*arguments, "checkpoint.resume=never"]) == 0
+
+
+def test_held_out_responses_without_a_score_are_counted_in_a_warning(files, tmp_path, caplog):
+    """Also where none is left, so that no mean is shown."""
+    arguments = ["evaluate", f"run.dir={tmp_path}", f"data.validation_path={files}/prompts.jsonl"]
+    arguments += [f"tokenizer.path={files / 'tok'}", "evaluate.gold=json:dumps"]
+    assert run([*arguments, "evaluate.num_prompts=2", "rollout.max_response_tokens=4"]) == 0
+    assert "2 of 2 held-out responses have no gold score: " in caplog.text
+    assert "TypeError" in caplog.text
 
 
 @pytest.mark.parametrize(
