@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 
 from marlhf_mega.checkpoint.hf.reader import HfReader, check_tensors, open_folder
 from marlhf_mega.checkpoint.hf.table import Piece, WeightTable
-from marlhf_mega.config.checks import check_world
+from marlhf_mega.config.checks import check_folder, check_world
 from marlhf_mega.config.load import load_config
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
@@ -114,6 +114,7 @@ def _import(options: argparse.Namespace) -> int:
     target: Path = options.target
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target}: must be a new folder; it is not empty. Name another.")
+    check_folder(target, key="target")
     config = _config(options, model=f"model.hf_path={options.source}", run_dir=target)
     origin = find_origin(options.source, key="model.hf_path")
     role = convert.role_of(origin, key="model.hf_path")
@@ -138,6 +139,7 @@ def _export(options: argparse.Namespace) -> int:
         )
     if options.target.exists() and any(options.target.iterdir()):
         raise ValueError(f"{options.target}: must be a new folder; it is not empty. Name another.")
+    check_folder(options.target, key="target")
     if "RANK" not in os.environ:
         return _show(_on_ranks(options, config))
     with _mesh(options, config) as (mesh, report), _timed(report, "seconds"):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from marlhf_mega.config.checks import check_folder
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import read_objects
 from marlhf_mega.data.train_tokenizer import train_tokenizer
@@ -68,6 +69,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     fields = options.fields.split(",")
     try:
+        check_folder(options.out, key="out")
         texts = (
             toy.tokenizer_text(options.seed)
             if options.toy

@@ -60,7 +60,7 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     """
     problems = [
         *_file_problems(config, job),
-        *_folder_problems(config),
+        *_folder_problems(config.run.dir, key="run.dir"),
         *_size_problems(config, job, data_size),
     ]
     if problems:
@@ -78,13 +78,13 @@ def check_sizes(config: Config, job: Job, data_size: int) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def check_run_dir(config: Config) -> None:
-    """Check that the run directory can be written to, as far as looking tells.
+def check_folder(path: Path, *, key: str) -> None:
+    """Check that a folder can be written to, or made, as far as looking tells.
 
     Raises:
         ConfigError: a file is in its way, or it is not ours to write.
     """
-    if problems := list(_folder_problems(config)):
+    if problems := list(_folder_problems(path, key=key)):
         raise ConfigError("\n".join(problems))
 
 
@@ -280,10 +280,9 @@ def _file_problems(config: Config, job: Job) -> Iterator[str]:
             yield f"data.{key}={path}: no such file. Give a .jsonl or .parquet file."
 
 
-def _folder_problems(config: Config) -> Iterator[str]:
-    """Look, without writing, whether the run directory or what it would be made in is writable."""
-    path = config.run.dir.absolute()
-    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+def _folder_problems(path: Path, *, key: str) -> Iterator[str]:
+    absolute = path.absolute()
+    nearest = next(p for p in (absolute, *absolute.parents) if os.path.lexists(p))
     reason = None
     if not nearest.is_dir():
         reason = "is not a folder"
@@ -291,8 +290,8 @@ def _folder_problems(config: Config) -> Iterator[str]:
         reason = "cannot be written to"
     if reason is not None:
         yield (
-            f"run.dir={config.run.dir}: must be a folder that can be written to; {nearest} "
-            f"{reason}. Use another folder."
+            f"{key}={path}: must be a folder that can be written to; {nearest} {reason}. Use "
+            "another folder."
         )
 
 

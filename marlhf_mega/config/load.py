@@ -16,6 +16,8 @@ from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import redact
 
+_RUN_FACTS = {"tokenizer_fingerprint", "layout", "versions", "git_revision"}
+"""What a run writes into its config.yaml beside its settings; the file can be given again."""
 _YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 _RULES = {
     "tuple_type": "input should be a list, such as [a,b]",
@@ -72,7 +74,13 @@ def _with_origin(config: Config, *, need_weights: bool) -> Config:
                 f"model.init={model.init}: with model.hf_path the weights come from there. "
                 "Remove one of the two."
             )
-        found = find_origin(model.hf_path, key="model.hf_path", base=model).model
+        origin = find_origin(model.hf_path, key="model.hf_path", base=model)
+        if origin.is_run:
+            raise ValueError(
+                f"model.hf_path={model.hf_path}: must be a Hugging Face folder; it is a run "
+                f"directory. Set model.init={model.hf_path} instead."
+            )
+        found = origin.model
     elif model.init not in ("auto", "random"):
         origin = find_origin(Path(model.init), key="model.init", base=model)
         found = origin.model.model_copy(update={"hf_path": None})
@@ -105,6 +113,8 @@ def _read(path: Path | None) -> DictConfig:
         tree = OmegaConf.create([])
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"--config={path}: must be a mapping of sections. Mend the file.")
+    if tree.keys() >= _RUN_FACTS:
+        return OmegaConf.masked_copy(tree, [key for key in tree if key not in _RUN_FACTS])
     return tree
 
 

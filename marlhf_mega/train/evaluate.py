@@ -267,5 +267,8 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
         with SamplesWriter(config.run.dir, first_step=0) as samples:
             samples.write(0, judged.samples)
         summary = json.dumps(judged.metrics, indent=2, allow_nan=False)
-        (config.run.dir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
+        file = config.run.dir / "evaluation.json"
+        file.write_text(summary + "\n", encoding="utf-8")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(judged.metrics.items()))
+        logger.info("%s: %s", file, shown)
     return judged.metrics

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlhf_mega.config.checks import Job, check_run_dir, check_sizes, check_world
+from marlhf_mega.config.checks import Job, check_folder, check_sizes, check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
@@ -84,7 +84,7 @@ def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
     )
     config = Config.model_validate(settings)
     data_size = check_world(config, world_size)
-    check_run_dir(config)
+    check_folder(config.run.dir, key="run.dir")
     # Not when their turn comes, minutes later.
     for job in JOBS:
         check_sizes(_stage(config, job), job, data_size)

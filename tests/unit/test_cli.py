@@ -281,6 +281,15 @@ def _run_folder(path, tokenizer_fingerprint):
     return path
 
 
+def test_a_run_that_is_given_as_a_hugging_face_folder(call, tmp_path):
+    """Its weights would not be loaded, and nothing would say so."""
+    folder = _run_folder(tmp_path / "sft", "x")
+    assert call("sft", f"model.hf_path={folder}") == (
+        f"model.hf_path={folder}: must be a Hugging Face folder; it is a run directory. Set "
+        f"model.init={folder} instead."
+    )
+
+
 def test_a_run_without_a_checkpoint(call, tmp_path):
     folder = _run_folder(tmp_path / "rm", "x")
     (folder / "checkpoints" / "step_000001").rmdir()

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from marlhf_mega.config.checks import check_job, check_run_dir, check_world
+from marlhf_mega.config.checks import check_folder, check_job, check_world
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 
@@ -541,8 +541,8 @@ def test_only_models_that_rest_leave_the_device(job_problems, key):
 
 
 def test_a_run_directory_may_be_there_or_be_made(tmp_path):
-    check_run_dir(make(run={"dir": tmp_path}))
-    check_run_dir(make(run={"dir": tmp_path / "a" / "b"}))
+    check_folder(tmp_path, key="run.dir")
+    check_folder(tmp_path / "a" / "b", key="run.dir")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -551,7 +551,7 @@ def test_a_file_in_the_way_of_the_run_directory_is_named(tmp_path, below):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ConfigError) as error:
-        check_run_dir(make(run={"dir": file / below}))
+        check_folder(file / below, key="run.dir")
     assert str(error.value) == (
         f"run.dir={file / below}: must be a folder that can be written to; {file} is not a folder. "
         "Use another folder."
@@ -576,7 +576,7 @@ def read_only(tmp_path):
 @pytest.mark.parametrize("below", ["", "a/b"])
 def test_a_run_directory_on_a_read_only_file_system_is_refused(read_only, below):
     with pytest.raises(ConfigError) as error:
-        check_run_dir(make(run={"dir": read_only / below}))
+        check_folder(read_only / below, key="run.dir")
     assert str(error.value) == (
         f"run.dir={read_only / below}: must be a folder that can be written to; {read_only} "
         "cannot be written to. Use another folder."

@@ -26,6 +26,12 @@ def test_without_a_file_every_key_has_its_default():
     assert load_config(None) == Config()
 
 
+def test_what_a_run_notes_beside_its_settings_is_no_setting(yaml_file):
+    noted = "tokenizer_fingerprint: a\nlayout: b\nversions: {python: c}\ngit_revision: null\n"
+    assert load_config(yaml_file(f"{noted}run: {{seed: 7}}\n")).run.seed == 7
+    assert refused(path=yaml_file("layout: b\n")).startswith("layout: unknown key.")
+
+
 def test_an_empty_file_changes_nothing(yaml_file):
     assert load_config(yaml_file("# only a remark\n")) == Config()
 
