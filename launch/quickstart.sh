@@ -55,4 +55,7 @@ fi
 # shellcheck source=launch/venv.sh
 source "$root/launch/venv.sh"
 make_venv "$root"
+# One process reads the configuration first: torchrun would wrap a wrong key in a page of its own.
+WORLD_SIZE=$ranks "$VENV_PYTHON" -m marlhf_mega quickstart ${arguments[@]+"${arguments[@]}"} \
+    --check >/dev/null || exit
 exec "$VENV_PYTHON" "${command[@]}"

@@ -69,9 +69,7 @@ def read_inputs(
     """
     data_size = check_world(config, world_size, apart=rollout_ranks(config, job))
     check_job(config, job, data_size)
-    check_wandb(config.logging.wandb)
-    _check_device(config)
-    check_imports(config, job)
+    check_machine(config, job)
     tokenizer_path = _tokenizer_path(config)
     tokenizer = Tokenizer.load(tokenizer_path)
     config = _with_vocabulary(config, tokenizer)
@@ -102,12 +100,14 @@ def read_inputs(
     )
 
 
-def check_imports(config: Config, job: Job) -> None:
-    """Import what the job will call.
+def check_machine(config: Config, job: Job) -> None:
+    """Check that this machine has the device and the code that the job will use.
 
     Raises:
-        ValueError: with the key of what cannot be imported.
+        ValueError: with the key that asks for what is not here.
     """
+    check_wandb(config.logging.wandb)
+    _check_device(config)
     if job not in GENERATING:
         return
     for term in config.reward.source:

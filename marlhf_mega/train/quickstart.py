@@ -8,6 +8,7 @@ from typing import Any
 
 from marlhf_mega.config.checks import Job, check_folder, check_sizes, check_world
 from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
@@ -16,7 +17,7 @@ from marlhf_mega.metrics.progress import show_before_after
 from marlhf_mega.metrics.report import report
 from marlhf_mega.parallel.collectives import barrier
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.train.inputs import check_imports
+from marlhf_mega.train.inputs import check_machine
 from marlhf_mega.train.ppo import ppo_inputs, run_ppo
 from marlhf_mega.train.reward import reward_inputs, run_reward
 from marlhf_mega.train.sft import run_sft, sft_inputs
@@ -88,7 +89,9 @@ def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
     # Not when their turn comes, minutes later.
     for job in JOBS:
         check_sizes(_stage(config, job), job, data_size)
-    check_imports(config, "ppo")
+    check_machine(config, "ppo")
+    if config.critic.init not in ("reward", "policy"):
+        find_origin(Path(config.critic.init), key="critic.init")
     return QuickstartInputs(config)
 
 

@@ -340,6 +340,8 @@ def test_quickstart_refuses_what_it_decides_itself(capsys):
         ("rollout.batch_size=100", "ppo.minibatch_size=64: must divide rollout.batch_size=100."),
         ("rollout.max_response_tokens=60", "rollout.max_response_tokens: with data.max_prompt"),
         ("evaluate.gold=no:at_all", "evaluate.gold=no:at_all: must name a function"),
+        ("critic.init=/nowhere", "critic.init=/nowhere: must be a run directory or a Hugging"),
+        ("rollout.cuda_graphs=true", "rollout.cuda_graphs=true: needs a CUDA device"),
         ("run.dir=/dev/null/run", "run.dir=/dev/null/run: must be a folder that can be written"),
     ],
 )
