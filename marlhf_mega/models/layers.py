@@ -188,19 +188,7 @@ class SdpaAttention(torch.nn.Module):
             mask = causal_mask(
                 num_keys, window=self.window, device=query.device, num_queries=num_queries
             )
-        if mask is None and self._is_short_on_cpu(q):
-            context = short_causal_attention(q, k, v, self.scale)
-        else:
-            context = self.attend(q, k, v, mask=mask)
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    def _is_short_on_cpu(self, q: Tensor) -> bool:
-        return (
-            q.device.type == "cpu"
-            and q.dtype == torch.bfloat16
-            and self.softcap is None
-            and q.shape[2] <= LONGEST_SCORES
-        )
+        return self.attend(q, k, v, mask=mask).permute(2, 0, 1, 3).flatten(2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
         """Attend with an explicit mask (True = visible), or causally without one.
@@ -214,6 +202,8 @@ class SdpaAttention(torch.nn.Module):
         Returns:
             [batch, heads, queries, head_dim].
         """
+        if mask is None and self._is_short_on_cpu(q):
+            return short_causal_attention(q, k, v, self.scale)
         grouped = q.shape[1] != k.shape[1]
         if self.softcap is None:
             return F.scaled_dot_product_attention(
@@ -235,6 +225,14 @@ class SdpaAttention(torch.nn.Module):
             scores = torch.tanh(scores / self.softcap) * self.softcap
         probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
         return probabilities.to(q.dtype) @ v
+
+    def _is_short_on_cpu(self, q: Tensor) -> bool:
+        return (
+            q.device.type == "cpu"
+            and q.dtype == torch.bfloat16
+            and self.softcap is None
+            and q.shape[2] <= LONGEST_SCORES
+        )
 
 
 def causal_mask(
