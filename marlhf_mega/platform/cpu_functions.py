@@ -56,6 +56,12 @@ def _turn(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return turned
 
 
+def swiglu(halves: Tensor) -> Tensor:
+    """Return silu(gate) * up, of a gate and an up half side by side."""
+    gate, up = halves.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
 def swiglu_back(grad: Tensor, halves: Tensor) -> Tensor:
     """Return the gradient of silu(gate) * up, of a gate and an up half side by side."""
     gate, up = halves.chunk(2, -1)

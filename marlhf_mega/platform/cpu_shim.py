@@ -91,6 +91,7 @@ def _on_import(patches: PatchSet, module: ModuleType) -> None:
             name = "_apply_rotary_pos_emb_bshd"
             patches.replace(module, name, cpu_functions.in_halves(vars(module)[name]))
         case "fusions.fused_bias_swiglu":
+            patches.replace(module, "swiglu", cpu_functions.swiglu)
             patches.replace(module, "swiglu_back", cpu_functions.swiglu_back)
         case "tensor_parallel.random":
             # The original only queues the change until CUDA starts, so the tracker would
