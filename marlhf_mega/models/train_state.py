@@ -232,10 +232,16 @@ class TrainState:
         return StepResult(grad_norm=grad_norm, lr=lr)
 
     def _clip(self, grad_norm: float) -> None:
-        """Scale all gradients so that their global norm is at most `grad_clip`."""
+        """Scale all gradients so that their global norm is at most `grad_clip`.
+
+        Torch's fused AdamW divides by `grad_scale` in the pass that it makes over them anyway.
+        """
         for part in self._optimizers():
             limit = part.config.clip_grad
-            if 0 < limit < grad_norm:
+            exceeds = 0 < limit < grad_norm
+            if self.fused:
+                part.optimizer.grad_scale = torch.tensor(grad_norm / limit) if exceeds else None
+            elif exceeds:
                 clip_grads_with_norm_(part.get_parameters(), limit, torch.tensor(grad_norm))
 
 

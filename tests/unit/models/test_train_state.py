@@ -44,6 +44,13 @@ def test_gradients_are_clipped_to_the_limit_and_the_norm_is_that_before(chunks, 
     norm = torch.stack([g.norm() for g in state.gradient_shards()]).norm().item()
     assert norm == pytest.approx(7.0 * kept, rel=1e-5)
     assert buffer.norm().item() == pytest.approx(7.0 * kept, rel=1e-5)
+    moments = [x["exp_avg"].norm() for x in state._optimizers()[0].optimizer.state.values()]
+    expected = (1 - settings.beta1) * 7.0 * kept
+    assert torch.stack(moments).norm().item() == pytest.approx(expected, rel=1e-5)
+    # A later gradient below the limit stays what it is.
+    buffer.fill_(0.1 / math.sqrt(buffer.numel()))
+    state.step()
+    assert buffer.norm().item() == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize("total", [3, 10])
