@@ -18,6 +18,7 @@ from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.parallel.collectives import broadcast_from_last_stage, max_over_replicas
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.schedule import run_forward
+from marlhf_mega.rollout.products import packed_projections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,9 @@ def forward_rows(
         float32 [*leading, rows, response], zero on padding; response is the longest response.
     """
     cuts = cut_rows(prompts, responses, limit=limit, mesh=mesh)
-    outputs = run_forward(chunks, [cut.batch for cut in cuts], run)
+    # Heads that give log-probs multiply in pieces of their own.
+    with packed_projections([getattr(chunk, "module", chunk).decoder for chunk in chunks]):
+        outputs = run_forward(chunks, [cut.batch for cut in cuts], run)
     columns = max((len(r) for r in responses), default=1)
     whole = None
     if outputs:

@@ -1,14 +1,19 @@
 """Matrix products of the projections, with weights that a CPU can read faster."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
-from marlhf_mega.models.gpt import StageModel
+from marlhf_mega.parallel.mesh import Group
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 """Maps an input [..., in] and a bias, or none, to [..., out]."""
@@ -43,16 +48,19 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def packed_projections(chunks: list[StageModel]) -> Iterator[None]:
-    """Let the projections and the head multiply by `matrix_product` of their weights as they are.
+def packed_projections(models: Sequence[Any]) -> Iterator[None]:
+    """Let projections multiply by `matrix_product` of their weights as they are.
 
     Inside, weights must not change and there is no backward pass. On CPUs every rank holds its
-    share of the projections, experts and head twice for as long.
+    share of the projections, experts and heads twice for as long.
+
+    Args:
+        models: stage chunks, with their heads, or the decoders in them, without.
     """
     layers = [
-        (layer, chunk.head_weight() if layer.weight is None else layer.weight)
-        for chunk in chunks
-        for layer in chunk.modules()
+        (layer, model.head_weight() if layer.weight is None else layer.weight)
+        for model in models
+        for layer in model.modules()
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear)
     ]
     try:
@@ -68,7 +76,17 @@ def packed_projections(chunks: list[StageModel]) -> Iterator[None]:
 def _without_backward(product: Product) -> Callable[..., Tensor]:
     """Take the arguments of Megatron's own product, most of which are about gradients."""
 
-    def forward(*, input: Tensor, weight: Tensor, bias: Tensor | None, **_: object) -> Tensor:
+    def forward(
+        *,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sequence_parallel: bool = False,
+        tp_group: Group | None = None,
+        **_: object,
+    ) -> Tensor:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
         return product(input, bias)
 
     return forward
