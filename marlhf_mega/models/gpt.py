@@ -5,6 +5,7 @@ from its GPTModel: the head works on the hidden states of response tokens only, 
 whole logits, and may be a scalar (critic, reward model) at any pipeline layout.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,11 +24,43 @@ from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.packing import Packing
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
 from marlhf_mega.models.spec import block_spec, transformer_config
+from marlhf_mega.models.tail import Tail, can_cut
 from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
 Head = Literal["language", "scalar"]
+
+
+@dataclass(frozen=True)
+class _OwnTokens:
+    """The tokens of a batch that this rank runs on: all, or its share."""
+
+    tokens: Tensor
+    """[batch, seq] int64, or [batch, seq/cp]."""
+    positions: Tensor
+    """[seq] int64: their places in their sequences."""
+    packing: Packing | None
+    """Where the sequences of a row end, and who shares them."""
+
+    @property
+    def share(self) -> ContextShare | None:
+        """Which tokens these are, if not all."""
+        return None if self.packing is None else self.packing.share
+
+    def find(self, batch: SequenceBatch, shift: int) -> tuple[Tensor, Tensor | slice]:
+        """Look up the states around real response tokens.
+
+        Returns:
+            [chosen] int64, their rows in [seq * batch] states of these tokens; of which real
+            tokens they are.
+        """
+        places, lines = batch.positions + shift, batch.lines
+        chosen: Tensor | slice = slice(None)
+        if self.share is not None:
+            chosen, places = self.share.find(places)
+            lines = lines[chosen]
+        return places * len(self.tokens) + lines, chosen
 
 
 class StageModel(LanguageModule):
@@ -94,6 +127,9 @@ class StageModel(LanguageModule):
         )
         if self.post_process:
             self.output_layer = self._build_head(padded, mesh)
+        self._tail: Tail | None = None
+        if self.post_process and can_cut(config):
+            self._tail = Tail(self.decoder.layers[-1])
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         _mark_sharded_weights(self)
@@ -140,15 +176,15 @@ class StageModel(LanguageModule):
             [2, batch, response], log-probs of the response tokens and entropies. Scalar head:
             float32 [batch, response].
         """
-        hidden, share = self._run_layers(batch)
+        own = self._own_tokens(batch)
         if not self.post_process:
-            return hidden
+            return self._run_layers(own)
         is_language = self.head == "language"
-        whole = self._gather_sequence(hidden, sum_gradients=is_language)
-        selected, chosen = _select(whole, batch, -1 if is_language else shift, share)
+        rows, chosen = own.find(batch, -1 if is_language else shift)
+        states = self._states(own, rows, sum_gradients=is_language)
         if is_language:
             outputs = vocab_parallel_logprobs(
-                selected,
+                states,
                 self.head_weight(),
                 batch.response_tokens[chosen],
                 shard=self.vocab_shard,
@@ -157,8 +193,8 @@ class StageModel(LanguageModule):
             )
             grid = torch.stack([batch.to_grid(values, chosen) for values in outputs])
         else:
-            grid = batch.to_grid(self.output_layer(selected), chosen)
-        return grid if share is None else share.sum(grid)
+            grid = batch.to_grid(self.output_layer(states), chosen)
+        return grid if own.share is None else own.share.sum(grid)
 
     @torch.no_grad()
     def logits(self, batch: SequenceBatch) -> Tensor:
@@ -168,35 +204,48 @@ class StageModel(LanguageModule):
             Not the last chunk: activations. Last: float32 [batch, seq, vocab/tp], padding of the
             vocabulary included.
         """
-        hidden, share = self._run_layers(batch)
+        own = self._own_tokens(batch)
+        hidden = self._run_layers(own)
         if not self.post_process:
             return hidden
         whole = self._gather_sequence(hidden, sum_gradients=False)
-        if share is not None:
-            whole = share.gather(whole)
+        if own.share is not None:
+            whole = own.share.gather(whole)
         whole = whole[: batch.tokens.shape[1]]
         logits = torch.nn.functional.linear(whole, self.head_weight()).float().transpose(0, 1)
         cap = self.model.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _run_layers(self, batch: SequenceBatch) -> tuple[Tensor, ContextShare | None]:
-        """Return the hidden states of this rank's tokens, and which those are if not all."""
+    def _own_tokens(self, batch: SequenceBatch) -> _OwnTokens:
         tokens = self._aligned(batch.tokens)
         width, device = tokens.shape[1], tokens.device
-        positions, packing, share = torch.arange(width, device=device), None, None
-        if batch.lengths is not None or self.context is not None:
-            lengths = (width,) if batch.lengths is None else batch.lengths
-            packing = Packing.of(lengths, width=width, device=device, context=self.context)
-            positions, share = packing.positions, packing.share
-        if share is not None:
-            tokens, positions = tokens[:, share.places], positions[share.places]
+        if batch.lengths is None and self.context is None:
+            return _OwnTokens(tokens, torch.arange(width, device=device), None)
+        lengths = (width,) if batch.lengths is None else batch.lengths
+        packing = Packing.of(lengths, width=width, device=device, context=self.context)
+        if packing.share is None:
+            return _OwnTokens(tokens, packing.positions, packing)
+        places = packing.share.places
+        return _OwnTokens(tokens[:, places], packing.positions[places], packing)
+
+    def _run_layers(self, own: _OwnTokens) -> Tensor:
+        angles = rotation_angles(self.rotary_speeds, own.positions)
         hidden: Tensor = self.decoder(
-            hidden_states=self.embed(tokens) if self.pre_process else None,
+            hidden_states=self.embed(own.tokens) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotation_angles(self.rotary_speeds, positions)[:, None, None, :],
-            packed_seq_params=packing,
+            rotary_pos_emb=angles[:, None, None, :],
+            packed_seq_params=own.packing,
         )
-        return hidden, share
+        return hidden
+
+    def _states(self, own: _OwnTokens, rows: Tensor, *, sum_gradients: bool) -> Tensor:
+        """Run the layers of the last chunk; return the states in some rows, [rows, hidden]."""
+        if self._tail is None:
+            whole = self._gather_sequence(self._run_layers(own), sum_gradients=sum_gradients)
+            return whole.flatten(0, 1).index_select(0, rows)
+        with self._tail.only(rows):
+            hidden = self._run_layers(own)
+        return self._gather_sequence(hidden, sum_gradients=sum_gradients)[: len(rows), 0]
 
     def _aligned(self, tokens: Tensor) -> Tensor:
         """Pad [batch, seq] on the right to the rows that the products take; no token sees it."""
@@ -272,22 +321,6 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
             # Experts are not cut by tensor parallelism, so their gradients are summed over the
             # expert-data group. Megatron takes them there only if `expert_size` > 1.
             parameter.allreduce = False  # type: ignore[attr-defined]
-
-
-def _select(
-    hidden: Tensor, batch: SequenceBatch, shift: int, share: ContextShare | None
-) -> tuple[Tensor, Tensor | slice]:
-    """Take the states around real response tokens, [seq, batch, hidden] -> [chosen, hidden].
-
-    Returns:
-        The states, and of which real tokens they are: those whose states are on this rank.
-    """
-    places, lines = batch.positions + shift, batch.lines
-    chosen: Tensor | slice = slice(None)
-    if share is not None:
-        chosen, places = share.find(places)
-        lines = lines[chosen]
-    return hidden.flatten(0, 1).index_select(0, places * hidden.shape[1] + lines), chosen
 
 
 def build_chunks(

@@ -43,11 +43,15 @@ class LayerShape:
     layout: Layout
     microbatch: Microbatch
     formats: Formats
+    only_selected: bool = False
+    """Behind the last attention: the tokens are those that the head sees."""
 
     @property
     def tokens(self) -> int:
         """Tokens inside attention and feed-forward."""
-        return self.microbatch.tokens // self.layout.context
+        return (
+            self.selected if self.only_selected else self.microbatch.tokens // self.layout.context
+        )
 
     @property
     def residual(self) -> int:
@@ -132,15 +136,13 @@ def layer_shape(role: Role, layout: Layout, microbatch: Microbatch, formats: For
 def layer_kept(shape: LayerShape, memory: MemoryConfig) -> int:
     """Return the bytes that one layer keeps for its backward pass, if it is not recomputed."""
     model, e = shape.model, shape.formats.element
-    norms = 2 * _normed_input(shape)
-    if model.post_norms:
-        norms += 2 * _post_norm(shape)
     return (
-        norms
+        _normed_input(shape)
+        + (_post_norm(shape) if model.post_norms else 0)
         + _attention_kept(shape, selective=memory.recompute == "selective")
-        + (_experts_kept(shape) if model.num_experts else _gated_kept(shape, _ffn_width(shape)))
         + (_head_norms(shape) if model.qk_norm else 0)
         + 4 * shape.microbatch.positions // shape.layout.context * (model.kv_channels * e)
+        + _feed_forward_kept(shape)
     )
 
 
@@ -169,20 +171,48 @@ def chunk_kept(
         kept += shape.residual * e
     if not last:
         return kept + shape.residual * e
-    kept += _normed_input(shape, is_product_input=False)
+    tail = tail_shape(shape, memory)
+    kept += _normed_input(tail, is_product_input=False)
+    if not again:
+        kept += _feed_forward_kept(tail) - _feed_forward_kept(shape)
     selected = shape.selected
     state = _FLOAT32 if head == "scalar" else e
     return kept + selected * (model.hidden_size * state + 32)
 
 
-def layer_workspace(shape: LayerShape) -> int:
+def cuts_tail(shape: LayerShape, memory: MemoryConfig) -> bool:
+    """Whether what follows the last attention sees the head's tokens only."""
+    shared = shape.layout.sequence_parallel or shape.model.num_experts
+    return not (shared or shape.formats.fp8 or memory.recompute == "full")
+
+
+def tail_shape(shape: LayerShape, memory: MemoryConfig) -> LayerShape:
+    """Return the widths behind the last attention."""
+    return replace(shape, only_selected=cuts_tail(shape, memory))
+
+
+def last_workspace(shape: LayerShape, memory: MemoryConfig) -> int:
+    """Return the bytes that the last chunk's backward passes hold beside what was kept."""
+    layout = shape.layout
+    if shape.model.num_layers > layout.pipeline * layout.chunks:
+        return layer_workspace(shape)
+    tail = tail_shape(shape, memory)
+    attention = layer_workspace(shape, behind=tail) - _feed_forward_kept(tail)
+    return max(layer_workspace(tail), attention)
+
+
+def layer_workspace(shape: LayerShape, *, behind: LayerShape | None = None) -> int:
     """Return the bytes that a layer's backward pass holds beside what was kept.
 
     The gradients of the widest tensors and of the largest matrix, before it is added to the buffer.
+
+    Args:
+        shape: of attention.
+        behind: of what follows it; none: the same.
     """
     e = shape.formats.element
-    width = _ffn_width(shape)
-    inner = shape.tokens * width * (2 if shape.model.num_experts is None else 2 * _top_k(shape))
+    width, tokens = _ffn_width(shape), (behind or shape).tokens
+    inner = tokens * width * (2 if shape.model.num_experts is None else 2 * _top_k(shape))
     matrix = 2 * width * shape.model.hidden_size
     gathered = shape.tokens * shape.model.hidden_size
     attention = shape.query + 2 * shape.key + 2 * shape.gathered
@@ -232,6 +262,16 @@ def in_flight(layout: Layout, *, stage: int, num_microbatches: int) -> int:
     if layout.chunks > 1:
         ahead = 2 * ahead + (layout.chunks - 1) * layout.pipeline
     return min(ahead + 1, num_microbatches * layout.chunks)
+
+
+def _feed_forward_kept(shape: LayerShape) -> int:
+    inner = _experts_kept if shape.model.num_experts else _dense_kept
+    norms = _normed_input(shape) + (_post_norm(shape) if shape.model.post_norms else 0)
+    return norms + inner(shape)
+
+
+def _dense_kept(shape: LayerShape) -> int:
+    return _gated_kept(shape, _ffn_width(shape))
 
 
 def _ffn_width(shape: LayerShape) -> int:

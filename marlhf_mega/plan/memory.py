@@ -11,9 +11,11 @@ from marlhf_mega.plan.activations import (
     forward_workspace,
     head_workspace,
     in_flight,
+    last_workspace,
     layer_kept,
     layer_shape,
     layer_workspace,
+    tail_shape,
 )
 from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, generation_memory
@@ -315,8 +317,10 @@ def update_activations(work: Workload, role: Role, stage: int, formats: Formats)
     again = 0
     if memory.recompute == "full":  # what a layer keeps, its output and the gradient of that
         again = layer_kept(shape, memory) + 2 * shape.residual * formats.element
-    head = head_workspace(shape, role.head, backward=True) if last else 0
-    return kept, max(head, layer_workspace(shape) + again)
+    if not last:
+        return kept, layer_workspace(shape) + again
+    head = head_workspace(tail_shape(shape, memory), role.head, backward=True)
+    return kept, max(head, last_workspace(shape, memory) + again)
 
 
 def _by_format(
