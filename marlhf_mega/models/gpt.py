@@ -5,7 +5,7 @@ from its GPTModel: the head works on the hidden states of response tokens only, 
 whole logits, and may be a scalar (critic, reward model) at any pipeline layout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -40,13 +40,13 @@ class _OwnTokens:
     """[batch, seq] int64, or [batch, seq/cp]."""
     positions: Tensor
     """[seq] int64: their places in their sequences."""
-    packing: Packing | None
+    packing: Packing
     """Where the sequences of a row end, and who shares them."""
 
     @property
     def share(self) -> ContextShare | None:
         """Which tokens these are, if not all."""
-        return None if self.packing is None else self.packing.share
+        return self.packing.share
 
     def find(self, batch: SequenceBatch, shift: int) -> tuple[Tensor, Tensor | slice]:
         """Look up the states around real response tokens.
@@ -127,9 +127,9 @@ class StageModel(LanguageModule):
         )
         if self.post_process:
             self.output_layer = self._build_head(padded, mesh)
-        self._tail: Tail | None = None
-        if self.post_process and can_cut(config):
-            self._tail = Tail(self.decoder.layers[-1])
+        self._cuts_tail = self.post_process and can_cut(config)
+        if self._cuts_tail:
+            Tail(self.decoder.layers[-1])
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         _mark_sharded_weights(self)
@@ -219,8 +219,6 @@ class StageModel(LanguageModule):
     def _own_tokens(self, batch: SequenceBatch) -> _OwnTokens:
         tokens = self._aligned(batch.tokens)
         width, device = tokens.shape[1], tokens.device
-        if batch.lengths is None and self.context is None:
-            return _OwnTokens(tokens, torch.arange(width, device=device), None)
         lengths = (width,) if batch.lengths is None else batch.lengths
         packing = Packing.of(lengths, width=width, device=device, context=self.context)
         if packing.share is None:
@@ -240,11 +238,12 @@ class StageModel(LanguageModule):
 
     def _states(self, own: _OwnTokens, rows: Tensor, *, sum_gradients: bool) -> Tensor:
         """Run the layers of the last chunk; return the states in some rows, [rows, hidden]."""
-        if self._tail is None:
+        if not self._cuts_tail:
             whole = self._gather_sequence(self._run_layers(own), sum_gradients=sum_gradients)
             return whole.flatten(0, 1).index_select(0, rows)
-        with self._tail.only(rows):
-            hidden = self._run_layers(own)
+        # Layers do not like to see nothing.
+        wanted = rows if len(rows) else rows.new_zeros(1)
+        hidden = self._run_layers(replace(own, packing=replace(own.packing, wanted=wanted)))
         return self._gather_sequence(hidden, sum_gradients=sum_gradients)[: len(rows), 0]
 
     def _aligned(self, tokens: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class Packing:
     """[sequences + 1] int32: where each begins, and the end of the row."""
     share: ContextShare | None = None
     """This rank's part of the row, where ranks share it."""
+    wanted: Tensor | None = None
+    """[chosen] int64, of [seq * batch]: the tokens that the head reads; none: all."""
     qkv_format: str = "sbhd"
     """What Megatron-Core asks for: for `thd` it would walk over the sequences in Python to rotate
     queries and keys, and wait for the device at each."""
@@ -76,6 +78,8 @@ class Packing:
 
         On CPUs this takes less time than one call on padded sequences, which attends to padding.
         """
+        if len(self.lengths) == 1:
+            return attend(*rows)
         parts = zip(*(row.split(self.lengths) for row in rows), strict=True)
         return torch.cat([attend(*part) for part in parts])
 

@@ -171,32 +171,27 @@ def chunk_kept(
         kept += shape.residual * e
     if not last:
         return kept + shape.residual * e
-    tail = tail_shape(shape, memory)
+    tail = tail_shape(shape)
     kept += _normed_input(tail, is_product_input=False)
-    if not again:
+    if again < layers:
         kept += _feed_forward_kept(tail) - _feed_forward_kept(shape)
     selected = shape.selected
     state = _FLOAT32 if head == "scalar" else e
     return kept + selected * (model.hidden_size * state + 32)
 
 
-def cuts_tail(shape: LayerShape, memory: MemoryConfig) -> bool:
-    """Whether what follows the last attention sees the head's tokens only."""
+def tail_shape(shape: LayerShape) -> LayerShape:
+    """Return the widths behind the last attention, which as a rule sees the head's tokens only."""
     shared = shape.layout.sequence_parallel or shape.model.num_experts
-    return not (shared or shape.formats.fp8 or memory.recompute == "full")
+    return replace(shape, only_selected=not (shared or shape.formats.fp8))
 
 
-def tail_shape(shape: LayerShape, memory: MemoryConfig) -> LayerShape:
-    """Return the widths behind the last attention."""
-    return replace(shape, only_selected=cuts_tail(shape, memory))
-
-
-def last_workspace(shape: LayerShape, memory: MemoryConfig) -> int:
+def last_workspace(shape: LayerShape) -> int:
     """Return the bytes that the last chunk's backward passes hold beside what was kept."""
     layout = shape.layout
     if shape.model.num_layers > layout.pipeline * layout.chunks:
         return layer_workspace(shape)
-    tail = tail_shape(shape, memory)
+    tail = tail_shape(shape)
     attention = layer_workspace(shape, behind=tail) - _feed_forward_kept(tail)
     return max(layer_workspace(tail), attention)
 

@@ -319,8 +319,8 @@ def update_activations(work: Workload, role: Role, stage: int, formats: Formats)
         again = layer_kept(shape, memory) + 2 * shape.residual * formats.element
     if not last:
         return kept, layer_workspace(shape) + again
-    head = head_workspace(tail_shape(shape, memory), role.head, backward=True)
-    return kept, max(head, last_workspace(shape, memory) + again)
+    head = head_workspace(tail_shape(shape), role.head, backward=True)
+    return kept, max(head, last_workspace(shape) + again)
 
 
 def _by_format(

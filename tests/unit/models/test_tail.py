@@ -39,9 +39,9 @@ def batch(*, packed=False, responses=((4, 5), (6, 7, 8, 9), ())):
     )
 
 
-def build(mesh, head, recompute="none"):
-    config = Config.model_validate({"model": SHAPE, "memory": {"recompute": recompute}})
-    (chunk,) = build_chunks(config.model, config.precision, mesh, head=head, memory=config.memory)
+def build(mesh, head):
+    config = Config.model_validate({"model": SHAPE})
+    (chunk,) = build_chunks(config.model, config.precision, mesh, head=head)
     fill_random([chunk], mesh, seed=3)
     return chunk
 
@@ -66,7 +66,9 @@ def test_the_last_layer_leaves_prompts_out_and_nothing_changes(mesh, head, packe
     output, gradients, seen = run(build(mesh, head), batch(packed=packed))
     width = (1, 12) if packed else (3, 8)
     assert [tuple(shape) for shape in seen] == [width[::-1], (6, 1)]
-    wanted, expected, everything = run(build(mesh, head, "full"), batch(packed=packed))
+    whole = build(mesh, head)
+    whole._cuts_tail = False
+    wanted, expected, everything = run(whole, batch(packed=packed))
     assert {tuple(shape) for shape in everything} == {width[::-1]}
     torch.testing.assert_close(output, wanted)
     for name, gradient in expected.items():
@@ -93,14 +95,6 @@ def test_all_logits_are_there_after_a_pass_over_some(mesh):
     [
         ({}, True),
         ({"recompute_granularity": "selective"}, True),
-        (
-            {
-                "recompute_granularity": "full",
-                "recompute_method": "block",
-                "recompute_num_layers": 1,
-            },
-            False,
-        ),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, False),
         ({"num_moe_experts": 4}, False),
         ({"fp8": "hybrid"}, False),
