@@ -158,7 +158,7 @@ def test_sequences_that_ranks_share_are_sized_by_hand():
 
 
 def test_context_parallelism_is_searched_where_sequences_are_long():
-    small = LONG | {"model": LLAMA_8B}
+    small = LONG | {"model": LLAMA_8B | {"max_positions": 8192}}
     found = search(Config.model_validate(small), "ppo", cluster(nodes=2))
     assert {keys["parallel.context_size"] for keys, _ in found} == {1, 2}
     short = search(Config.model_validate(PPO | {"model": LLAMA_8B}), "ppo", cluster(nodes=2))
