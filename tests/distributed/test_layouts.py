@@ -91,12 +91,11 @@ MODELS = {
     "untied": (QWEN, DENSE + TOKENS + PACKED),
     "tied": (
         QWEN | {"tied_embeddings": True},
-        [name for name in DENSE if "FP8" not in name and "CP" not in name]
-        + ["TP2 PP2 SP packed", "PP2 VPP2 CP2"],
+        [name for name in DENSE if "FP8" not in name and "CP" not in name] + ["TP2 PP2 SP packed"],
     ),
     "qk norm": (
         {"architecture": "qwen3", "qk_norm": True},
-        ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4", "CP2"],
+        ["TP1", "TP2", "TP2 SP", "TP2 PP2", "TP4"],
     ),
     "gemma2": (
         GEMMA2,
