@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from marlhf_mega.config.limits import context_multiple
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config, ParallelConfig
 
@@ -395,7 +396,7 @@ def _offload_problems(config: Config, job: Job) -> Iterator[str]:
 def _budget_problems(config: Config) -> Iterator[str]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     parallel, packs = config.parallel, config.ppo.packing
-    multiple = 2 * parallel.context_size if parallel.context_size > 1 else 1
+    multiple = context_multiple(parallel.context_size)
     if parallel.sequence_parallel and not packs:
         multiple *= parallel.tensor_size
     longest = -(-longest // multiple) * multiple

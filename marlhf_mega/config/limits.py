@@ -15,3 +15,8 @@ def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
     """Round up so that every rank's shard is a multiple of 16 rows (FP8 needs that)."""
     multiple = 16 * tensor_size
     return -(-vocab_size // multiple) * multiple
+
+
+def context_multiple(context_size: int) -> int:
+    """Return what the length of a sequence is a multiple of: two pieces for each of its ranks."""
+    return 2 * context_size if context_size > 1 else 1

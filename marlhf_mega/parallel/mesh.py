@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from marlhf_mega import platform
+from marlhf_mega.config.limits import context_multiple
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.launch import Launch
 from marlhf_mega.platform import Platform
@@ -97,7 +98,7 @@ class Mesh:
     @property
     def context_multiple(self) -> int:
         """Sequences are a multiple of this, so that context-parallel ranks hold two pieces each."""
-        return 2 * self.cp_size if self.cp_size > 1 else 1
+        return context_multiple(self.cp_size)
 
     @property
     def sequence_multiple(self) -> int:

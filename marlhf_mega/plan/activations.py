@@ -303,7 +303,9 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
     e = shape.formats.element
     projected = shape.query + 2 * shape.key
     rotated = shape.query + shape.key
-    if shape.gathered:  # copies of keys and values, so that nothing holds on to the rank's own
+    if (
+        shape.gathered and not selective
+    ):  # copies of keys and values, so that nothing holds on to the rank's own
         projected, rotated = shape.gathered + shape.masks, shape.query
     output = shape.query * (e + (1 if shape.formats.fp8 else 0))
     in_parts = shape.microbatch.packed is not None or shape.layout.context > 1

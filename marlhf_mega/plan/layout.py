@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from marlhf_mega.config.limits import context_multiple
 from marlhf_mega.config.schema import ParallelConfig
 
 
@@ -47,7 +48,7 @@ class Layout:
     @property
     def context_multiple(self) -> int:
         """Sequences are a multiple of this: two pieces for each rank that shares them."""
-        return 2 * self.context if self.context > 1 else 1
+        return context_multiple(self.context)
 
     def describe(self) -> str:
         """Say the layout, such as `TP8 x PP4 x DP4 + SP`."""

@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 from marlhf_mega.config.checks import rollout_ranks
+from marlhf_mega.config.limits import context_multiple
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.layout import round_up
@@ -50,7 +51,7 @@ def _candidates(config: Config, job: str, cluster: Cluster) -> Iterator[dict[str
     for tensor, pipeline, context, apart in product(tensors, _SIZES, contexts, ranks):
         if (cluster.world_size - apart) % (tensor * pipeline * context):
             continue
-        multiple = tensor * (2 * context if context > 1 else 1)
+        multiple = tensor * context_multiple(context)
         chunks = (1, 2, 4) if pipeline > 1 else (1,)
         for virtual, rows, recompute in product(chunks, _MICROBATCHES, ("none", "full")):
             yield {

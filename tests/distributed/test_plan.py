@@ -99,9 +99,10 @@ CASES = {
         "ppo": PPO,
         "reward": {"source": "runs/none"},
     },
-    "PP2 CP2 packed": {
+    "PP2 CP2 packed selective": {
         "model": {"num_layers": 4, "vocab_size": 300},
         "parallel": {"context_size": 2, "pipeline_size": 2},
+        "memory": {"recompute": "selective"},
         "data": TEXT,
         "rollout": SMALL,
         "ppo": PPO | {"microbatch_tokens": 152, "packing": True},
