@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marlhf_mega.config.limits import LOGITS_CHUNK_ELEMENTS
+from marlhf_mega.config.limits import logits_chunk_tokens
 from marlhf_mega.parallel.mesh import Group, Mesh
 from marlhf_mega.platform.products import matmul
 
@@ -71,10 +71,6 @@ def vocab_parallel_logprobs(
     return result
 
 
-def _chunk_tokens(shard: VocabShard) -> int:
-    return max(16, LOGITS_CHUNK_ELEMENTS // max(shard.num_real, 1))
-
-
 def _scaled_logits(
     hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -107,11 +103,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         rows = weight[: shard.num_real]
-        parts = [
-            _chunk_statistics(h, rows, t, shard, temperature, softcap)
-            for h, t in _chunks(shard, hidden, targets)
-        ]
-        logprobs, entropy, log_normaliser = (torch.cat(p) for p in zip(*parts, strict=True))
+        # Small results that stay after each chunk would split the memory that the next one needs.
+        found = torch.empty(len(targets), 3, device=hidden.device)
+        for h, t, part in _chunks(weight, hidden, targets, found):
+            part[:] = _chunk_statistics(h, rows, t, shard, temperature, softcap)
+        logprobs, entropy, log_normaliser = found.t().contiguous()
         ctx.save_for_backward(hidden, weight, targets, entropy, log_normaliser)
         ctx.shard, ctx.temperature, ctx.softcap = shard, temperature, softcap
         return logprobs, entropy
@@ -127,7 +123,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         with_entropy = grad_entropy.device.type != "cpu" or bool(grad_entropy.any())
         done = 0
         chunks = _chunks(
-            shard, hidden, targets, entropy, log_normaliser, grad_logprobs, grad_entropy
+            weight, hidden, targets, entropy, log_normaliser, grad_logprobs, grad_entropy
         )
         for h, t, ent, log_z, grad_lp, grad_ent in chunks:
             grad = _logits_gradient(
@@ -196,8 +192,10 @@ def _with_padding(rows: Tensor, weight: Tensor) -> Tensor:
     return whole
 
 
-def _chunks(shard: VocabShard, *tensors: Tensor) -> Any:
-    return zip(*(tensor.split(_chunk_tokens(shard)) for tensor in tensors), strict=True)
+def _chunks(weight: Tensor, *tensors: Tensor) -> Any:
+    """Cut along the tokens, on every rank alike: rows of `weight` that are padding count too."""
+    size = logits_chunk_tokens(len(weight), on_cpu=weight.device.type == "cpu")
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def _chunk_statistics(
@@ -207,8 +205,8 @@ def _chunk_statistics(
     shard: VocabShard,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs, entropy and the log of the normaliser, float32 [tokens] each."""
+) -> Tensor:
+    """Return log-probs, entropy and the log of the normaliser, float32 [tokens, 3]."""
     logits, _ = _scaled_logits(hidden, rows, temperature, softcap)
     local, mine = _own_targets(targets, shard)
     if shard.num_real:
@@ -224,7 +222,8 @@ def _chunk_statistics(
     _all_reduce(sums, dist.ReduceOp.SUM, shard.group)
     normaliser, weighted, target_logits = sums
     log_z = highest + normaliser.log()
-    return target_logits - log_z, normaliser.log() - weighted / normaliser, log_z
+    entropy = normaliser.log() - weighted / normaliser
+    return torch.stack([target_logits - log_z, entropy, log_z], -1)
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: Group) -> None:

@@ -7,7 +7,7 @@ against autograd and the allocator by a test; the others are read from their sou
 
 from dataclasses import dataclass, replace
 
-from marlhf_mega.config.limits import LOGITS_CHUNK_ELEMENTS
+from marlhf_mega.config.limits import logits_chunk_tokens
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import MemoryConfig
 from marlhf_mega.plan.layout import Layout
@@ -225,7 +225,7 @@ def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:
         return hidden + selected * model.hidden_size * _FLOAT32
     assert model.vocab_size is not None
     columns = -(-model.vocab_size // shape.layout.tensor)
-    rows = min(selected, max(16, LOGITS_CHUNK_ELEMENTS // columns))
+    rows = min(selected, logits_chunk_tokens(columns, on_cpu=shape.formats.on_cpu))
     capped = 2 if model.logits_softcap is not None else 0
     if not backward:
         return hidden + rows * columns * _FLOAT32 * (2 + capped)
@@ -303,9 +303,8 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
     e = shape.formats.element
     projected = shape.query + 2 * shape.key
     rotated = shape.query + shape.key
-    if (
-        shape.gathered and not selective
-    ):  # copies of keys and values, so that nothing holds on to the rank's own
+    if shape.gathered and not selective:
+        # Copies of keys and values, so that nothing holds on to the rank's own.
         projected, rotated = shape.gathered + shape.masks, shape.query
     output = shape.query * (e + (1 if shape.formats.fp8 else 0))
     in_parts = shape.microbatch.packed is not None or shape.layout.context > 1

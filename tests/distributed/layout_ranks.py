@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.config import limits
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.data.microbatch import MicrobatchLimit
@@ -93,8 +94,9 @@ def trimmed(grid, responses):
     return [row[: len(r)] for row, r in zip(grid.tolist(), responses, strict=True)]
 
 
-def model(config, mesh, head, seed):
-    chunks = build_chunks(config.model, config.precision, mesh, head=head)
+def model(config, mesh, head, seed, **changes):
+    shape = config.model.model_copy(update=changes)
+    chunks = build_chunks(shape, config.precision, mesh, head=head)
     fill_random(chunks, mesh, seed=seed)
     return chunks
 
@@ -105,7 +107,8 @@ def ppo_case(config, mesh, folder):
         policy=TrainState(policy, config.policy, total_steps=4),
         critic=TrainState(critic, config.critic, total_steps=4),
         reference=model(config, mesh, "language", 3),
-        rewards=[model(config, mesh, "scalar", 4)],
+        # It does not know the last two ids of the policy, which prompts and responses have.
+        rewards=[model(config, mesh, "scalar", 4, vocab_size=48)],
     )
     own = update.local_indices(BATCH, BATCH, mesh)
     prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6])
@@ -115,6 +118,10 @@ def ppo_case(config, mesh, folder):
         generator.generate([prompts[i] for i in own], own, rule=rule, **options)
         for rule in (SamplingRule(temperature=0.0), SamplingRule(temperature=1.0))
     )
+    # Replicas with two, one or no prompts: those that share experts go through them together.
+    few = list(range(mesh.dp_rank, 3 if config.model.num_experts else 0, mesh.dp_size))
+    rule = SamplingRule(temperature=0.0)
+    uneven = generator.generate([prompts[i] for i in few], few, rule=rule, **options)
     cut = {"mesh": mesh, "limit": MicrobatchLimit.of_scoring(config.ppo)}
     if config.ppo.microbatch_tokens is not None:
         rollout = balance(rollout, minibatch_size=BATCH, mesh=mesh)
@@ -146,6 +153,7 @@ def ppo_case(config, mesh, folder):
     assert gap < 1e-4, gap
     return {
         "greedy": by_sample(own, greedy.responses, mesh),
+        "uneven": by_sample(few, uneven.responses, mesh),
         "sampled": by_sample(balanced, rollout.responses, mesh),
         "scores": by_sample(balanced, scores.tolist(), mesh),
         "tokens_per_replica": replica_tokens(rollout, mesh),
@@ -204,6 +212,8 @@ def reward_case(config, mesh, folder):
 
 def main():
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    # Several chunks in a microbatch, of other sizes at other tensor-parallel sizes.
+    limits.LOGITS_CHUNK_ELEMENTS = 640
     results = []
     for case in cases:
         config = config_for(case)

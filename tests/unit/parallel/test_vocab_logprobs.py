@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from marlhf_mega.config.limits import padded_vocab_size
-from marlhf_mega.parallel import vocab
+from marlhf_mega.config import limits
 from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
 TOKENS, HIDDEN, VOCAB = 11, 6, 23
@@ -45,7 +44,7 @@ def whole(hidden, weight, targets, temperature, softcap):
 def test_values_and_gradients_are_those_of_the_whole_softmax(
     shard, monkeypatch, chunk_elements, temperature, softcap
 ):
-    monkeypatch.setattr(vocab, "LOGITS_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(limits, "LOGITS_CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, targets, pull = case()
     expected = whole(hidden, weight, targets, temperature, softcap)
     wanted = torch.autograd.grad((torch.stack(expected) * pull).sum(), (hidden, weight))
@@ -63,7 +62,7 @@ def test_backward_holds_the_logits_of_one_chunk_as_often_as_planned(
     shard, monkeypatch, dtype, softcap, chunks
 ):
     tokens, hidden_size, columns = 256, 8, 1024
-    monkeypatch.setattr(vocab, "LOGITS_CHUNK_ELEMENTS", tokens * columns // 4)
+    monkeypatch.setattr(limits, "LOGITS_CHUNK_ELEMENTS", tokens * columns // 4)
     wide = VocabShard(group=shard.group, start=0, num_real=columns, num_total=columns)
     hidden, weight = (torch.ones(n, hidden_size, dtype=dtype) for n in (tokens, columns))
     found = vocab_parallel_logprobs(
@@ -95,7 +94,7 @@ def test_padding_rows_get_no_gradient(shard):
     ("vocab_size", "tensor_size", "padded"), [(128256, 8, 128256), (50, 2, 64), (67, 4, 128)]
 )
 def test_the_vocabulary_is_padded_to_whole_shards(vocab_size, tensor_size, padded):
-    assert padded_vocab_size(vocab_size, tensor_size) == padded
+    assert limits.padded_vocab_size(vocab_size, tensor_size) == padded
 
 
 def test_the_gradient_without_entropy_is_that_with_an_entropy_of_no_weight(shard):
@@ -108,3 +107,11 @@ def test_the_gradient_without_entropy_is_that_with_an_entropy_of_no_weight(shard
     both = torch.autograd.grad(almost, (hidden, weight))
     for mine, other in zip(alone, both, strict=True):
         assert torch.allclose(mine, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "on_cpu", "tokens"),
+    [(4096, False, 4096), (4096, True, 1024), (65536, True, 128), (262144, True, 64)],
+)
+def test_a_chunk_fits_the_cache_unless_the_vocabulary_is_too_large(columns, on_cpu, tokens):
+    assert limits.logits_chunk_tokens(columns, on_cpu=on_cpu) == tokens
