@@ -82,7 +82,8 @@ step() {
 }
 
 billion=(--hidden 2048 --layers 16 --heads 32 --kv-heads 8 --ffn 8192 --vocab 32000 --dtype bfloat16)
-step tests 240 -m pytest -q tests/gpu
+# Most of their time they start programs, which one after the other would take too long.
+step tests 240 -m pytest -q -n 4 tests/gpu
 for group in ma_ppo alol; do
     step "golden_$group" 20 tools/check_golden.py "tests/golden/${group}_cases.json" --device cuda
 done

@@ -67,6 +67,8 @@ def offline_loss(
     nll -S; wbc -R S; r_gold -R sum_t max(p_t, 0.1) logp_t; r_lol -R c S; a_lol -A+ c S;
     a_lol_seq -A+ sum_t c_t logp_t; a_lol_ref_free -A+ S; a_lol_kl -A+ S + kl_coef (S - S0).
 
+    A row without a token counts as none, if its reward and value are 0.
+
     Args:
         algorithm: see above.
         logprobs: [batch, response] of the policy, with gradient.
@@ -100,7 +102,7 @@ def offline_loss(
     kl = masked_sum(logprobs - ref_logprobs, response_mask, 1)
     if algorithm == "a_lol_kl":
         losses = losses + kl_coef * kl
-    count = losses.new_tensor(losses.numel())
+    count = response_mask.any(1).sum().to(losses.dtype)
     metrics = {
         "advantage": ((rewards - values).sum(), count),
         "kl": (kl.detach().sum(), count),

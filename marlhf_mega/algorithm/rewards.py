@@ -1,5 +1,6 @@
 """From reward-model scores and log-probs to token rewards; KL estimators, shaping, KL control."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -161,10 +162,12 @@ def adaptive_kl_coef(
 
     Args:
         kl_coef: current coefficient.
-        observed_kl: mean over responses of the KL summed over tokens.
+        observed_kl: mean over responses of the KL summed over tokens; NaN changes nothing.
         target: the KL per response it steers to.
         horizon: samples over which it reacts.
         num_samples: responses in this step.
     """
+    if math.isnan(observed_kl):
+        return kl_coef
     error = min(max(observed_kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)

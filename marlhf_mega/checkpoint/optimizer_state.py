@@ -21,39 +21,43 @@ def distributed_optimizers(role: TrainState) -> list[DistributedOptimizer]:
 
 def fill_empty(role: TrainState) -> None:
     """Give parameters the state of their first step; Megatron saves and loads what is there."""
-    for inner in _torch_optimizers(role):
-        counts_per_parameter = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+    for inner in _inner_optimizers(role):
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                if counts_per_parameter:
+                if _counts_per_parameter(inner):
                     state["step"] = torch.zeros(())
                 inner.state[parameter] = state
 
 
 def num_steps(role: TrainState) -> int:
     """Return the optimizer steps taken; 0 on a rank that holds no parameter's state."""
-    found = [int(holder["step"]) for holder in _counters(role)]
+    found = [int(holder["step"]) for holder in _counters(role) if "step" in holder]
     assert len(set(found)) <= 1, found
     return found[0] if found else 0
 
 
 def set_num_steps(role: TrainState, count: int) -> None:
-    """Give every parameter a counter of its own: AdamW adds 1 to each of them in place."""
+    """Set all counters, each parameter's of its own: AdamW adds 1 to each of them in place."""
     for holder in _counters(role):
-        step = holder["step"]
+        step = holder.get("step")  # a group has none before its first step
         holder["step"] = torch.full_like(step, count) if torch.is_tensor(step) else count
 
 
 def _counters(role: TrainState) -> list[dict[str, Any]]:
-    """Return the dictionaries that hold a `step`."""
-    return [
-        holder
-        for inner in _torch_optimizers(role)
-        for holder in (*inner.state.values(), *inner.param_groups)
-        if "step" in holder
-    ]
+    """Return the dictionaries that hold a `step`, or will; a group without parameters may not."""
+    found: list[dict[str, Any]] = []
+    for inner in _inner_optimizers(role):
+        if _counts_per_parameter(inner):
+            found += inner.state.values()
+        else:
+            found += [group for group in inner.param_groups if group["params"]]
+    return found
 
 
-def _torch_optimizers(role: TrainState) -> list[torch.optim.Optimizer]:
+def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _inner_optimizers(role: TrainState) -> list[torch.optim.Optimizer]:
     return [part.optimizer for part in distributed_optimizers(role)]

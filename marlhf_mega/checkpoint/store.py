@@ -52,6 +52,10 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
         remarks.append(f"{name} is damaged, {problem}")
     if not names:
         return None
+    later, _ = share_from_first(folders.candidates(root), mesh)
+    if not set(later) <= set(names):
+        # The run still goes on: it has removed what was found, and written newer ones.
+        return find(run_dir, mesh)
     raise RuntimeError(
         f"{root}: must hold a checkpoint that is as it was written; {'; '.join(remarks)}. Restore "
         "a file from a copy, or use another run.dir to start afresh."

@@ -173,4 +173,8 @@ def fill_from(
 
 def _send_to_replicas(name: str, tensor: Tensor, *, mesh: Mesh) -> None:
     is_expert = ".mlp.experts." in name
-    broadcast_from_first(tensor, mesh.groups.expt_dp if is_expert else mesh.groups.dp_cp)
+    # The exact values of a weight in FP8 are on the host, from where GPUs send nothing.
+    sent = tensor.to(mesh.device)
+    broadcast_from_first(sent, mesh.groups.expt_dp if is_expert else mesh.groups.dp_cp)
+    if sent is not tensor:
+        tensor.copy_(sent)

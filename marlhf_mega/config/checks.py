@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from marlhf_mega.config.limits import context_multiple
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import Config, ParallelConfig
+from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.schema import Config, MemoryConfig, ParallelConfig, RolloutConfig
 
 Job = Literal["sft", "reward", "ppo", "offline", "evaluate", "generate"]
 WITHOUT_TRAINING: tuple[Job, ...] = ("evaluate", "generate")
@@ -48,6 +49,31 @@ def check_world(config: Config, world_size: int, *, apart: int = 0) -> int:
     return num_training // config.parallel.model_size
 
 
+def check_other_model(
+    config: Config, model: ModelConfig, num_ranks: int, *, what: str, learns: bool
+) -> None:
+    """Check that the layout fits a model of another shape than the policy's.
+
+    Args:
+        config: the resolved configuration.
+        model: the other model's shape.
+        num_ranks: that train.
+        what: the key and the path that name it, for messages.
+        learns: it is a critic.
+
+    Raises:
+        ConfigError: one line for every rule that is broken.
+    """
+    # It never generates, and what does not learn recomputes nothing.
+    other: dict[str, Any] = {"model": model, "rollout": RolloutConfig()}
+    if not learns:
+        other |= {"precision": config.precision.frozen(), "memory": MemoryConfig()}
+    changed = config.model_copy(update=other)
+    problems = list(_layout_problems(changed, config.parallel, "parallel", num_ranks))
+    if problems:
+        raise ConfigError("\n".join(f"{what}: {problem}" for problem in problems))
+
+
 def check_job(config: Config, job: Job, data_size: int) -> None:
     """Check what one job needs: its files, its folder and its batch arithmetic.
 
@@ -62,6 +88,7 @@ def check_job(config: Config, job: Job, data_size: int) -> None:
     problems = [
         *_file_problems(config, job),
         *_folder_problems(config.run.dir, key="run.dir"),
+        *_replacing_problems(config, job),
         *_size_problems(config, job, data_size),
     ]
     if problems:
@@ -92,6 +119,7 @@ def check_folder(path: Path, *, key: str) -> None:
 def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
     yield from _length_problems(config, job)
     yield from _batch_problems(config, job, data_size)
+    yield from _router_problems(config, job)
     if job == "ppo":
         yield from _ppo_problems(config)
         yield from _sampler_problems(config)
@@ -128,6 +156,14 @@ def _layout_problems(
         yield (
             f"{section}.tensor_size={tensor}: must divide model.num_query_groups="
             f"{model.query_groups} or be a multiple of it. Use {_divisors(model.query_groups)}."
+        )
+    elif (
+        rows := model.kv_channels * (model.num_attention_heads + 2 * model.query_groups)
+    ) % tensor:
+        yield (
+            f"{section}.tensor_size={tensor}: more ranks than model.num_query_groups="
+            f"{model.query_groups} cut queries, keys and values together, whose {rows} rows it "
+            f"must divide. Use {_divisors(model.query_groups)}."
         )
     for key in ("ffn_hidden_size", "shared_expert_ffn_hidden_size"):
         width = getattr(model, key)
@@ -296,15 +332,24 @@ def _folder_problems(path: Path, *, key: str) -> Iterator[str]:
         )
 
 
-def _length_problems(config: Config, job: Job) -> Iterator[str]:
-    section = "rollout" if job in GENERATING else "data"
-    longest = config.data.max_prompt_tokens + getattr(config, section).max_response_tokens
-    if longest > config.model.max_positions:
+def _replacing_problems(config: Config, job: Job) -> Iterator[str]:
+    if job in WITHOUT_TRAINING and (config.run.dir / "checkpoints").is_dir():
         yield (
-            f"{section}.max_response_tokens: with data.max_prompt_tokens="
-            f"{config.data.max_prompt_tokens} it must fit in model.max_positions="
-            f"{config.model.max_positions}; the sum is {longest}. Lower one of them."
+            f"run.dir={config.run.dir}: holds a training run, whose config.yaml and samples "
+            f"{job} would replace. Name another folder."
         )
+
+
+def _length_problems(config: Config, job: Job) -> Iterator[str]:
+    sections = {"rollout": job in GENERATING, "data": job in ("sft", "reward", "offline")}
+    for section in (name for name, is_used in sections.items() if is_used):
+        longest = config.data.max_prompt_tokens + getattr(config, section).max_response_tokens
+        if longest > config.model.max_positions:
+            yield (
+                f"{section}.max_response_tokens: with data.max_prompt_tokens="
+                f"{config.data.max_prompt_tokens} it must fit in model.max_positions="
+                f"{config.model.max_positions}; the sum is {longest}. Lower one of them."
+            )
 
 
 def _batch_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
@@ -326,12 +371,39 @@ def _batch_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
                 f"{key}={size}: an interleaved pipeline of {stages} stages needs at least "
                 f"{stages * data_size}. Raise it or set parallel.virtual_pipeline_size=1."
             )
+        elif stages > 1 and job == "reward":
+            yield from _pair_problems(config, size // data_size, stages * data_size)
         if size % data_size:
             lower, higher = size // data_size * data_size, (size // data_size + 1) * data_size
             yield (
                 f"{key}={size}: must be a multiple of the data-parallel size {data_size}. "
                 f"Use {f'{lower} or {higher}' if lower else higher}."
             )
+
+
+def _pair_problems(config: Config, share: int, multiple: int) -> Iterator[str]:
+    """Unlike sequences, pairs cannot be filled up to what an interleaved pipeline needs."""
+    size, stages = config.reward_model.microbatch_size, config.parallel.pipeline_size
+    needed = -(-share // size)
+    if -(-needed // stages) * stages > share:
+        yield (
+            f"reward_model.microbatch_size={size}: cuts the {share} pairs of a rank to {needed} "
+            f"microbatches; an interleaved pipeline needs a multiple of its {stages} stages. Raise "
+            f"it, or make reward_model.batch_size a multiple of {multiple}."
+        )
+
+
+def _router_problems(config: Config, job: Job) -> Iterator[str]:
+    """Megatron weighs the router's loss by tokens; beside a mean of few terms it would be all."""
+    coefficient = config.model.router_aux_loss_coef
+    terms = {"reward": "pairs", "offline": "responses"}.get(job)
+    if job == "ppo" and config.ppo.aggregation != "token_mean":
+        terms = f"ppo.aggregation={config.ppo.aggregation}"
+    if coefficient and terms:
+        yield (
+            f"model.router_aux_loss_coef={coefficient}: has its weight beside a mean over tokens "
+            f"only; {job} takes one over {terms}. Set it to 0."
+        )
 
 
 def _ppo_problems(config: Config) -> Iterator[str]:

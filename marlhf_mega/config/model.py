@@ -103,7 +103,8 @@ class ModelConfig(Section):
     router_softmax_first: bool = False
     """Probabilities over all experts before the choice (Qwen, norm_topk_prob=false)."""
     router_aux_loss_coef: float = Field(0.0, ge=0)
-    """Weight of the load-balancing loss."""
+    """Weight of the load-balancing loss, a mean over all tokens, in a loss over response tokens:
+    prompts add to its weight."""
 
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of random weights."""

@@ -457,7 +457,7 @@ class EvaluateConfig(Section):
     num_prompts: int = Field(256, gt=0)
     """Held-out prompts used, from the start of the validation file."""
     batch_size: int = Field(64, gt=0)
-    """Sequences (sft: rows, reward: pairs) per pass, over all ranks."""
+    """Sequences generated at once, over all ranks; sft and reward judge by microbatches."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0: greedy."""
     gold: str | None = None

@@ -73,6 +73,12 @@ class LengthReport:
     num_truncated_prompts: int = 0
     num_truncated_responses: int = 0
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether any row was left out or cut."""
+        changed = self.num_dropped_prompts + self.num_truncated_prompts
+        return changed + self.num_truncated_responses > 0
+
     def __str__(self) -> str:
         """Name every count in one line."""
         return (

@@ -69,9 +69,9 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, Row]]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSONL, UTF-8, one object a line."""
+    """Write rows as JSONL, UTF-8, one object a line; what JSON cannot hold (dates, say) as text."""
     with Path(path).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def content_hash(path: str | Path) -> str:
@@ -103,7 +103,20 @@ def _parse_object(line: str, *, where: str) -> Row:
         ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: json: must be an object; got {_type_name(row)}. Mend the line.")
+    if "\\ud" in line.lower():
+        _check_surrogates(row, where=where)
     return row
+
+
+def _check_surrogates(row: Row, *, where: str) -> None:
+    """Refuse an escape of half a character, such as a text that was cut within an emoji has."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise ValueError(
+            f"{where}: json: must be Unicode text; {half} is half a character. Mend the line."
+        ) from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:

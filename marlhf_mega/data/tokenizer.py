@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import BoolTensor
+from torch import Tensor
 
 from marlhf_mega.data.tokenizer_backends import (
     HuggingFaceBackend,
@@ -54,14 +54,14 @@ class Tokenizer:
         pad_id: padding; the end-of-sequence id where the vocabulary has none of its own.
         prompt_prefix: ids that models of this tokenizer expect in front of every text: `[bos_id]`
             or nothing.
-        vocab_size: one more than the largest id.
+        vocab_size: one more than the largest id that text can have.
         ends_sentence: [vocab] bool, tokens whose text ends with . ! ? or a newline, not counting
             quotes, brackets and blanks after it.
     """
 
     def __init__(self, backend: Backend, *, eos_id: int) -> None:
         self._backend = backend
-        self._special_ids = backend.special_ids
+        self._all_bytes = list(backend.token_bytes)
         self._token_bytes = [
             b"" if index in backend.special_ids else piece
             for index, piece in enumerate(backend.token_bytes)
@@ -73,7 +73,7 @@ class Tokenizer:
             [backend.bos_id] if backend.adds_bos and backend.bos_id is not None else []
         )
         self.vocab_size = len(backend.pieces)
-        self.ends_sentence: BoolTensor = torch.tensor(  # type: ignore[assignment]
+        self.ends_sentence: Tensor = torch.tensor(
             [_ends_sentence(piece) for piece in self._token_bytes]
         )
 
@@ -94,6 +94,13 @@ class Tokenizer:
         except TokenizerLoadError as error:
             raise ValueError(f"tokenizer.path={path}: {error}") from error
         return cls(backend, eos_id=backend.eos_id)
+
+    def extend(self, vocab_size: int) -> None:
+        """Let the ids that only a model of a larger vocabulary has, and may sample, be no text."""
+        count = vocab_size - len(self._all_bytes)
+        self._all_bytes += [b""] * count
+        self._token_bytes += [b""] * count
+        self.ends_sentence = torch.nn.functional.pad(self.ends_sentence, (0, max(count, 0)))
 
     def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Encode one text; no special token is added unless asked for."""
@@ -118,7 +125,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Turn ids into text; bytes that are not valid UTF-8 become U+FFFD."""
-        table = self._token_bytes if skip_special else self._backend.token_bytes
+        table = self._token_bytes if skip_special else self._all_bytes
         return self._join(table, ids).decode("utf-8", errors="replace")
 
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:

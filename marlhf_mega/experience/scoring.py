@@ -126,5 +126,5 @@ def last_token_scores(
         limit=limit,
         run=score_step,
     )
-    last = torch.tensor([len(r) - 1 for r in responses], device=grid.device)
+    last = torch.tensor([len(r) - 1 for r in responses], dtype=torch.int64, device=grid.device)
     return grid.gather(1, last[:, None])[:, 0]

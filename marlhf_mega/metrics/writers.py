@@ -65,7 +65,13 @@ class MetricsWriter:
             ValueError: Weights & Biases is asked for and not installed.
         """
         self._wandb_run = (
-            _start_wandb(run_dir, project=wandb_project, name=run_name, config=config)
+            _start_wandb(
+                run_dir,
+                project=wandb_project,
+                name=run_name,
+                config=config,
+                is_fresh=first_step == 0,
+            )
             if wandb_project
             else None
         )
@@ -153,14 +159,17 @@ def check_wandb(project: str | None) -> None:
         )
 
 
-def _start_wandb(run_dir: Path, *, project: str, name: str, config: Mapping[str, Any]) -> Any:
+def _start_wandb(
+    run_dir: Path, *, project: str, name: str, config: Mapping[str, Any], is_fresh: bool
+) -> Any:
     check_wandb(project)
     import wandb
 
     folder = run_dir / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     id_file = folder / "run_id"
-    if not id_file.exists():
+    # The server ignores steps that are not above the last it has of a run.
+    if is_fresh or not id_file.exists():
         id_file.write_text(uuid.uuid4().hex)
     return wandb.init(
         project=project,

@@ -155,8 +155,13 @@ class StageModel(LanguageModule):
         self.decoder.set_input_tensor(single)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return [seq, batch, hidden] embeddings ([seq/tp, ...] with sequence parallelism)."""
-        hidden: Tensor = self.embedding(input_ids=tokens, position_ids=None)
+        """Return [seq, batch, hidden] embeddings ([seq/tp, ...] with sequence parallelism).
+
+        Ids beyond the vocabulary stand for its first, at any layout.
+        """
+        # A policy of a larger vocabulary may sample ids that a reward model does not have.
+        known = tokens < self.vocab_shard.num_total
+        hidden: Tensor = self.embedding(input_ids=tokens * known, position_ids=None)
         if self.model.embedding_scale:
             # The factor is rounded to the weights' dtype first, as in Gemma's training.
             hidden = hidden * torch.tensor(self.model.hidden_size**0.5, dtype=hidden.dtype)

@@ -75,6 +75,9 @@ def transformer_config(
         qk_layernorm=model.qk_norm,
         softmax_scale=None if model.query_scale is None else model.query_scale**-0.5,
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        window_attn_skip_freq=[
+            int(layer % model.sliding_window_every == 0) for layer in range(model.num_layers)
+        ],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype == torch.bfloat16,

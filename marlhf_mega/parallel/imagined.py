@@ -28,7 +28,8 @@ def imagined_mesh(parallel: ParallelConfig, *, rank: int, world_size: int) -> It
     try:
         mesh = create_mesh(parallel)
         with on_meta() as device:
-            here = replace(mesh.platform, device=device, default_dtype=torch.bfloat16)
+            # Transformer Engine would put weights on a real GPU: its layers are left out.
+            here = replace(mesh.platform, name="cpu", device=device, default_dtype=torch.bfloat16)
             yield replace(mesh, platform=here)
     finally:
         destroy_mesh()

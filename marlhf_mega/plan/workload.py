@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from marlhf_mega.config.checks import check_world, rollout_ranks
+from marlhf_mega.config.checks import check_other_model, check_world, rollout_ranks
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import find_origin
@@ -122,6 +122,11 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
     apart = rollout_ranks(config, job)
     check_world(config, world_size, apart=apart)
     planned = cast(PlannedJob, job)
+    roles = _roles(config, planned)
+    for role in roles:
+        if role.model != config.model:
+            num_ranks = world_size - apart
+            check_other_model(config, role.model, num_ranks, what=role.name, learns=role.learns)
     layout = Layout.of(config.parallel, world_size - apart)
     rows, minibatch, batch = _rows(config, planned, layout)
     microbatch = _microbatch(config, planned, layout, rows=rows, most=max(1, minibatch))
@@ -136,7 +141,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
         job=planned,
         layout=layout,
         num_rollout_ranks=apart,
-        roles=_roles(config, planned),
+        roles=roles,
         microbatch=microbatch,
         scoring=scoring,
         num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import random
 import resource
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -225,7 +226,9 @@ def _engine_imports() -> bool:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        # Installed, but its CUDA libraries are not found or were built for another torch.
+    except (AssertionError, ImportError, OSError, RuntimeError):
+        # Installed, but in parts only, or its CUDA libraries are not found or were built for
+        # another torch. Megatron would fail on it, and does without one that is not there.
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
         return False
     return True

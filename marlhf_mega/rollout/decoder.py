@@ -160,6 +160,7 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
             setattr(module, name, False)
         for config in configs.values():
             config.sequence_parallel = False
+        _make_quantizers_anew(chunks)
         for chunk in chunks:
             chunk.eval()
             # Transformer Engine must not use weights in FP8 that are older than the last update.
@@ -173,5 +174,20 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
             setattr(module, name, True)
         for config in configs.values():
             config.sequence_parallel = sequence_parallel
+        _make_quantizers_anew(chunks)
         for chunk in chunks:
             chunk.train(was_training)
+
+
+def _make_quantizers_anew(chunks: list[StageModel]) -> None:
+    """Let Transformer Engine see whether ranks share the sequence: it asks only once.
+
+    With quantizers of the other kind each rank would scale its share of a sequence on its own, and
+    its peers would read it by their own scale. Those of delayed scaling hold its history; it
+    generates without FP8.
+    """
+    if chunks[0].config.fp8_recipe == "delayed":
+        return
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if hasattr(module, "fp8_meta_tensors_initialized"):
+            module.fp8_initialized = module.fp8_meta_tensors_initialized = False

@@ -119,7 +119,9 @@ class _Run:
         self.mesh, self.rule, self.keys = generator.mesh, rule, keys
         self.eos_id = eos_id
         longest = max((len(r.prompt) + r.max_tokens for r in waiting), default=1)
-        num_groups = max(1, min(self.mesh.pp_size, slots))
+        # Replicas that share experts pass through them equally often, however few their prompts.
+        most_groups = self.mesh.pp_size if self.mesh.ep_size > 1 else slots
+        num_groups = max(1, min(self.mesh.pp_size, most_groups))
         share = max(1, -(-slots // num_groups))
         self.groups = [SlotGroup(share, waiting, self.mesh.device) for _ in range(num_groups)]
         self.decoders = [

@@ -102,9 +102,8 @@ def _top(logits: Tensor, count: int, shard: VocabShard) -> tuple[Tensor, Tensor]
     count = min(count, shard.num_total)
     local = min(count, logits.shape[1])
     # Candidates go in id order into a stable sort, so that equal logits rank alike in every layout.
-    values, ids = logits.topk(local, -1)
-    ids, order = ids.sort(-1)
-    values = values.gather(1, order)
+    ids = _best_ids(logits, local)
+    values = logits.gather(1, ids)
     missing = count - local
     if missing:
         values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
@@ -113,3 +112,16 @@ def _top(logits: Tensor, count: int, shard: VocabShard) -> tuple[Tensor, Tensor]
     every_id = gather_over_tensor(ids + shard.start, shard.group)
     ranked, order = every_value.sort(dim=-1, descending=True, stable=True)
     return every_id.gather(1, order)[:, :count], ranked[:, :count]
+
+
+def _best_ids(logits: Tensor, count: int) -> Tensor:
+    """Return the columns [batch, count] of the highest logits, ties by the smaller, in order."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    if count == len(columns):
+        return columns.expand(len(logits), -1)
+    values, ids = logits.topk(count, -1)
+    edge = values[:, -1:]
+    # Of equal logits at the edge, which are common in low precision, topk takes any.
+    order = torch.where(logits == edge, -columns.float(), -torch.inf)
+    order.scatter_(1, ids, torch.where(values > edge, 1.0, order.gather(1, ids)))
+    return order.topk(count, -1).indices.sort(-1).values

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_from, fill_random, has_scalar_head
+from marlhf_mega.config.checks import check_other_model
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
@@ -106,6 +107,30 @@ def critic_origin(config: Config, tokenizer: Tokenizer, rewards: list[Origin]) -
             return policy_origin(config)
         case path:
             return origin_of(path, tokenizer, key="critic.init")
+
+
+def check_scalar_models(
+    config: Config, tokenizer: Tokenizer, num_ranks: int, *, critic: bool
+) -> None:
+    """Check that the reward models and the critic are there and fit the layout.
+
+    Args:
+        config: of the run.
+        tokenizer: that they share.
+        num_ranks: that train.
+        critic: whether the job has one.
+
+    Raises:
+        ValueError: anything that the user has to mend.
+    """
+    rewards = reward_origins(config, tokenizer)
+    for origin in rewards:
+        what = f"reward.source={origin.path}"
+        check_other_model(config, origin.model, num_ranks, what=what, learns=False)
+    start = critic_origin(config, tokenizer, rewards) if critic else None
+    if start is not None:
+        what = f"critic.init={config.critic.init}"
+        check_other_model(config, start.model, num_ranks, what=what, learns=True)
 
 
 def optimizer_steps(config: Config, num_steps: int) -> dict[str, int]:

@@ -27,7 +27,13 @@ from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.reshard import ReshardedGenerator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.types import Rollout
-from marlhf_mega.train.build import build_generator, build_model, policy_origin, reward_origins
+from marlhf_mega.train.build import (
+    build_generator,
+    build_model,
+    check_scalar_models,
+    policy_origin,
+    reward_origins,
+)
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import write_run_directory
 
@@ -111,7 +117,7 @@ class Evaluator:
             "eval/gold": self._scores(self.gold, rollout, rows),
             "eval/kl": divergence,
             "eval/response_tokens": torch.tensor([float(len(r)) for r in rollout.responses]),
-            "eval/truncated_fraction": (~torch.tensor(rollout.finished)).float(),
+            "eval/truncated_fraction": torch.tensor([float(not f) for f in rollout.finished]),
         }
         values = {name: column.tolist() for name, column in columns.items() if column is not None}
         texts = list(zip(own, rollout.responses, strict=True))
@@ -234,7 +240,7 @@ def evaluate_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
         config, "evaluate", world_size=world_size, kind="prompts", build=prompt_examples
     )
     policy_origin(inputs.config)
-    reward_origins(inputs.config, inputs.tokenizer)
+    check_scalar_models(inputs.config, inputs.tokenizer, world_size, critic=False)
     return inputs
 
 
@@ -265,7 +271,7 @@ def run_evaluate(inputs: Inputs[Prompt], mesh: Mesh) -> dict[str, float]:
     if mesh.rank == 0:
         write_run_directory(config, tokenizer, inputs.tokenizer_path, mesh)
         with SamplesWriter(config.run.dir, first_step=0) as samples:
-            samples.write(0, judged.samples)
+            samples.write(0, judged.samples if config.logging.samples else [])
         summary = json.dumps(judged.metrics, indent=2, allow_nan=False)
         file = config.run.dir / "evaluation.json"
         file.write_text(summary + "\n", encoding="utf-8")

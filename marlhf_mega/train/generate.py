@@ -18,7 +18,13 @@ from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.reshard import ReshardedGenerator
 from marlhf_mega.train import rollouts
-from marlhf_mega.train.build import build_generator, build_model, policy_origin, reward_origins
+from marlhf_mega.train.build import (
+    build_generator,
+    build_model,
+    check_scalar_models,
+    policy_origin,
+    reward_origins,
+)
 from marlhf_mega.train.evaluate import prompt_examples, prompt_row
 from marlhf_mega.train.inputs import Inputs, read_inputs
 from marlhf_mega.train.output import write_run_directory
@@ -38,7 +44,7 @@ def generate_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
         config, "generate", world_size=world_size, kind="prompts", build=prompt_examples
     )
     policy_origin(inputs.config)
-    reward_origins(inputs.config, inputs.tokenizer)
+    check_scalar_models(inputs.config, inputs.tokenizer, world_size, critic=False)
     _check_blocks(_saved(inputs.config), inputs.config)
     return inputs
 
@@ -158,7 +164,8 @@ def answer(
     )
     rows = [
         {
-            **prompt.row,
+            # A reward that is there is that of another response.
+            **{name: value for name, value in prompt.row.items() if name != "reward"},
             "response": inputs.tokenizer.decode(response),
             "finished": finished,
         }

@@ -1,5 +1,6 @@
 """Everything a job reads before ranks meet: tokenizer, data, origins. User mistakes end here."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from marlhf_mega.config.checks import (
     check_world,
     rollout_ranks,
 )
+from marlhf_mega.config.hf_write import hf_config_from_model
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import Origin, find_origin
 from marlhf_mega.config.schema import Config
@@ -24,6 +26,8 @@ from marlhf_mega.experience.segmentation import load_parser
 from marlhf_mega.metrics.writers import check_wandb
 from marlhf_mega.rewards.rule import check_importable
 from marlhf_mega.train.resume import check_resume
+
+logger = logging.getLogger(__name__)
 
 Example = TypeVar("Example")
 Build = Callable[[ExampleBuilder, Sequence[Row]], Sequence[Example]]
@@ -73,6 +77,8 @@ def read_inputs(
     tokenizer_path = _tokenizer_path(config)
     tokenizer = Tokenizer.load(tokenizer_path)
     config = _with_vocabulary(config, tokenizer)
+    assert config.model.vocab_size is not None
+    tokenizer.extend(config.model.vocab_size)
 
     def examples(path: Path | None, kind: RowKind, build: Build[Any]) -> Sequence[Any]:
         if path is None:
@@ -84,11 +90,15 @@ def read_inputs(
             long_prompts=config.data.long_prompts,
             source=str(path),
         )
-        return build(builder, read_rows(path, kind))
+        found = build(builder, read_rows(path, kind))
+        if builder.report.has_changes:
+            logger.info("%s: %s", path, builder.report)
+        return found
 
     train_path = None if job in WITHOUT_TRAINING else config.data.train_path
     data_hash = content_hash(train_path) if train_path else ""
     if job not in WITHOUT_TRAINING:
+        _check_export(config)
         check_resume(config, job, data_hash)
     return Inputs(
         config=config,
@@ -163,6 +173,21 @@ def _check_device(config: Config) -> None:
             f"precision.fp8={config.precision.fp8}: cannot be used here; {support.reason}. "
             "Set it to off, or choose another precision.fp8_recipe."
         )
+
+
+def _check_export(config: Config) -> None:
+    """Refuse before training a model that could not be written after it."""
+    model = config.model
+    has_source = model.hf_path is not None and model.hf_path.is_dir()
+    if has_source or not config.checkpoint.export_hf:
+        return
+    try:
+        hf_config_from_model(model)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}\ncheckpoint.export_hf=true: writes such a folder at the end of the run. Set "
+            "it to false if none is needed."
+        ) from None
 
 
 def _tokenizer_path(config: Config) -> Path:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from marlhf_mega.algorithm.alol import offline_loss, sampling_probabilities
 from marlhf_mega.algorithm.losses import LossOutput
+from marlhf_mega.checkpoint.store import newest_state
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import ExampleBuilder, OfflineExample
 from marlhf_mega.data.files import Row
@@ -33,6 +34,7 @@ from marlhf_mega.parallel.schedule import run_forward_backward
 from marlhf_mega.train.build import (
     build_generator,
     build_model,
+    check_scalar_models,
     critic_origin,
     policy_origin,
     reward_origins,
@@ -80,7 +82,7 @@ def offline_inputs(config: Config, world_size: int) -> Inputs[OfflineExample]:
         build=build,
         validation=("prompts", prompt_examples),
     )
-    critic_origin(config, inputs.tokenizer, reward_origins(config, inputs.tokenizer))
+    check_scalar_models(inputs.config, inputs.tokenizer, world_size, critic=True)
     return inputs
 
 
@@ -151,11 +153,13 @@ def _known_before(
 ) -> tuple[Tensor, Tensor]:
     """Return the prompts' values [rows, 1] and the reference's log-probs [rows, response].
 
-    They are kept in `run.dir`/offline.safetensors, so that a resumed run goes on with the same.
+    They are kept in `run.dir`/offline.safetensors, so that a resumed run goes on with the same. One
+    that starts afresh finds them anew: what they come from may have been mended.
     """
     config, settings = inputs.config, inputs.config.offline
     file = config.run.dir / "offline.safetensors"
-    if config.checkpoint.resume != "never" and share_from_first(file.is_file(), mesh):
+    resumes = config.checkpoint.resume != "never" and newest_state(config.run.dir) is not None
+    if share_from_first(resumes and file.is_file(), mesh):
         with safe_open(file, framework="pt") as content:
             if content.metadata() == {"data_hash": inputs.data_hash}:
                 return content.get_tensor("values"), content.get_tensor("ref_logprobs")
@@ -319,9 +323,11 @@ def _cut(chosen: Sequence[ValuedExample], config: Config, mesh: Mesh) -> list[Mi
         limit=MicrobatchLimit.of(config.offline),
         mesh=mesh,
     )
-    rewards = torch.tensor([c.example.reward for c in chosen], device=mesh.device)
-    values = torch.tensor([c.value for c in chosen], device=mesh.device)
-    ref_logprobs = pad_sequence([c.ref_logprobs for c in chosen], batch_first=True).to(mesh.device)
+    pad, fillers = torch.nn.functional.pad, mesh.pp_size  # rows that only fill up a pipeline
+    rewards = pad(torch.tensor([c.example.reward for c in chosen]), (0, fillers)).to(mesh.device)
+    values = pad(torch.tensor([c.value for c in chosen]), (0, fillers)).to(mesh.device)
+    ref_logprobs = pad_sequence([c.ref_logprobs for c in chosen], batch_first=True)
+    ref_logprobs = pad(ref_logprobs, (0, 0, 0, fillers)).to(mesh.device)
     microbatches = []
     for cut in cuts:
         rows = cut.rows.to(mesh.device)

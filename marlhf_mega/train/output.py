@@ -1,5 +1,6 @@
 """What a run writes: its directory, metrics per step, samples, progress on the terminal."""
 
+import json
 import logging
 import platform as machine
 import shutil
@@ -165,11 +166,17 @@ def write_run_directory(
     tree = OmegaConf.create(config.model_dump(mode="json") | facts)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
     target = run_dir / "tokenizer"
-    if tokenizer_path.resolve() == target.resolve():
+    source = tokenizer_path.resolve()
+    if target.resolve() in (source, source.parent):
         return
     target.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:  # of a run that was here before
+        (target / name).unlink(missing_ok=True)
     if tokenizer_path.is_file():
         shutil.copyfile(tokenizer_path, target / "tokenizer.model")
+        # The file itself does not say whether texts begin with a token.
+        says = {"add_bos_token": bool(tokenizer.prompt_prefix)}
+        (target / "tokenizer_config.json").write_text(json.dumps(says) + "\n", encoding="utf-8")
         return
     for name in TOKENIZER_FILES:
         if (tokenizer_path / name).is_file():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
+from marlhf_mega.config.checks import rollout_ranks
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.microbatch import MicrobatchLimit
@@ -26,12 +27,7 @@ from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.offload import TRAINING
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.types import Rollout
-from marlhf_mega.train.build import (
-    build_roles,
-    critic_origin,
-    policy_origin,
-    reward_origins,
-)
+from marlhf_mega.train.build import build_roles, check_scalar_models, policy_origin
 from marlhf_mega.train.evaluate import Evaluator, Judged, make_sample, prompt_examples, prompt_row
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs, read_inputs
@@ -56,7 +52,8 @@ def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
     )
     config, tokenizer = inputs.config, inputs.tokenizer
     policy_origin(config)
-    critic_origin(config, tokenizer, reward_origins(config, tokenizer))
+    num_ranks = world_size - rollout_ranks(config, "ppo")
+    check_scalar_models(config, tokenizer, num_ranks, critic=True)
     return inputs
 
 
@@ -188,7 +185,7 @@ class PpoRun:
         metrics = _derived(self.output.reduce(sums)) | divergence
         metrics["policy/kl_coef"] = self.kl_coef
         self._add_rates(metrics)
-        if config.ppo.kl_target is not None:
+        if config.ppo.kl_target is not None and "policy/kl" in metrics:
             self.kl_coef = adaptive_kl_coef(
                 self.kl_coef,
                 metrics["policy/kl"],
@@ -247,7 +244,9 @@ class PpoRun:
         if state is None:
             return 0
         self.rollouts.load_state_dict(state)
-        self.kl_coef = float(state["kl_coef"])
+        # A changed one counts from here on.
+        if state[CONFIG]["ppo"]["kl_coef"] == self.config.ppo.kl_coef:
+            self.kl_coef = float(state["kl_coef"])
         count, mean, square_deviation = state["reward_moments"]
         self.builder.moments = RunningMoments(
             count=count, mean=mean, square_deviation=square_deviation
@@ -281,7 +280,8 @@ class PpoRun:
             return {}
         pairs = [
             (now, then)
-            for now, then in zip(judged.scores, self.first_scores, strict=True)
+            # A resume may judge more or fewer of the prompts.
+            for now, then in zip(judged.scores, self.first_scores, strict=False)
             if not (math.isnan(now) or math.isnan(then))
         ]
         wins = sum((now > then) + 0.5 * (now == then) for now, then in pairs)

@@ -171,6 +171,9 @@ def _stage(config: Config, job: Job) -> Config:
         changes["policy"] = {"lr": SFT_LR, "lr_schedule": "cosine"}
     if job == "ppo":
         changes["reward"] = {"source": str(folder / "reward")}
+    else:
+        # Only ppo has models that rest.
+        changes["memory"] = {"offload_idle": False, "offload_optimizer": False}
     return Config.model_validate(_over(config.model_dump(), changes))
 
 

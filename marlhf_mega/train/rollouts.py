@@ -82,6 +82,10 @@ class Rollouts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._stream.load_state_dict(state["stream"])
+        waiting = state.get("waiting")
+        if waiting is not None and not self._take(waiting):
+            # Their prompts are drawn again.
+            self._stream.num_consumed -= len(waiting["rows"])
 
     def work_seconds(self, phase_seconds: float) -> tuple[float, int]:
         """Return the seconds of the last generation and how many ranks took part.
@@ -104,6 +108,10 @@ class Rollouts:
     def open(self) -> Iterator[None]:
         """Let go, at the end of a `with` block, of whoever else generates."""
         yield
+
+    def _take(self, waiting: Mapping[str, Any]) -> bool:
+        """Keep samples of a checkpoint that wait for their step, if this run can train on them."""
+        return False
 
     def _connect(self, policy: Sequence[StageModel]) -> None:
         self.generator, self._mover = build_generator(
@@ -165,15 +173,6 @@ class SeparateRollouts(Rollouts):
             waiting = {"rows": self._rows, **_to_json(self._answer)}
         return {**super().state_dict(), "waiting": waiting}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        super().load_state_dict(state)
-        waiting = state.get("waiting")
-        if waiting is not None:
-            self._rows = waiting["rows"]
-            prompts = [prompt.prompt_ids for prompt in self._prompts(waiting["rows"])]
-            self._answer = _from_json(waiting, prompts)
-
     def work_seconds(self, phase_seconds: float) -> tuple[float, int]:
         """Return the seconds that the other ranks took, and their number."""
         return self._seconds, self._remote.num_ranks
@@ -196,6 +195,15 @@ class SeparateRollouts(Rollouts):
             self._remote.end(End(code=error.code, reason=str(error)))
             raise
         self._remote.end(End(code=0, reason=""))
+
+    def _take(self, waiting: Mapping[str, Any]) -> bool:
+        prompts = [prompt.prompt_ids for prompt in self._prompts(waiting["rows"])]
+        # The number of samples may have been allowed to change.
+        sizes = (len(prompts), len(waiting["responses"]))
+        if sizes != (self.config.rollout.batch_size,) * 2:
+            return False
+        self._rows, self._answer = waiting["rows"], _from_json(waiting, prompts)
+        return True
 
     def _connect(self, policy: Sequence[StageModel]) -> None:
         self.generator = generator_in_place(policy, self.config, self.mesh, eos_id=self._eos_id)

@@ -18,7 +18,7 @@ from marlhf_mega.algorithm.losses import (
 from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience.forward import cut_rows
+from marlhf_mega.experience.forward import Cut, cut_rows
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.metrics.timing import PhaseTimers
@@ -247,16 +247,21 @@ def make_microbatches(
         limit=MicrobatchLimit.of(config.ppo),
         mesh=mesh,
     )
-    return [_take(experience, rows[cut.rows], cut.batch) for cut in cuts]
+    return [_take(experience, rows, cut) for cut in cuts]
 
 
-def _take(experience: Experience, rows: Tensor, batch: SequenceBatch) -> PpoMicrobatch:
+def _take(experience: Experience, rows: Tensor, part: Cut) -> PpoMicrobatch:
+    """Return a microbatch; a row that only fills up a pipeline has no macro action."""
+    batch, real = part.batch, part.rows < len(rows)
+    chosen = rows[part.rows.where(real, 0)]
+
     def cut(values: Tensor) -> Tensor:
-        return values[rows.to(values.device), : batch.num_columns]
+        return values[chosen.to(values.device), : batch.num_columns]
 
+    ids = cut(experience.actions.ids)
     return PpoMicrobatch(
         batch=batch,
-        actions=MacroActions.from_ids(cut(experience.actions.ids)),
+        actions=MacroActions.from_ids(ids.where(real.to(ids.device)[:, None], -1)),
         old_logprobs=cut(experience.old_logprobs),
         ref_logprobs=cut(experience.ref_logprobs),
         old_values=cut(experience.old_values),

@@ -52,8 +52,9 @@ def keep_skipped(
             folder,
         )
     if state.num_skipped > config.run.max_skipped_steps:
+        section = "reward_model" if role == "reward" else role
         raise RuntimeError(
             f"run.max_skipped_steps={config.run.max_skipped_steps}: no more optimizer steps may "
             f"be skipped in a row; {state.num_skipped} gradients of {role} were not finite, the "
-            f"last at step {step + 1}. Look at {folder}, or lower {role}.lr."
+            f"last at step {step + 1}. Look at {folder}, or lower {section}.lr."
         )

@@ -79,7 +79,7 @@ def take_step(config, roles, mesh, step, peaks):
             roles, experience, config, mesh, step=step, sums=sums, timers=PhaseTimers()
         )
     peaks.drain(sums)
-    metrics = reduce_metrics(sums, sum_over_world, max_over_world)
+    metrics = reduce_metrics(sums, sum_over_world, max_over_world, device=mesh.device)
     return {"away": away} | {
         name.removeprefix("perf/").removesuffix("_peak_memory_gib"): metrics.get(name)
         for name in PHASE_PEAKS

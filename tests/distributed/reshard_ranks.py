@@ -11,10 +11,12 @@ from layout_ranks import EOS, by_sample, texts, trimmed
 from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh, in_force
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.train.build import build_generator
+from marlhf_mega.train.evaluate import Evaluator
 from marlhf_mega.update.ppo import local_indices
 
 BATCH = 10
@@ -38,7 +40,7 @@ def config_for(case):
             },
             "parallel": case["parallel"],
             "precision": {"dtype": "float32"},
-            "rollout": {"batch_size": BATCH, **case["rollout"]},
+            "rollout": {"batch_size": BATCH, "max_response_tokens": 10, **case["rollout"]},
         }
     )
 
@@ -107,7 +109,26 @@ def rollouts(config, mesh):
             "finished": by_sample(own, rollout.finished, mesh),
             "logprobs": by_sample(own, trimmed(rollout.logprobs, rollout.responses), mesh),
         }
-    return found, generator.mesh if mover is not None else None
+    judged = {number: judge(number, prompts, policy, generator, config, mesh) for number in (3, 1)}
+    return found, judged, generator.mesh if mover is not None else None
+
+
+class Letters:
+    """A tokenizer that writes one letter for a token."""
+
+    def decode(self, ids):
+        return "".join(chr(ord("A") + i) for i in ids)
+
+    def offsets(self, ids):
+        return [(i, i + 1) for i in range(len(ids))]
+
+
+def judge(number, prompts, policy, generator, config, mesh):
+    """Evaluate on fewer prompts than there are stages and replicas."""
+    held_out = [Prompt(prompt_ids=ids, prompt="", row={}) for ids in prompts[:number]]
+    evaluator = Evaluator(config, held_out, Letters(), None, generator, mesh)
+    found = evaluator.judge(policy, None)
+    return {"metrics": found.metrics, "answers": ["".join(s.tokens) for s in found.samples]}
 
 
 def main():
@@ -116,14 +137,14 @@ def main():
     for case in cases:
         config = config_for(case)
         mesh = create_mesh(config.parallel)
-        found, second = rollouts(config, mesh)
+        found, judged, second = rollouts(config, mesh)
         weights = None
         if second is not None:
             mine = there_and_back(config, mesh, second)
             parts = [mine] * mesh.world_size
             dist.all_gather_object(parts, mine)
             weights = {name: [part[name] for part in parts] for name in mine}
-        results.append({"rollouts": found, "weights": weights})
+        results.append({"rollouts": found, "judged": judged, "weights": weights})
         if mesh.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)

@@ -60,6 +60,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(found):
     assert len(message.splitlines()) == 1
 
 
+def test_checkpoints_that_are_removed_while_they_are_read_make_way_for_newer_ones(found):
+    assert found["removed meanwhile"] == {"name": "step_000006", "warnings": []}
+
+
 @pytest.mark.parametrize(
     ("case", "expected"),
     [

@@ -31,6 +31,11 @@ CASES = {
         TIED,
     ),
     "experts": ({"pipeline_size": 2, "expert_size": 2}, {"pipeline_size": 1}, EXPERTS),
+    "experts, PP2 from TP2": (
+        {"tensor_size": 2, "sequence_parallel": True, "expert_size": 2},
+        {"tensor_size": 1, "pipeline_size": 2},
+        EXPERTS,
+    ),
 }
 
 
@@ -55,6 +60,17 @@ def test_rollouts_do_not_depend_on_their_layout(results, name):
         for row, wanted in zip(found[phase]["logprobs"], rollout["logprobs"], strict=True):
             assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     assert expected["sampled"]["responses"] != expected["after_update"]["responses"]
+
+
+@pytest.mark.parametrize("name", [*CASES, *MODELS])
+def test_fewer_prompts_than_stages_and_replicas_are_judged_alike(results, name):
+    model = name if name in MODELS else next(k for k, v in MODELS.items() if v == CASES[name][2])
+    expected, found = results[model]["judged"], results[name]["judged"]
+    assert found["3"]["answers"] == expected["3"]["answers"]
+    assert found["1"]["answers"] == expected["3"]["answers"][:1]
+    for number, answers in ((n, found[n]["answers"]) for n in found):
+        mean = sum(map(len, answers)) / len(answers)
+        assert found[number]["metrics"]["eval/response_tokens"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("name", CASES)

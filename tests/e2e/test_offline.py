@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from marlhf_mega.data import toy
-from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.files import content_hash, write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
 
 RULE = "letters:share_of_e"
@@ -94,6 +95,11 @@ def offline(folder, name, *options, ranks=1):
 
 @pytest.fixture(scope="module")
 def trained(folder):
+    """Train where a start that never reached a checkpoint has left values that nothing beats."""
+    (folder / "one").mkdir()
+    rows = {"values": torch.full((160, 1), 100.0), "ref_logprobs": torch.zeros(160, 12)}
+    data_hash = content_hash(folder / "generate" / "responses" / "000000000.jsonl")
+    save_file(rows, folder / "one" / "offline.safetensors", metadata={"data_hash": data_hash})
     return offline(folder, "one", "run.steps=4", "checkpoint.interval=2")
 
 
@@ -143,6 +149,7 @@ def test_the_policy_answers_held_out_prompts_as_the_rare_better_responses_do(fol
 
 
 def test_every_drawn_response_is_better_than_its_prompt_is_worth(trained):
+    """By values of this run, not by those that were there."""
     assert all(line["offline/advantage"] > 0 for line in trained)
 
 
@@ -163,13 +170,17 @@ def test_four_ranks_give_the_numbers_of_one(folder, trained):
         assert four[name].numpy() == pytest.approx(tensor.numpy(), abs=1e-4), name
 
 
-def test_plain_likelihood_is_that_of_sft(folder):
+def test_plain_likelihood_is_that_of_sft(folder, trained):
     """Both see all rows in the same order; sft divides by tokens, offline by responses.
 
     Padded or packed makes no difference.
     """
     options = ["offline.algorithm=nll", "offline.sampling=all", "run.steps=3"]
+    # A run with other settings was killed here before its first checkpoint.
+    (folder / "nll").mkdir()
+    shutil.copy(folder / "one" / "offline.safetensors", folder / "nll")
     found = offline(folder, "nll", *options)
+    assert not load_file(folder / "nll" / "offline.safetensors")["values"].any()
     train = f"data.train_path={folder}/generate/responses/000000000.jsonl"
     sizes = ["sft.batch_size=8", "sft.microbatch_size=2", "sft.packing=true", "run.steps=1"]
     marlhf(folder, "sft", f"run.dir={folder / 'sft'}", train, *sizes)

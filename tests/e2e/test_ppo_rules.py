@@ -10,9 +10,12 @@ import torch.distributed as dist
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.experience.scoring import last_token_scores
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
-from marlhf_mega.train.ppo import ppo_inputs, run_ppo
+from marlhf_mega.train.evaluate import evaluate_inputs, run_evaluate
+from marlhf_mega.train.ppo import PpoRun, ppo_inputs, run_ppo
 
 RULES = {
     "token": {},
@@ -40,6 +43,9 @@ def files(tmp_path_factory):
     (folder / "endless.py").write_text(
         "def reward(prompt, response):\n    while 'hill' in prompt:\n        pass\n    return 1.0\n"
     )
+    (folder / "never.py").write_text(
+        "def reward(prompt, response):\n    raise RuntimeError('no')\n"
+    )
     return folder
 
 
@@ -51,7 +57,7 @@ def mesh():
     dist.destroy_process_group()
 
 
-def metrics_of(files, mesh, run_dir, **changes):
+def config_of(files, run_dir, **changes):
     base = {
         "run": {"dir": run_dir, "steps": 2},
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "init_std": 0.2},
@@ -66,7 +72,11 @@ def metrics_of(files, mesh, run_dir, **changes):
     }
     for section, values in changes.items():
         base[section] = {**base.get(section, {}), **values}
-    run_ppo(ppo_inputs(Config.model_validate(base), 1), mesh)
+    return Config.model_validate(base)
+
+
+def metrics_of(files, mesh, run_dir, **changes):
+    run_ppo(ppo_inputs(config_of(files, run_dir, **changes), 1), mesh)
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/tokens_"))}
@@ -119,6 +129,43 @@ def test_a_sample_without_a_score_is_masked_and_counted(files, mesh, tmp_path, m
     found = metrics_of(files, mesh, tmp_path, reward=reward)[-1]
     assert 0 < found["rollout/invalid_fraction"] < 1
     assert found["rollout/score_mean"] == 1.0
+
+
+def test_a_step_without_any_score_teaches_nothing(files, mesh, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(files))
+    reward = {"source": "never:reward", "max_invalid_fraction": 1.0}
+    found = metrics_of(files, mesh, tmp_path, reward=reward, ppo={"kl_target": 6.0})[-1]
+    assert found["rollout/invalid_fraction"] == 1
+    assert found["policy/grad_norm"] == found["critic/grad_norm"] == 0
+    assert found["policy/kl_coef"] == 0.05
+
+
+def test_a_replica_without_a_held_out_prompt_judges_with_the_others(files, mesh, tmp_path):
+    data = {"validation_path": files / "prompts.jsonl"}
+    run = PpoRun(ppo_inputs(config_of(files, tmp_path, data=data), 1), mesh)
+    run.evaluator.prompts = []
+    judged = run.evaluator.judge(run.policy, run.roles.reference)
+    limit = MicrobatchLimit(rows=2)
+    scores = last_token_scores(run.roles.critic.chunks, [], [], mesh=mesh, limit=limit)
+    run.scorer.close()
+    assert (judged.metrics, judged.scores, scores.tolist()) == ({}, [], [])
+
+
+def test_a_resume_takes_a_changed_coefficient_and_fewer_held_out_prompts(files, mesh, tmp_path):
+    data = {"validation_path": files / "prompts.jsonl"}
+    first = {"num_prompts": 8, "batch_size": 8}
+    metrics_of(files, mesh, tmp_path, run={"steps": 1}, data=data, evaluate=first)
+    found = metrics_of(
+        files,
+        mesh,
+        tmp_path,
+        data=data,
+        evaluate=first | {"num_prompts": 2},
+        ppo={"kl_coef": 0.2},
+        checkpoint={"allow_changed": ["ppo.kl_coef"]},
+    )
+    assert [line["policy/kl_coef"] for line in found[1:]] == [0.05, 0.2]
+    assert found[-1]["eval/win_rate"] in (0, 0.25, 0.5, 0.75, 1)
 
 
 def test_an_endless_loop_in_a_rule_only_masks_its_sample(files, mesh, tmp_path, monkeypatch):
@@ -174,15 +221,13 @@ def test_a_server_scores_and_what_it_cannot_score_is_masked_and_counted(files, m
 def test_prompts_are_written_only_where_the_config_says_so(files, mesh, tmp_path, caplog, samples):
     caplog.set_level("DEBUG")
     run_dir = tmp_path / "run"
-    logging = {"samples": samples, "samples_interval": 1, "tensorboard": True}
-    metrics_of(
-        files,
-        mesh,
-        run_dir,
-        logging=logging,
-        data={"validation_path": files / "prompts.jsonl"},
-        evaluate={"num_prompts": 8, "batch_size": 8},
-    )
+    changes = {
+        "logging": {"samples": samples, "samples_interval": 1, "tensorboard": True},
+        "data": {"validation_path": files / "prompts.jsonl", "max_prompt_tokens": 64},
+        "evaluate": {"num_prompts": 8, "batch_size": 8},
+    }
+    metrics_of(files, mesh, run_dir, **changes)
+    run_evaluate(evaluate_inputs(config_of(files, run_dir / "later", **changes), 1), mesh)
     lines = (files / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"].splitlines()[0] for line in lines]
     written = {
@@ -194,6 +239,25 @@ def test_prompts_are_written_only_where_the_config_says_so(files, mesh, tmp_path
     }
     assert written == ({"samples.jsonl", "report.html"} if samples else set())
     assert not any(prompt in caplog.text for prompt in prompts)
+
+
+def test_ids_that_only_the_model_has_are_sampled_and_are_no_text(files, mesh, tmp_path, caplog):
+    """Models are often released with more rows than their tokenizer has pieces."""
+    caplog.set_level("INFO")
+    metrics_of(
+        files,
+        mesh,
+        tmp_path,
+        model={"vocab_size": 5000},
+        data={"max_prompt_tokens": 20, "long_prompts": "truncate"},
+        macro={"rule": "sentence"},
+        logging={"samples_interval": 1},
+    )
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    tokens = [token for sample in samples for token in sample["tokens"]]
+    assert tokens.count("") > len(tokens) / 2
+    assert all("".join(sample["tokens"]) == sample["response"] for sample in samples)
+    assert "prompts.jsonl: 32 rows, 0 dropped (prompt too long), 32 prompts trunc" in caplog.text
 
 
 def test_weights_of_a_sampler_that_agrees_with_the_trainer_change_nothing(files, mesh, tmp_path):

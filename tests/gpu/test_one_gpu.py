@@ -46,12 +46,25 @@ def planned(memory):
     return stage_memory(workload(config, "ppo", 1), 0, formats)
 
 
+WITHOUT_ENGINE = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("transformer_engine", "transformer_engine_torch"))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run(arguments, *, gpu, timeout=300):
     """Run Python in a process of its own, which sees the GPU or none; return its output."""
-    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    hidden = {}
+    if not gpu:
+        # A process without a GPU must not find Transformer Engine.
+        hidden, arguments = {"CUDA_VISIBLE_DEVICES": ""}, ["-c", WITHOUT_ENGINE, *arguments]
+    # Transformer Engine multiplies float32 matrices in TF32, with 10 bits, unless forbidden.
+    settings = {"OMP_NUM_THREADS": "4", "NVIDIA_TF32_OVERRIDE": "0"}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "4"} | hidden,
+        env=os.environ | settings | hidden,
         capture_output=True,
         text=True,
         timeout=timeout,

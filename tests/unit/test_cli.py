@@ -14,6 +14,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.train.quickstart import JOBS, _stage, quickstart_inputs
 from marlhf_mega.train.resume import settings_of
 from marlhf_mega.train.stop import EarlyEndError
 
@@ -35,7 +36,7 @@ def call(files, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     run_dir = tmp_path / "run"
 
-    def refuse(command, *overrides, world_size=1):
+    def refuse(command, *overrides, world_size=1, num_lines=1):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         data = {"sft": "sft", "reward": "pairs"}.get(command, "prompts")
         defaults = [
@@ -50,7 +51,7 @@ def call(files, tmp_path, capsys, monkeypatch):
         assert not run_dir.exists()
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err.count("\n") == 1, captured.err
+        assert captured.err.count("\n") == num_lines, captured.err
         return captured.err.strip()
 
     return refuse
@@ -135,6 +136,15 @@ def test_virtual_stages_need_a_pipeline(call):
 def test_experts_need_a_model_that_has_them(call):
     line = call("sft", "parallel.expert_size=2", world_size=2)
     assert line == "parallel.expert_size=2: the model has no experts. Set it to 1."
+
+
+def test_a_model_that_could_not_be_exported_is_refused_before_it_is_trained(call):
+    line, what = call("sft", "model.qkv_bias=true", num_lines=2).splitlines()
+    assert line == (
+        "model.qkv_bias=True: model.architecture=llama of Hugging Face always has False. Change "
+        "one of them."
+    )
+    assert what.startswith("checkpoint.export_hf=true: writes such a folder at the end of the run.")
 
 
 def test_fp8_says_what_is_missing(call):
@@ -348,6 +358,14 @@ def test_quickstart_refuses_what_it_decides_itself(capsys):
 def test_the_quickstart_refuses_at_once_what_its_last_job_would(capsys, override, line):
     assert run(["quickstart", override]) == 2
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_the_quickstart_parks_idle_models_in_ppo_only(tmp_path):
+    memory = {"offload_idle": True, "offload_optimizer": True}
+    user = Config.model_validate({"run": {"dir": tmp_path}, "memory": memory})
+    config = quickstart_inputs(user, 1).config
+    parks = {job: _stage(config, job).memory.offload_idle for job in JOBS}
+    assert parks == {"sft": False, "reward": False, "ppo": True}
 
 
 def test_the_quickstart_runs_all_jobs_on_the_same_ranks(capsys):

@@ -107,7 +107,8 @@ def test_running_moments_do_not_scale_before_anything_varied():
 
 
 @pytest.mark.parametrize(
-    ("observed", "expected"), [(6.0, 0.1), (6.6, 0.1 * 1.001), (60.0, 0.1 * 1.002), (0.0, 0.0998)]
+    ("observed", "expected"),
+    [(6.0, 0.1), (6.6, 0.1 * 1.001), (60.0, 0.1 * 1.002), (0.0, 0.0998), (math.nan, 0.1)],
 )
 def test_kl_coefficient_moves_towards_the_target(observed, expected):
     found = adaptive_kl_coef(0.1, observed, target=6.0, horizon=10000, num_samples=100)

@@ -88,6 +88,19 @@ def test_experts_that_fit():
             "Use 1, 2, 3 or 6.",
         ),
         (
+            # As Qwen2.5 1.5B: (12 + 2 * 2) * 128 rows.
+            {"tensor_size": 6},
+            {
+                "num_attention_heads": 12,
+                "num_query_groups": 2,
+                "head_dim": 128,
+                "ffn_hidden_size": 96,
+            },
+            6,
+            "parallel.tensor_size=6: more ranks than model.num_query_groups=2 cut queries, keys and "
+            "values together, whose 2048 rows it must divide. Use 1 or 2.",
+        ),
+        (
             {"tensor_size": 2},
             {"ffn_hidden_size": 33},
             2,
@@ -249,6 +262,7 @@ def test_a_data_file_must_exist(job_problems, key, tmp_path):
         ("reward", "data"),
         ("ppo", "rollout"),
         ("offline", "rollout"),
+        ("offline", "data"),
         ("generate", "rollout"),
     ],
 )
@@ -293,6 +307,31 @@ def test_an_interleaved_pipeline_needs_a_microbatch_for_every_stage(job_problems
     assert job_problems("sft", parallel=parallel, sft={"batch_size": 1}) == [
         "sft.batch_size=1: an interleaved pipeline of 2 stages needs at least 2. Raise it or set "
         "parallel.virtual_pipeline_size=1."
+    ]
+
+
+def test_pairs_are_enough_for_the_microbatches_of_an_interleaved_pipeline(job_problems):
+    parallel = {"pipeline_size": 2, "virtual_pipeline_size": 2}
+    even, large = {"batch_size": 4, "microbatch_size": 1}, {"batch_size": 3, "microbatch_size": 2}
+    for fits in (even, large):
+        assert job_problems("reward", parallel=parallel, reward_model=fits) == []
+    odd = {"batch_size": 3, "microbatch_size": 1}
+    assert job_problems("reward", parallel=parallel, reward_model=odd) == [
+        "reward_model.microbatch_size=1: cuts the 3 pairs of a rank to 3 microbatches; an "
+        "interleaved pipeline needs a multiple of its 2 stages. Raise it, or make "
+        "reward_model.batch_size a multiple of 2."
+    ]
+
+
+@pytest.mark.parametrize("job", ["evaluate", "generate"])
+def test_what_does_not_train_leaves_the_folder_of_a_training_run_alone(job_problems, job, tmp_path):
+    run = {"dir": str(tmp_path / "run")}
+    assert job_problems(job, run=run) == []
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert job_problems("ppo", run=run) == []
+    assert job_problems(job, run=run) == [
+        f"run.dir={tmp_path}/run: holds a training run, whose config.yaml and samples {job} would "
+        "replace. Name another folder."
     ]
 
 
@@ -537,6 +576,18 @@ def test_only_models_that_rest_leave_the_device(job_problems, key):
     assert job_problems("ppo", memory=memory, precision=precision) == [
         f"memory.{key}=true: weights in FP8 cannot leave the GPU. Set it to false, or "
         "precision.fp8_param_gather=false."
+    ]
+
+
+def test_the_loss_of_a_router_needs_a_mean_over_tokens(job_problems):
+    model = {"num_experts": 4, "router_aux_loss_coef": 0.01}
+    assert job_problems("sft", model=model) == job_problems("ppo", model=model) == []
+    rule = "model.router_aux_loss_coef=0.01: has its weight beside a mean over tokens only; "
+    assert job_problems("reward", model=model) == [
+        rule + "reward takes one over pairs. Set it to 0."
+    ]
+    assert job_problems("ppo", model=model, ppo={"aggregation": "macro_mean"}) == [
+        rule + "ppo takes one over ppo.aggregation=macro_mean. Set it to 0."
     ]
 
 

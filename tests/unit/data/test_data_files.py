@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import hashlib
 import json
@@ -31,6 +32,19 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
         assert read_rows(path, "sft") == rows
 
 
+def test_a_whole_pair_of_escapes_is_one_character(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"prompt": "\\ud83d\\ude00"}')
+    assert read_rows(path, "prompts") == [{"prompt": "\U0001f600"}]
+
+
+def test_what_json_cannot_hold_is_written_as_text(tmp_path: Path) -> None:
+    table, path = tmp_path / "rows.parquet", tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "day": datetime.date(2026, 11, 22)}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    write_jsonl(path, read_rows(table, "prompts"))
+    assert read_rows(path, "prompts") == [{"prompt": "a", "day": "2026-11-22"}]
+
+
 def test_chats_are_prompts_in_json_and_parquet(tmp_path: Path) -> None:
     rows = [{"prompt": CHAT}]
     table = tmp_path / "rows.parquet"
@@ -50,6 +64,11 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     [
         ("sft", '{"prompt": "a"', "json: Expecting ',' delimiter at column 15."),
         ("sft", "[1]", "json: must be an object; got a list."),
+        (
+            "sft",
+            '{"prompt": "a", "response": "\\uD83D is cut"}',
+            "json: must be Unicode text; \\ud83d is half a character. Mend the line.",
+        ),
         ("sft", '{"prompt": "a"}', "response: missing; the row has the fields: prompt."),
         ("sft", "{}", "prompt: missing; the row has the fields: none."),
         ("sft", '{"prompt": "a", "response": null}', "response: must be text; got null."),

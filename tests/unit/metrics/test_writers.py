@@ -1,7 +1,10 @@
+import importlib.machinery
 import importlib.util
 import json
 import logging
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,18 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     offline = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert offline
     assert all(name.endswith(run_id) for name in offline)
+
+
+def test_a_fresh_start_in_a_used_directory_is_another_wandb_run(tmp_path, monkeypatch):
+    """A server would ignore its first steps, which the earlier run has."""
+    started = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: started.append(options["id"])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for first_step in (0, 3, 0):
+        open_writer(tmp_path, first_step, wandb_project="proj").close()
+    assert started[0] == started[1] != started[2]
 
 
 def test_samples_hold_text_scores_and_macro_actions(tmp_path):

@@ -5,8 +5,13 @@ import math
 import pytest
 import torch
 
+from marlhf_mega.config.schema import Config
 from marlhf_mega.models.layers import RMSNorm, SdpaAttention, causal_mask
-from marlhf_mega.models.spec import AttnMaskType, TransformerConfig
+from marlhf_mega.models.spec import AttnMaskType, TransformerConfig, transformer_config
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+
+# isort: split
+from megatron.core.transformer.utils import is_layer_window_attention
 
 
 def config(**changes):
@@ -142,6 +147,20 @@ def test_only_every_nth_layer_slides_starting_with_the_first():
     windows = [attention_of(2, layer=n, window=3, window_every=2).window for n in (1, 2, 3, 4)]
     assert windows == [3, None, 3, None]
     assert attention_of(2, layer=2, window=3).window == 3
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_megatron_slides_in_the_same_layers(every):
+    settings = Config.model_validate(
+        {"model": {"num_layers": 6, "sliding_window": 3, "sliding_window_every": every}}
+    )
+    mesh = create_mesh(settings.parallel)
+    theirs = transformer_config(settings.model, settings.precision, mesh, settings.memory)
+    destroy_mesh()
+    for layer in range(1, 7):
+        slides = is_layer_window_attention(theirs.window_size, theirs.window_attn_skip_freq, layer)
+        ours = attention_of(2, layer=layer, window=3, window_every=every).window
+        assert slides == (ours is not None), layer
 
 
 def test_the_mask_of_the_last_queries():

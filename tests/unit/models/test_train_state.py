@@ -1,10 +1,12 @@
 """One optimizer step on one rank, by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from marlhf_mega.checkpoint import optimizer_state
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.train_state import TrainState
@@ -66,3 +68,49 @@ def test_the_learning_rate_rises_to_what_the_log_says(chunks, caplog, total):
         state.zero_grad()
         result = state.step()
     assert result.lr == pytest.approx(0.01 * total)
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """Adam that counts its steps in the group, from the first one on, as Transformer Engine's."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group["step"] + 1 if "step" in group else 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                first, second = state["exp_avg"], state["exp_avg_sq"]
+                first.lerp_(parameter.grad, 0.1)
+                second.lerp_(parameter.grad**2, 0.001)
+                scale = (second / (1 - 0.999 ** group["step"])).sqrt() + 1e-8
+                parameter.data -= group["lr"] * first / (1 - 0.9 ** group["step"]) / scale
+
+
+def test_an_optimizer_that_counts_in_its_groups_goes_on_counting_after_a_resume():
+    def made():
+        inner = GroupAdam([{"params": [torch.nn.Parameter(torch.ones(3))]}, {"params": []}])
+        role = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))
+        role.optimizer.chained_optimizers = [role.optimizer]
+        optimizer_state.fill_empty(role)
+        return role, inner, inner.param_groups[0]["params"][0]
+
+    role, inner, weight = made()
+    assert optimizer_state.num_steps(role) == 0
+    for _ in range(3):
+        weight.grad = weight.data.clone()
+        inner.step()
+    assert optimizer_state.num_steps(role) == 3
+    resumed, inner_resumed, weight_resumed = made()
+    weight_resumed.data.copy_(weight.data)
+    for name, value in inner.state[weight].items():
+        inner_resumed.state[weight_resumed][name].copy_(value)
+    optimizer_state.set_num_steps(resumed, 3)
+    for optimizer, parameter in ((inner, weight), (inner_resumed, weight_resumed)):
+        parameter.grad = torch.tensor([1.0, -2.0, 0.5])
+        optimizer.step()
+    assert torch.equal(weight_resumed, weight)
+    assert optimizer_state.num_steps(resumed) == 4

@@ -3,18 +3,22 @@
 import math
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapes import GEMMA2_27B, GEMMA_2B, GEMMA_7B, LLAMA_8B, LLAMA_70B, QWEN2_7B, QWEN3_30B
 
+from marlhf_mega import platform
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.models.spec import uses_transformer_engine
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.imagined import imagined_mesh
 from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.layout import Layout
 from marlhf_mega.plan.parameters import count, stage_parameters, whole_model_size
+from marlhf_mega.platform import Platform, device
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,18 @@ def test_padding_of_the_vocabulary_does_not_count_as_model():
     other = model.model_copy(update={"vocab_size": 64})
     rows = 2 * (64 - 50)
     assert whole_model_size(other, "language") - whole_model_size(model, "language") == rows * 8
+
+
+def test_an_imagined_rank_takes_no_memory_of_a_gpu_that_is_there(monkeypatch):
+    here = Platform("cuda", torch.device("cuda", 0), "nccl", torch.bfloat16)
+    monkeypatch.setattr(platform, "current", lambda: here)
+    monkeypatch.setattr(device, "_engine_imports", lambda: True)
+    assert here.has_transformer_engine
+    model = ModelConfig(vocab_size=50, num_layers=1, hidden_size=8, num_attention_heads=2)
+    with imagined_mesh(ParallelConfig(), rank=0, world_size=1) as mesh:
+        (chunk,) = build_chunks(model, PrecisionConfig(), mesh, head="language")
+        assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
+        assert not uses_transformer_engine(model, mesh)
 
 
 def built(model, parallel, world, rank, head, bucket_size):

@@ -1,7 +1,9 @@
 """The platform record: what a CPU-only process is told, memory figures, seeds, refusals."""
 
+import importlib
 import random
 import resource
+import sys
 from platform import libc_ver
 
 import numpy
@@ -9,7 +11,12 @@ import pytest
 import torch
 
 from marlhf_mega.platform import current, prepare
-from marlhf_mega.platform.device import Support, check_local_rank, fp8_support
+from marlhf_mega.platform.device import (
+    Support,
+    _engine_imports,
+    check_local_rank,
+    fp8_support,
+)
 
 MIB = 2**20
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA")
@@ -105,3 +112,19 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused():
     check_local_rank(1, 2)
     with pytest.raises(RuntimeError, match=r"LOCAL_RANK=2: must be below .* Start at most 2 ranks"):
         check_local_rank(2, 2)
+
+
+@needs_cpu
+@pytest.mark.parametrize("error", ["AssertionError", "OSError", "RuntimeError"])
+def test_a_broken_transformer_engine_is_one_that_is_not_there(tmp_path, monkeypatch, error):
+    """Megatron catches an ImportError and no other."""
+    name = "transformer_engine"
+    package = tmp_path / name
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise {error}('libcudnn.so: not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, name, None)  # put back at the end
+    del sys.modules[name]
+    assert not _engine_imports.__wrapped__()
+    with pytest.raises(ImportError):
+        importlib.import_module(f"{name}.pytorch")

@@ -130,3 +130,31 @@ def test_a_shared_prompt_is_answered_as_if_it_were_read_for_each_sample(model):
     assert len({tuple(r) for r in together.responses}) == 5
     atol = 1e-5 if chunks[0].config.params_dtype == torch.float32 else 0.02
     torch.testing.assert_close(together.logprobs, alone.logprobs, rtol=0, atol=atol)
+
+
+class EngineLinear(torch.nn.Module):
+    """Settles how to quantise when it first computes, as Transformer Engine's layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.sequence_parallel = True
+        self.fp8_initialized = self.fp8_meta_tensors_initialized = False
+
+    def forward(self):
+        if not self.fp8_initialized and not self.fp8_meta_tensors_initialized:
+            self.shares_scales = self.sequence_parallel
+        self.fp8_initialized = self.fp8_meta_tensors_initialized = True
+        return self.shares_scales
+
+
+def test_generating_leaves_no_quantizers_behind_that_do_not_know_of_shared_sequences(model):
+    (chunk,), _ = model
+    chunk.config.fp8_recipe = "tensorwise"
+    chunk.engine_linear = EngineLinear()
+    with generating([chunk]):
+        assert not chunk.engine_linear()
+    assert chunk.engine_linear()
+    with generating([chunk]):
+        assert not chunk.engine_linear()
+    del chunk.engine_linear
+    chunk.config.fp8_recipe = "delayed"

@@ -1,5 +1,7 @@
 """The distribution that tokens are drawn from, against brute force, on a world of one rank."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,3 +61,20 @@ def test_temperature_zero_takes_the_best_and_scores_it_at_temperature_one(shard)
     tokens, logprobs = sample_tokens(logits, torch.rand(5).double(), rule=rule, shard=shard)
     assert torch.equal(tokens, logits.argmax(-1))
     assert torch.allclose(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-6)
+
+
+def test_of_equal_logits_at_the_edge_those_with_the_smaller_ids_stay(shard):
+    """Logits of a low-precision model are often equal; shards of another layout keep the same."""
+    size, kept = 1000, 20
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(size, generator=generator).bfloat16().float()
+    ranked = sorted(range(size), key=lambda i: (-logits[i].item(), i))
+    assert logits[ranked[kept - 1]] == logits[ranked[kept]]
+    numbers = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    tokens, _ = sample_tokens(
+        logits.expand(DRAWS, -1),
+        numbers,
+        rule=SamplingRule(temperature=1.0, top_k=kept),
+        shard=replace(shard, num_real=size, num_total=size),
+    )
+    assert set(tokens.tolist()) == set(ranked[:kept])
