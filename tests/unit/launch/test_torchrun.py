@@ -227,22 +227,26 @@ import os, signal, sys, pathlib
 from datetime import timedelta
 import torch, torch.distributed as dist
 dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), dist.get_rank()
+kills, rank = pathlib.Path({out!r}), dist.get_rank()
+killed = len(kills.read_text()) if kills.exists() else 0
 total = torch.tensor([float(rank)])
 for _ in range(3):
     dist.all_reduce(total)
-if attempt < 4 and rank == attempt % 3:
+if killed < 4 and rank == killed % 3:
+    kills.open("a").write("x")
     os.kill(os.getpid(), signal.SIGKILL)
 dist.barrier()
 if rank == 0:
-    pathlib.Path({out!r}).write_text(str(attempt))
+    kills.open("a").write(" restarts: " + os.environ["TORCHELASTIC_RESTART_COUNT"])
 dist.destroy_process_group()
 """
 
 
 def test_killed_ranks_rejoin_at_every_restart(launch, stand_in, tmp_path):
-    python = stand_in(REJOINS.format(out=str(tmp_path / "attempts")))
-    done = launch("torchrun.sh", "--ranks-per-node", "3", "--restarts", "4", "ppo", PYTHON=python,
+    python = stand_in(REJOINS.format(out=str(tmp_path / "kills")))
+    done = launch("torchrun.sh", "--ranks-per-node", "3", "--restarts", "8", "ppo", PYTHON=python,
                   timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "attempts").read_text() == "4"
+    # Between torchrun's choice of a free port and rank 0, another program may take it.
+    lost_ports = done.stderr.count("DistNetworkError: The server socket has failed to listen")
+    assert (tmp_path / "kills").read_text() == f"xxxx restarts: {4 + lost_ports}"
