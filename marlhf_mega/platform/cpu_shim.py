@@ -123,9 +123,11 @@ def _torch_view() -> ModuleType:
     return _namespace(
         torch,
         cuda=_cuda_view(),
-        # MoE hands tensors as split sizes unless they were on a GPU; gloo wants a list.
         distributed=_namespace(
-            torch.distributed, all_to_all_single=cpu_collectives.all_to_all_single
+            torch.distributed,
+            new_group=cpu_collectives.new_group,
+            # MoE hands tensors as split sizes unless they were on a GPU; gloo wants a list.
+            all_to_all_single=cpu_collectives.all_to_all_single,
         ),
         **{name: _on_cpu(getattr(torch, name)) for name in factories},
     )
