@@ -46,6 +46,14 @@ def find_origin(path: Path, *, key: str, base: ModelConfig | None = None) -> Ori
     )
 
 
+def run_fingerprint(run_dir: Path) -> str | None:
+    """Return the fingerprint of a run's tokenizer, where its config.yaml says it."""
+    path = run_dir / "config.yaml"
+    values = OmegaConf.load(path) if path.is_file() else {}
+    found: str | None = values.get("tokenizer_fingerprint")
+    return found
+
+
 def _run_origin(path: Path, run_config: Path, key: str) -> Origin:
     checkpoints = path / "checkpoints"
     if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
@@ -63,5 +71,4 @@ def _run_origin(path: Path, run_config: Path, key: str) -> Origin:
             f"{key}={path}: its config.yaml must describe the model; {reason}. Mend the file or "
             "name another run."
         ) from None
-    fingerprint = values.get("tokenizer_fingerprint")
-    return Origin(path=path, is_run=True, model=model, tokenizer_fingerprint=fingerprint)
+    return Origin(path=path, is_run=True, model=model, tokenizer_fingerprint=run_fingerprint(path))

@@ -161,7 +161,7 @@ class Tokenizer:
         return self._backend.apply_chat_template(messages)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the vocabulary: equal fingerprints mean equal ids for equal text."""
+        """Return the sha256 of the vocabulary: where it is equal, equal ids are equal tokens."""
         facts = [self._backend.pieces, self.eos_id, self.bos_id]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -99,7 +99,7 @@ def read_inputs(
     data_hash = content_hash(train_path) if train_path else ""
     if job not in WITHOUT_TRAINING:
         _check_export(config)
-        check_resume(config, job, data_hash)
+        check_resume(config, job, data_hash, tokenizer.fingerprint())
     return Inputs(
         config=config,
         tokenizer=tokenizer,

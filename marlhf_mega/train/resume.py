@@ -8,6 +8,7 @@ from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable
 from marlhf_mega.checkpoint.store import find, load, newest_state, read_state
 from marlhf_mega.config.checks import Job
 from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.origin import run_fingerprint
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
@@ -97,16 +98,17 @@ def resume(
     return state
 
 
-def check_resume(config: Config, job: Job, data_hash: str) -> None:
+def check_resume(config: Config, job: Job, data_hash: str, fingerprint: str) -> None:
     """Refuse before anything starts what `resume` would refuse. Does not communicate.
 
     Args:
         config: of this run, with the vocabulary size.
         job: whose settings must be those of the checkpoint.
         data_hash: sha256 of the training file.
+        fingerprint: of the tokenizer.
 
     Raises:
-        ConfigError: as of `resume`, or the training file is another.
+        ConfigError: as of `resume`, or the training file or the vocabulary is another.
     """
     if config.checkpoint.resume == "never":
         return
@@ -120,6 +122,13 @@ def check_resume(config: Config, job: Job, data_hash: str) -> None:
         raise ConfigError(
             f"data.train_path={config.data.train_path}: must hold the rows of the checkpoint, "
             f"sha256 {saved_hash}; it is {data_hash}. Use the same file or another run.dir."
+        )
+    saved_fingerprint = run_fingerprint(config.run.dir) or fingerprint
+    if saved_fingerprint != fingerprint:
+        raise ConfigError(
+            f"tokenizer.path={config.tokenizer.path}: must hold the vocabulary of the checkpoint "
+            f"({saved_fingerprint[:12]}); it is {fingerprint[:12]}. The run keeps a copy in "
+            f"{config.run.dir / 'tokenizer'}: use that, or another run.dir."
         )
 
 

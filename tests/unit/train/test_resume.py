@@ -83,31 +83,45 @@ def going_on(run_dir, resume="auto", **sections):
 def test_before_a_start_the_newest_checkpoint_decides(tmp_path):
     write_checkpoint(tmp_path, 2, changed(ppo={"epochs": 2}))
     newest = write_checkpoint(tmp_path, 4, changed(ppo={"epochs": 3}))
-    check_resume(going_on(tmp_path, ppo={"epochs": 3}), "ppo", "abc")
+    check_resume(going_on(tmp_path, ppo={"epochs": 3}), "ppo", "abc", "words")
     with pytest.raises(ConfigError, match=r"ppo.epochs=2: must be as in the checkpoint, 3\."):
-        check_resume(going_on(tmp_path, ppo={"epochs": 2}), "ppo", "abc")
+        check_resume(going_on(tmp_path, ppo={"epochs": 2}), "ppo", "abc", "words")
     # What a damaged checkpoint says counts for nothing, here as for a start.
     text = (newest / "state.json").read_text()
     (newest / "state.json").write_text(text.replace('"epochs": 3', '"epochs": 4'))
     with pytest.raises(ConfigError, match=r"ppo.epochs=4: must be as in the checkpoint, 2\."):
-        check_resume(going_on(tmp_path, ppo={"epochs": 4}), "ppo", "abc")
+        check_resume(going_on(tmp_path, ppo={"epochs": 4}), "ppo", "abc", "words")
 
 
 def test_before_a_start_another_data_file_is_refused_with_both_hashes(tmp_path):
     write_checkpoint(tmp_path, 4, Config(), data_hash="abc")
     config = going_on(tmp_path, data={"train_path": "new.jsonl"})
     with pytest.raises(ConfigError) as caught:
-        check_resume(config, "sft", "def")
+        check_resume(config, "sft", "def", "words")
     assert str(caught.value) == (
         "data.train_path=new.jsonl: must hold the rows of the checkpoint, sha256 abc; it is def. "
         "Use the same file or another run.dir."
     )
 
 
-def test_before_a_start_only_a_resume_needs_a_checkpoint(tmp_path):
-    check_resume(going_on(tmp_path), "sft", "abc")
-    with pytest.raises(ConfigError, match="checkpoint.resume=must: .* has no checkpoint that can"):
-        check_resume(going_on(tmp_path, "must"), "sft", "abc")
+def test_before_a_start_another_vocabulary_is_refused(tmp_path):
     write_checkpoint(tmp_path, 4, Config())
-    check_resume(going_on(tmp_path, "must"), "sft", "abc")
-    check_resume(going_on(tmp_path, "never", policy={"lr": 1.0}), "sft", "def")
+    (tmp_path / "config.yaml").write_text("tokenizer_fingerprint: words\n")
+    checkpoint = {"resume": "auto", "allow_changed": ["tokenizer"]}
+    config = changed(run={"dir": tmp_path}, checkpoint=checkpoint, tokenizer={"path": "tok"})
+    check_resume(config, "sft", "abc", "words")
+    with pytest.raises(ConfigError) as caught:
+        check_resume(config, "sft", "abc", "other words")
+    assert str(caught.value) == (
+        "tokenizer.path=tok: must hold the vocabulary of the checkpoint (words); it is other words. "
+        f"The run keeps a copy in {tmp_path / 'tokenizer'}: use that, or another run.dir."
+    )
+
+
+def test_before_a_start_only_a_resume_needs_a_checkpoint(tmp_path):
+    check_resume(going_on(tmp_path), "sft", "abc", "words")
+    with pytest.raises(ConfigError, match="checkpoint.resume=must: .* has no checkpoint that can"):
+        check_resume(going_on(tmp_path, "must"), "sft", "abc", "words")
+    write_checkpoint(tmp_path, 4, Config())
+    check_resume(going_on(tmp_path, "must"), "sft", "abc", "words")
+    check_resume(going_on(tmp_path, "never", policy={"lr": 1.0}), "sft", "def", "words")
