@@ -5,8 +5,6 @@ processor (measured on AMD Zen 5, one thread: 95 against 210 GFLOP/s). Everythin
 included, torch itself gives to the fastest library there is.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,31 +24,5 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     if not torch.backends.mkldnn.is_available():
         return left @ right
-    if _is_transposed(left) and len(left) > right.shape[1]:
-        # A transposed left operand is copied: of a product and its transpose, take the smaller.
-        return _transposed(_product(right.t(), left.t()))
-    return _product(left, right)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    rows = _transposed(left.t()) if _is_transposed(left) else left
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, right.t(), None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
     return product
-
-
-def _is_transposed(matrix: Tensor) -> bool:
-    return not matrix.is_contiguous() and matrix.t().is_contiguous()
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    """Return a contiguous copy of matrix.t().
-
-    Torch transposes on one thread. Cut into groups of rows, it is a copy like any other.
-    """
-    rows, columns = matrix.shape
-    group = math.gcd(rows, 32)
-    if torch.get_num_threads() == 1 or group < 8:
-        return matrix.t().contiguous()
-    copy = matrix.new_empty(columns, rows)
-    copy.view(columns, -1, group).copy_(matrix.view(-1, group, columns).permute(2, 0, 1))
-    return copy
