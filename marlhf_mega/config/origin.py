@@ -71,4 +71,5 @@ def _run_origin(path: Path, run_config: Path, key: str) -> Origin:
             f"{key}={path}: its config.yaml must describe the model; {reason}. Mend the file or "
             "name another run."
         ) from None
-    return Origin(path=path, is_run=True, model=model, tokenizer_fingerprint=run_fingerprint(path))
+    fingerprint = values.get("tokenizer_fingerprint")
+    return Origin(path=path, is_run=True, model=model, tokenizer_fingerprint=fingerprint)

@@ -301,7 +301,7 @@ def _join_half(here: Platform, num_rollout_ranks: int, timeout: timedelta) -> tu
 def _copy_of_pipeline_groups(pipeline: Group) -> Group:
     """Every rank creates every copy, in the same order, as `new_group` demands."""
     if pipeline.size() == 1:
-        return pipeline
+        return pipeline  # no tokens travel
     stride = dist.get_world_size() // pipeline.size()
     mine: Group | None = None
     for first in range(stride):

@@ -164,7 +164,10 @@ def write_run_directory(
         "git_revision": _git_revision(),
     }
     tree = OmegaConf.create(config.model_dump(mode="json") | facts)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
+    # A resume reads it: a start that is killed here must leave one that is whole.
+    written = run_dir / "config.yaml.new"
+    written.write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
+    written.replace(run_dir / "config.yaml")
     target = run_dir / "tokenizer"
     source = tokenizer_path.resolve()
     if target.resolve() in (source, source.parent):

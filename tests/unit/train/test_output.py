@@ -3,6 +3,7 @@
 import shutil
 from types import SimpleNamespace
 
+from marlhf_mega.config.origin import run_fingerprint
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.tokenizer import Tokenizer
@@ -30,3 +31,4 @@ def test_the_tokenizer_of_a_run_puts_in_front_of_prompts_what_the_given_one_does
         write_run_directory(config, given, tmp_path / name, MESH)
         kept = Tokenizer.load(run_dir / "tokenizer")
         assert kept.prompt_prefix == given.prompt_prefix == prefix
+        assert run_fingerprint(run_dir) == kept.fingerprint() == given.fingerprint()
