@@ -5,6 +5,8 @@ processor (measured on AMD Zen 5, one thread: 95 against 210 GFLOP/s). Everythin
 included, torch itself gives to the fastest library there is.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,5 +26,20 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     if not torch.backends.mkldnn.is_available():
         return left @ right
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+    rows = _contiguous(left)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, right.t(), None, "none", [], "")
     return product
+
+
+def _contiguous(matrix: Tensor) -> Tensor:
+    """Return the matrix, or a copy if it is a transposed one: oneDNN needs it in rows.
+
+    Torch, which would copy it otherwise, keeps one thread busy with it. Cut into groups of rows,
+    it is a copy like any other.
+    """
+    group = math.gcd(len(matrix), 32)
+    if matrix.is_contiguous() or group < 8 or torch.get_num_threads() == 1:
+        return matrix
+    copy = torch.empty(matrix.shape, dtype=matrix.dtype)
+    copy.unflatten(0, (-1, group)).copy_(matrix.unflatten(0, (-1, group)))
+    return copy

@@ -37,3 +37,18 @@ def test_small_products_and_other_numbers_are_torchs_own(rows, dtype):
 def test_bfloat16_stays_bfloat16():
     left, right = draw(128, 128, 0).bfloat16(), draw(128, 128, 1).bfloat16()
     assert torch.equal(matmul(left, right), left @ right)
+
+
+@pytest.mark.parametrize("sizes", [(704, 100, 128), (33, 512, 128), (8, 640, 256), (2112, 2048, 8)])
+def test_a_transposed_factor_is_as_good_on_several_threads(sizes):
+    rows, inner, columns = sizes
+    left, right = draw(inner, rows, 0).t(), draw(inner, columns, 1)
+    alone = matmul(left, right)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = matmul(left, right)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-4)
+    assert found.is_contiguous()
