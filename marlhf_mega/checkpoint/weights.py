@@ -113,16 +113,17 @@ def _normal(bits: Tensor) -> Tensor:
     return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
 
 
-def has_scalar_head(origin: Origin, *, key: str) -> bool:
-    """Whether an origin holds a reward model or critic rather than a language model.
+def roles_of(origin: Origin, *, key: str) -> set[str]:
+    """Return the roles whose weights an origin holds; a folder's model is a policy or a reward.
 
     Raises:
         ValueError: its weight files cannot be opened.
     """
     if not origin.is_run:
-        return "score.weight" in open_folder(origin.path, key=key).names
-    checkpoints = origin.path / "checkpoints"
-    return any((c / role).is_dir() for c in checkpoints.iterdir() for role in SCALAR_ROLES)
+        is_scalar = "score.weight" in open_folder(origin.path, key=key).names
+        return {"reward" if is_scalar else "policy"}
+    checkpoints = (origin.path / "checkpoints").iterdir()
+    return {role for c in checkpoints for role in ("policy", *SCALAR_ROLES) if (c / role).is_dir()}
 
 
 def fill_from(

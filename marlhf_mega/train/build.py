@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from marlhf_mega.checkpoint.reshard import connect
-from marlhf_mega.checkpoint.weights import fill_from, fill_random, has_scalar_head
+from marlhf_mega.checkpoint.weights import fill_from, fill_random, roles_of
 from marlhf_mega.config.checks import check_other_model
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin
@@ -86,9 +86,11 @@ def reward_origins(config: Config, tokenizer: Tokenizer) -> list[Origin]:
     terms = [term for term in config.reward.source if term.is_model]
     origins = [origin_of(term.source, tokenizer, key="reward.source") for term in terms]
     for origin in origins:
-        if not has_scalar_head(origin, key="reward.source"):
+        roles = roles_of(origin, key="reward.source")
+        if "reward" not in roles:
+            what = "a policy and its critic" if "critic" in roles else "a language model"
             raise ValueError(
-                f"reward.source={origin.path}: must be a reward model; it is a language model. "
+                f"reward.source={origin.path}: must be a reward model; it is {what}. "
                 "Train one from it with `marlhf reward`."
             )
     return origins

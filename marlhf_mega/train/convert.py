@@ -9,7 +9,7 @@ from torch import Tensor
 from marlhf_mega.checkpoint.hf.exporter import ExportReport
 from marlhf_mega.checkpoint.saver import save
 from marlhf_mega.checkpoint.store import load_weights
-from marlhf_mega.checkpoint.weights import fill_from, has_scalar_head
+from marlhf_mega.checkpoint.weights import fill_from, roles_of
 from marlhf_mega.config.origin import Origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
@@ -31,7 +31,7 @@ Progress = Callable[[int], None]
 
 def role_of(origin: Origin, *, key: str) -> str:
     """Return the role that an origin's model plays: policy or reward."""
-    return "reward" if has_scalar_head(origin, key=key) else "policy"
+    return "reward" if "reward" in roles_of(origin, key=key) else "policy"
 
 
 def import_model(

@@ -211,16 +211,21 @@ def test_one_replica_reads_for_the_others(folder, tmp_path):
     )
     for name in ("policy/loss", "critic/loss", "rollout/score_mean", "policy/grad_norm"):
         assert [m[name] for m in one] == [m[name] for m in other]
+    # A critic has a reward model's shape, but it predicts returns.
+    assert_no_reward_model(folder, once, "a policy and its critic", tmp_path / "next")
 
 
 def test_a_language_model_is_no_reward_model(folder, tmp_path):
-    source = f"reward.source={folder / 'model'}"
-    done = ppo(folder, tmp_path / "run", source, ranks=1, code=2)
+    assert_no_reward_model(folder, folder / "model", "a language model", tmp_path / "run")
+
+
+def assert_no_reward_model(folder, source, kind, run_dir):
+    done = ppo(folder, run_dir, f"reward.source={source}", ranks=1, code=2)
     assert done.stderr.splitlines()[-1] == (
-        f"reward.source={folder / 'model'}: must be a reward model; it is a language model. Train "
-        "one from it with `marlhf reward`."
+        f"reward.source={source}: must be a reward model; it is {kind}. Train one from it with "
+        "`marlhf reward`."
     )
-    assert not (tmp_path / "run").exists()
+    assert not run_dir.exists()
 
 
 SCORE = """
