@@ -39,6 +39,7 @@ class HeadRun:
         """Run forward and backward once; note the extra bytes."""
         platform = self.mesh.platform
         self.hidden.grad = self.weight.grad = None
+        platform.empty_cache()  # else a run would use again what the one before it has freed
         platform.reset_memory_peak()
         before = platform.memory_allocated()
         outputs = vocab_parallel_logprobs(self.hidden, self.weight, self.targets, shard=self.shard)
