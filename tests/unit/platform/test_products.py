@@ -40,15 +40,14 @@ def test_bfloat16_stays_bfloat16():
 
 
 @pytest.mark.parametrize("sizes", [(704, 100, 128), (33, 512, 128), (8, 640, 256), (2112, 2048, 8)])
-def test_a_transposed_factor_is_as_good_on_several_threads(sizes):
+def test_a_transposed_factor_is_right_on_several_threads(sizes):
     rows, inner, columns = sizes
     left, right = draw(inner, rows, 0).t(), draw(inner, columns, 1)
-    alone = matmul(left, right)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         found = matmul(left, right)
     finally:
         torch.set_num_threads(threads)
-    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-4)
-    assert found.is_contiguous()
+    error = (found.double() - left.double() @ right.double()).abs().max()
+    assert error < 1e-5 * inner**0.5
