@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Whether this machine can run ranks; one line and exit code 1 if not. Takes a second.
+# Check whether this machine can run ranks; print one line and exit with 1 if not. Takes a second.
 set -euo pipefail
 
 unhealthy() {
@@ -13,12 +13,12 @@ if command -v nvidia-smi >/dev/null; then
     if [[ -n ${SLURM_GPUS_ON_NODE-} ]] && ((count < SLURM_GPUS_ON_NODE)); then
         unhealthy "$count of $SLURM_GPUS_ON_NODE GPUs answer"
     fi
-    # Memory that the driver wants to replace by spare rows, or could not.
+    # Uncorrectable errors since the driver was loaded: the GPU needs a reset or a replacement.
     errors=$(timeout 60 nvidia-smi --query-gpu=index,ecc.errors.uncorrected.volatile.total \
         --format=csv,noheader 2>/dev/null | awk -F', *' '$2 ~ /^[0-9]+$/ && $2 > 0 { print $1 }') || errors=
     [[ -z $errors ]] || unhealthy "uncorrected memory errors on GPU ${errors//$'\n'/, }"
 fi
 shared=$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1) || shared=
 if [[ -n $shared ]] && ((shared < 65536)); then
-    unhealthy "/dev/shm has $((shared / 1024)) MiB free, ranks need 64"
+    unhealthy "/dev/shm has $((shared / 1024)) MiB free; ranks need 64"
 fi

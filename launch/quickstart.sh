@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# SFT -> reward model -> macro-action PPO -> evaluation on this machine, on built-in data.
+# SFT, reward model, macro-action PPO and evaluation on this machine, on built-in data.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: bash launch/quickstart.sh [--dry-run] [ARGUMENT ...]
 
-Makes .venv in the project's root if it is not there, then runs `marlhf quickstart` on 4 ranks
-(tensor parallel 2 x pipeline parallel 2): on 4 GPUs where there are as many, else on the CPU.
+Creates .venv in the project's root if needed, then runs `marlhf quickstart` on 4 ranks (tensor
+parallel 2 x pipeline parallel 2): on 4 GPUs if the machine has them, else on the CPU.
 
-  --dry-run   print the command and its environment, run nothing
-  --help      this text
-  ARGUMENT    passed on to `marlhf quickstart`, such as run.dir=runs/mine
+  --dry-run   print the command and its environment and run nothing
+  --help      print this text
+  ARGUMENT    passed to `marlhf quickstart`, for example run.dir=runs/mine
 
-PYTHON=/path/to/python3.11 chooses the Python that .venv is made from.
+PYTHON=/path/to/python3.11 chooses the Python for .venv (default: the first Python >= 3.11 found).
+Example: bash launch/quickstart.sh run.dir=runs/mine run.steps=20
 END
 }
 
@@ -32,13 +33,13 @@ for argument in "$@"; do
     esac
 done
 
-# One thread per rank: more would fight over the cores.
+# One thread per rank; more threads would compete for the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# One GPU cannot hold two ranks of one NCCL group.
+# NCCL does not allow two ranks of a group on one GPU.
 if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] && command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
     if ((gpus > 0 && gpus < ranks)); then
-        echo "$gpus GPU(s) found, $ranks are needed: running on the CPU"
+        echo "found $gpus GPU(s), need $ranks: running on the CPU"
         export CUDA_VISIBLE_DEVICES=
     fi
 fi
@@ -55,7 +56,9 @@ fi
 # shellcheck source=launch/venv.sh
 source "$root/launch/venv.sh"
 make_venv "$root"
-# One process reads the configuration first: torchrun would wrap a wrong key in a page of its own.
-WORLD_SIZE=$ranks "$VENV_PYTHON" -m marlhf_mega quickstart ${arguments[@]+"${arguments[@]}"} \
-    --check >/dev/null || exit
+# One process checks the configuration first: torchrun would bury a wrong key under its own output.
+checked=$(WORLD_SIZE=$ranks "$VENV_PYTHON" -m marlhf_mega quickstart \
+    ${arguments[@]+"${arguments[@]}"} --check) || exit
+echo "$checked"
+[[ $checked != "already complete"* ]] || exit 0
 exec "$VENV_PYTHON" "${command[@]}"

@@ -1,29 +1,33 @@
 #!/usr/bin/env bash
-# One command of marlhf on the ranks of one machine or of many, restarted after faults.
+# Run a marlhf command on the ranks of one or more machines, and restart it after faults.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash launch/torchrun.sh [OPTION ...] COMMAND --config FILE [key=value ...]
 
-Checks the configuration with one process, then starts `marlhf COMMAND` on every rank under
-torchrun. On several machines run the same line on each, with its own --node-rank.
+Checks the configuration in one process, then starts `marlhf COMMAND` on every rank under torchrun.
+On several machines, run the same line on each machine with its own --node-rank.
 
-  --nodes N            machines (default: PET_NNODES, else 1)
-  --node-rank R        which of them this is, 0 .. N-1 (default: PET_NODE_RANK, else 0)
-  --ranks-per-node P   ranks here (default: PET_NPROC_PER_NODE, else the number of GPUs, else 1)
-  --master HOST[:PORT] the machine with node rank 0 (default: PET_MASTER_ADDR:PET_MASTER_PORT;
-                       port 29400)
-  --run-id ID          the same word on every machine of a run (default: marlhf)
-  --restarts K         times that all ranks start again after a fault (default: 3)
+  --nodes N            number of machines (default: PET_NNODES, else 1)
+  --node-rank R        number of this machine, 0 .. N-1 (default: PET_NODE_RANK, else 0)
+  --ranks-per-node P   ranks on this machine (default: PET_NPROC_PER_NODE, else the number of GPUs,
+                       else 1)
+  --master HOST[:PORT] machine with node rank 0 (default: PET_MASTER_ADDR:PET_MASTER_PORT; default
+                       port: 29400)
+  --run-id ID          name of the launch, the same on all its machines (default: marlhf)
+  --restarts K         how often to restart all ranks after a fault (default: 3)
   --join-seconds S     how long to wait for the other machines (default: 600)
-  --exact              the same bits in every run on GPUs, at some cost in speed
-  --dry-run            print the environment and the command, start nothing
-  --help               this text
+  --exact              make runs on GPUs bit-exact, at some cost in speed
+  --dry-run            print the environment and the command and start nothing
+  --help               print this text
 
-SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step and save.
+On SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, to the script or to all processes, the run finishes its step,
+saves a checkpoint and exits with 75; evaluate and doctor end at once.
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 pre-empted (start it again),
-76 no progress (do not). PYTHON=/path/to/python chooses the Python; else .venv's, else python3.
+76 no progress (do not start it again).
+PYTHON=/path/to/python chooses the Python (default: .venv's if it exists, else python3).
+Example: bash launch/torchrun.sh --ranks-per-node 4 sft --config configs/e2e_nlg_sft.yaml
 TEXT
 }
 
@@ -104,16 +108,20 @@ if [[ -z $python ]]; then
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-# Read the configuration in one process: torchrun would wrap a wrong key in a page of its own. The
-# dry run needs neither the data nor the models, so it only resolves it.
+# One process checks the configuration first: torchrun would bury a wrong key under its own output.
+# A dry run needs neither data nor models, so it only resolves the configuration.
 config=
-[[ $1 != plan ]] || refuse "plan: imagines its ranks and needs none. Run marlhf plan."
+[[ $1 != plan ]] || refuse "plan: runs without ranks. Run marlhf plan instead."
 if [[ $1 == doctor ]]; then
-    restarts=0 # what it finds is the answer
+    restarts=0 # its exit code is its result
 else
-    check=--check
-    ! $dry_run || check=--print-config
-    config=$(WORLD_SIZE=$((nodes * ranks)) "$python" -m marlhf_mega "$@" "$check") || exit
+    check=(--check --print-config)
+    ! $dry_run || check=(--print-config)
+    config=$(WORLD_SIZE=$((nodes * ranks)) "$python" -m marlhf_mega "$@" "${check[@]}") || exit
+    if [[ $config == "already complete"* ]]; then
+        echo "$config"
+        exit 0
+    fi
 fi
 tensor_size=$(awk '$1 == "tensor_size:" { print $2; exit }' <<<"$config")
 choose_environment "$nodes" "${master%:*}" "$capability" "${tensor_size:-1}" "$exact"
@@ -122,17 +130,21 @@ if ((nodes == 1)); then
     rendezvous=(--standalone)
 else
     [[ $master == *:* ]] || master=$master:29400
-    # Said outright: guessing whether this machine is the master costs a minute and more, and the
-    # others may not know its name.
+    # State explicitly which machine is the master: torchrun's guess can take more than a minute and
+    # fails if the name does not resolve.
     is_host=$( ((node_rank == 0)) && echo true || echo false)
     rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master"
         --rdzv-id "$run_id" --rdzv-conf "is_host=$is_host,join_timeout=$join_seconds")
     address=$(address_of "${GLOO_SOCKET_IFNAME-}")
     [[ -z $address ]] || rendezvous+=(--local-addr "$address")
 fi
-# shellcheck disable=SC2054 # the commas belong to the values
+handled=SIGHUP,SIGQUIT saves=true
+case $1 in
+    evaluate | doctor) saves=false handled=SIGTERM,SIGINT,$handled ;;
+esac
+# shellcheck disable=SC2054 # the commas are part of the values
 command=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$ranks"
-    --max-restarts "$restarts" --signals-to-handle SIGTERM,SIGHUP,SIGQUIT -m marlhf_mega "$@")
+    --max-restarts "$restarts" --signals-to-handle "$handled" -m marlhf_mega "$@")
 
 if $dry_run; then
     print_environment
@@ -141,59 +153,42 @@ if $dry_run; then
     exit 0
 fi
 
-# torchrun takes every code but 0 for a fault and ends with 1 itself, so a run that must end for
-# good leaves its code here and exits with 0.
-MARLHF_EXIT_CODE_FILE=$(mktemp)
-export MARLHF_EXIT_CODE_FILE
-trap 'rm -f -- "$MARLHF_EXIT_CODE_FILE"' EXIT
+# torchrun treats every exit code but 0 as a fault and itself exits with 1. A run that must not be
+# restarted writes its code to a file and exits with 0.
+notes=$(mktemp -d)
+trap 'rm -rf -- "$notes"' EXIT
+export MARLHF_EXIT_CODE_FILE=$notes/exit_code MARLHF_STOP_FILE=$notes/stop
 
-# torchrun itself would kill the ranks soon after a signal, in the middle of a step: only the ranks
-# hear of it, and torchrun ends when they do.
-stop_requested=false
-# shellcheck disable=SC2329 # these are called by the trap
-{
-    ranks_now() {
-        cat "/proc/$launcher/task"/*/children 2>/dev/null || true
-    }
-    ask_ranks_to_stop() {
-        local asked
-        read -ra asked -d '' < <(ranks_now) || true
-        ((${#asked[@]} == 0)) || kill -TERM "${asked[@]}" 2>/dev/null || true
-        if ! $stop_requested; then
-            stop_requested=true
-            end_if_restarted ${asked[@]+"${asked[@]}"} &>/dev/null &
-        fi
-    }
-    # Ranks that could not listen yet have died, and torchrun starts new ones: end it then.
-    end_if_restarted() {
-        local rank
-        while sleep 0.5 && kill -0 "$launcher"; do
-            for rank in $(ranks_now); do
-                if [[ " $* " != *" $rank "* ]]; then
-                    kill -TERM "$launcher"
-                    return
-                fi
-            done
-        done
-    }
+# On a signal torchrun would kill the ranks in the middle of a step. So it ignores what a terminal,
+# `timeout` or Slurm sends to all processes, and the ranks look for a file after every step: unlike a
+# signal, it also reaches ranks that are still starting.
+#
+# shellcheck disable=SC2329 # called by the trap
+ask_to_stop() {
+    if ! $saves; then
+        kill -HUP "${launcher-}" 2>/dev/null || true
+    elif [[ ! -e $MARLHF_STOP_FILE ]]; then
+        touch -- "$MARLHF_STOP_FILE"
+        [[ ! -t 2 ]] || printf '\r\033[K' >&2 || true # over a progress bar
+        echo "asked to stop: the run saves after this step and ends (Ctrl-\\ ends it at once," \
+            "unsaved)" >&2 || true
+    fi
 }
-trap ask_ranks_to_stop TERM INT USR1
+trap ask_to_stop TERM INT USR1
 (
-    trap '' USR1 # Slurm signals every process of a step; the ranks set a handler of their own
-    exec "${command[@]}"
+    ! $saves || trap '' TERM INT USR1
+    # Nothing must train on without this script, which may be killed.
+    exec "$python" -m marlhf_mega.lifeline "$$" "${command[@]:1}"
 ) &
 launcher=$!
 code=0
 while true; do
     wait "$launcher" && code=0 || code=$?
-    kill -0 "$launcher" 2>/dev/null || break # else a signal ended the wait, not torchrun
+    kill -0 "$launcher" 2>/dev/null || break # otherwise a signal interrupted the wait
 done
 
-recorded=$(<"$MARLHF_EXIT_CODE_FILE")
+recorded=$(cat -- "$MARLHF_EXIT_CODE_FILE" 2>/dev/null) || true
 if [[ $recorded =~ ^[0-9]+$ ]]; then
     exit "$recorded"
-fi
-if $stop_requested && ((code)); then
-    exit 75 # stopped before the ranks could listen: nothing was lost
 fi
 exit "$code"

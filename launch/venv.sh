@@ -1,7 +1,7 @@
 # Sourced by launch/quickstart.sh and tests/run.sh: the project's own Python environment.
 # shellcheck shell=bash
 
-# Print the first Python that is new enough; PYTHON=... names another one.
+# Print the first Python that is 3.11 or newer, starting with PYTHON if set.
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
@@ -10,12 +10,12 @@ find_python() {
             return
         fi
     done
-    echo "python3: must be 3.11 or newer; none was found. Install one or set PYTHON=/path/to/it." >&2
+    echo "python3: must be 3.11 or newer; none was found. Install it or set PYTHON=/path/to/it." >&2
     return 1
 }
 
-# Make $1/.venv or bring it up to date, and set VENV_PYTHON. It is touched only if its Python is
-# broken, or pyproject.toml or the constraints have changed since the last time.
+# Create or update $1/.venv and set VENV_PYTHON. Nothing happens unless its Python is broken, or
+# pyproject.toml or the constraints have changed since the last time.
 make_venv() {
     local root=$1 python wanted
     local stamp="$root/.venv/installed.sha256"
@@ -27,10 +27,10 @@ make_venv() {
         fi
     else
         python=$(find_python)
-        echo "Making $root/.venv (once; this downloads PyTorch)"
+        echo "Creating $root/.venv (only once; this downloads PyTorch)"
         "$python" -m venv --clear "$root/.venv"
     fi
-    echo "Installing marlhf_mega and what it needs into $root/.venv"
+    echo "Installing marlhf_mega and its dependencies into $root/.venv"
     "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check \
         --constraint "$root/.ci/constraints.txt" --editable "${root}[dev]"
     echo "$wanted" >"$stamp"

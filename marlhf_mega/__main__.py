@@ -1,6 +1,6 @@
 """`python -m marlhf_mega`, the same as `marlhf`."""
 
-from marlhf_mega.cli import main
+from marlhf_mega.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -15,8 +15,8 @@ lint=0 tests=0
 
 results=$(mktemp)
 trap 'rm -f -- "$results"' EXIT
-# A file stays on one worker, so that what its tests share is started once.
-"$VENV_PYTHON" -m pytest --numprocesses 2 --dist loadfile --durations 25 \
+# A file stays on one worker, so that what its tests share is started once; conftest.py orders them.
+"$VENV_PYTHON" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 \
     --junit-xml "$results" "$@" || tests=$?
 
 # Nothing is written where pytest was used wrongly.

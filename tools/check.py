@@ -1,50 +1,71 @@
-"""Format, lint, types, shell scripts and tests: `python tools/check.py fast|full`.
+"""Format, lint, types, shell scripts, tests, and reports on the package's structure.
 
-`fast` runs the unit tests, `full` all of them. Ends with the ten longest functions.
+    python tools/check.py fast
+    python tools/check.py full --base v0.1.0
+    python tools/check.py structure --base HEAD~10
+
+`fast` runs the unit tests, `full` all tests. Both end with the reports that `structure` prints
+alone: lines of code per folder, compared with a base commit; the ten longest functions; public
+names that more than one module defines. Exit codes: 0 everything passed, 1 a check failed,
+2 wrong usage.
 """
 
 import argparse
-import ast
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from structure import find_base, print_reports
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
-    """Run every check, also after one has failed; return 1 if any did."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("extent", choices=["fast", "full"])
-    extent = parser.parse_args().extent
-    tests = ["tests/unit"] if extent == "fast" else []
-    scripts = [
-        ".ci/run",
-        *map(
-            str,
-            sorted(
-                [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh")]
-            ),
-        ),
-    ]
+    """Run every check, also after one has failed; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("extent", choices=["fast", "full", "structure"])
+    parser.add_argument(
+        "--base",
+        metavar="REV",
+        help="commit to compare with (default: the merge base with origin/main, else HEAD~1)",
+    )
+    options = parser.parse_args()
+    try:
+        base = find_base(ROOT, options.base)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    results = {} if options.extent == "structure" else run_checks(full=options.extent == "full")
+    print_reports(ROOT, base)
+    print()
+    for name, (passed, seconds) in results.items():
+        print(f"{name:10} {'passed' if passed else 'FAILED'}  {seconds:6.1f} s")
+    return 0 if all(passed for passed, _ in results.values()) else 1
+
+
+def run_checks(*, full: bool) -> dict[str, tuple[bool, float]]:
+    """Return whether each check passed, and its seconds."""
+    scripts = [".ci/run"]
+    for pattern in (
+        "launch/*.sh",
+        "launch/recipes/*.sh",
+        "launch/*.sbatch",
+        "tests/*.sh",
+        "tools/*.sh",
+    ):
+        scripts += sorted(str(path) for path in ROOT.glob(pattern))
     checks = {
         "format": ["ruff", "format", "--check", "."],
         "lint": ["ruff", "check", "."],
         "types": ["mypy"],
         "scripts": ["shellcheck", "-x", *scripts],
-        "tests": ["pytest", "-q", *tests],
+        "tests": ["pytest", "-q", *([] if full else ["tests/unit"])],
     }
-    results = {name: run(name, command) for name, command in checks.items()}
-    print("\nlongest functions")
-    for length, where in sorted(functions(), reverse=True)[:10]:
-        print(f"{length:5} lines  {where}")
-    print()
-    for name, (passed, seconds) in results.items():
-        print(f"{name:10} {'passed' if passed else 'FAILED'}  {seconds:6.1f} s")
-    return 0 if all(passed for passed, _ in results.values()) else 1
+    return {name: run(name, command) for name, command in checks.items()}
 
 
 def run(name: str, command: list[str]) -> tuple[bool, float]:
@@ -58,15 +79,6 @@ def run(name: str, command: list[str]) -> tuple[bool, float]:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     finished = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     return finished.returncode == 0, time.perf_counter() - start
-
-
-def functions() -> Iterator[tuple[int, str]]:
-    """Yield (lines, file:line name) of every function of the package and the tools."""
-    for path in sorted([*ROOT.glob("marlhf_mega/**/*.py"), *ROOT.glob("tools/**/*.py")]):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                yield lines, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
 
 
 if __name__ == "__main__":

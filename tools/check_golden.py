@@ -1,12 +1,12 @@
 """Compare the package's algorithms with golden vectors of the reference implementations.
 
-    python tools/check_golden.py FILE [--tolerance 1e-9]
+    python tools/check_golden.py tests/golden/ma_ppo_cases.json --tolerance 1e-9
 
-FILE is JSON of the format `ma_ppo_golden/1` (MA-RLHF: macro actions, advantages, losses and their
-gradients, parsing) or `alol_golden/1` (A-LoL losses and sampling). Every case is computed alone, as
-a row of a padded batch and as a part of a packed one, in float64.
+The JSON file has the format `ma_ppo_golden/1` (MA-RLHF: macro actions, advantages, losses and their
+gradients, parsing) or `alol_golden/1` (A-LoL losses and sampling). Every case is computed in
+float64 three times: alone, in a padded batch and, for MA-RLHF, in a packed batch.
 
-Exit codes: 0 everything is within the tolerance, 1 something is not, 2 the file cannot be used.
+Exit codes: 0 all errors are within the tolerance, 1 some are not, 2 the file cannot be used.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from marlhf_mega.algorithm.advantages import macro_advantages
 from marlhf_mega.algorithm.alol import importance_weights, offline_loss, sampling_probabilities
+from marlhf_mega.algorithm.choices import Compat, MacroReward, ValueRule
 from marlhf_mega.algorithm.losses import policy_loss, value_loss
 from marlhf_mega.algorithm.macro_actions import MacroActions
 from marlhf_mega.algorithm.parsing import Sentence, parse_boundaries, read_bracketed
@@ -44,15 +45,19 @@ IMPORTANCE_OUTPUTS = {
     "importance_sampling_ratio": False,
     "importance_sampling_ratio_per_token": True,
 }
-VALUE_RULES = {"equal": "equal", "unit": "unit", "position": "position_repo"}
+VALUE_RULES: dict[str, ValueRule] = {"equal": "equal", "unit": "unit", "position": "position_repo"}
 
 
 def main() -> int:
-    """Run the comparison of one file and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--tolerance", type=float, default=1e-9)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    """Compare the cases of one file and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="golden file")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-9, help="largest absolute error (default: 1e-9)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device(args.device)
@@ -69,7 +74,7 @@ def main() -> int:
 
 
 def check(golden: dict[str, Any]) -> list[tuple[str, str, Comparisons]]:
-    """Compare every case; returns (group, layout, errors per case)."""
+    """Compare every case; return (group, layout, errors per case)."""
     layouts: dict[str, Callable[[list[Case]], Comparisons]]
     match golden["format"]:
         case "ma_ppo_golden/1":
@@ -92,12 +97,12 @@ def check(golden: dict[str, Any]) -> list[tuple[str, str, Comparisons]]:
 
 
 def group_of(case: Case) -> str:
-    """Heading of the table a case counts under."""
+    """Return the table row that a case belongs to."""
     return case.get("group") or case.get("kind") or f"{case['impl']}/{case['algorithm']}"
 
 
 def report(rows: list[tuple[str, str, Comparisons]], tolerance: float) -> int:
-    """Print the table; 1 if an error exceeds the tolerance."""
+    """Print the table; return 1 if an error exceeds the tolerance, else 0."""
     print(f"{'group':28} {'layout':8} {'cases':>5}  largest error")
     failed = False
     for group, layout, errors in rows:
@@ -113,7 +118,7 @@ def report(rows: list[tuple[str, str, Comparisons]], tolerance: float) -> int:
 
 
 def singly(compare: Callable[[list[Case]], Comparisons]) -> Callable[[list[Case]], Comparisons]:
-    """Batches of one."""
+    """Return `compare` applied to batches of one case."""
     return lambda cases: [result for case in cases for result in compare([case])]
 
 
@@ -122,11 +127,11 @@ def singly(compare: Callable[[list[Case]], Comparisons]) -> Callable[[list[Case]
 
 @dataclass(frozen=True)
 class Batch:
-    """Cases with equal hyper-parameters as tensors [batch, response], right padded."""
+    """Cases with equal hyper-parameters as tensors [batch, response], right-padded."""
 
     cases: list[Case]
     span: Tensor
-    """bool, every position of the case, its own trailing padding included."""
+    """bool, all positions of a case, including its own trailing padding."""
     mask: Tensor
     """bool, real tokens."""
     starts: Tensor
@@ -137,21 +142,21 @@ class Batch:
 
 
 def batches(cases: list[Case]) -> Iterator[Batch]:
-    """One batch per set of hyper-parameters: lengths, rules and n are mixed inside."""
+    """Yield one batch per set of hyper-parameters, with mixed lengths, rules and n."""
     by_hyper = defaultdict(list)
     for case in cases:
         by_hyper[json.dumps((case["hyper"], pooling(case)), sort_keys=True)].append(case)
     return map(stack, by_hyper.values())
 
 
-def pooling(case: Case) -> tuple[str, str]:
-    """Value rule and macro reward; a vanilla case is token PPO."""
+def pooling(case: Case) -> tuple[ValueRule, MacroReward]:
+    """Return value rule and macro reward of a case; a vanilla case is token PPO."""
     rule = VALUE_RULES[case["value_function"]]
     return rule, "sum" if case["termination"] == "vanilla" else "mean"
 
 
 def stack(cases: list[Case]) -> Batch:
-    """Cut the response out of every array and pad."""
+    """Take the response from every array, and pad."""
 
     def rows(name: str, dtype: torch.dtype | None = None) -> Tensor:
         return pad(
@@ -171,15 +176,15 @@ def stack(cases: list[Case]) -> Batch:
 
 
 def pad(rows: list[Tensor]) -> Tensor:
-    """Right pad with zeros to [batch, longest]."""
+    """Right-pad with zeros to [batch, longest]."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def start_flags(case: Case) -> Tensor:
-    """[R] flags by the case's rule.
+    """Return the start flags [R] of the case's rule.
 
     The reference starts an action after n real tokens even if padding follows, so n-gram rules see
-    one position more than the real tokens; the perplexity rule looks at every position.
+    one position beyond the real tokens. The perplexity rule sees all positions.
     """
     params, num_real = case["params"], case["shape"]["response_valid"]
     span = torch.ones(1, case["shape"]["R"], dtype=torch.bool)
@@ -205,9 +210,9 @@ def start_flags(case: Case) -> Tensor:
 
 
 def segment(batch: Batch) -> tuple[MacroActions, MacroActions]:
-    """Macro actions over every position, and the same with real tokens only."""
+    """Return the macro actions over all positions, and over real tokens only."""
     vanilla = batch.cases[0]["termination"] == "vanilla"
-    compat = "none" if vanilla else "ma_rlhf"
+    compat: Compat = "none" if vanilla else "ma_rlhf"
     actions = MacroActions.from_starts(batch.starts, batch.span, compat=compat)
     real = MacroActions.from_ids(torch.where(batch.mask, actions.ids, -1))
     return actions, real
@@ -224,7 +229,7 @@ def packed(cases: list[Case]) -> Comparisons:
 
 
 def compare(batch: Batch, *, pack: bool) -> Comparisons:
-    """Largest error of every case over all of its outputs; losses as the sum of the batch."""
+    """Return each case's largest error over its outputs; losses compare as batch sums."""
     actions, real = segment(batch)
     rows, losses = compute(batch, real, pack=pack)
     batch_error = 0.0
@@ -239,7 +244,11 @@ def compare(batch: Batch, *, pack: bool) -> Comparisons:
         )
         for name, values in rows.items():
             length = num_macro if name in MACRO_OUTPUTS else case["shape"]["R"]
-            worst = max(worst, difference(values[row, :length], expected[name]))
+            found, wanted = values[row, :length], torch.tensor(expected[name])
+            if name == "token_rewards" and found.shape == wanted.shape:
+                # Nothing reads the rewards of padding.
+                found, wanted = (x[batch.mask[row, :length]] for x in (found, wanted))
+            worst = max(worst, difference(found, wanted))
         errors.append((case, worst))
     return errors
 
@@ -247,7 +256,7 @@ def compare(batch: Batch, *, pack: bool) -> Comparisons:
 def compute(
     batch: Batch, real: MacroActions, *, pack: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The reference's outputs: per row [batch, ...], and the losses summed over the batch."""
+    """Compute the reference's outputs: tensors [batch, ...], and losses summed over the batch."""
     hyper = batch.cases[0]["hyper"]
     value_rule, macro_reward = pooling(batch.cases[0])
     layout = Layout(batch, pack=pack)
@@ -291,8 +300,10 @@ def compute(
         aggregation="seq_mean_token_mean",
         clip_range=hyper["cliprange_value"],
     )
-    (actor.loss_sum + critic.loss_sum).backward()
-    # Actions that hold nothing but trailing padding lie beyond the grid of real tokens.
+    actor_grad, critic_grad = torch.autograd.grad(
+        actor.loss_sum + critic.loss_sum, (logprobs, values)
+    )
+    # Actions of trailing padding only lie beyond the grid of real tokens.
     width = batch.span.size(1) + 1
     grids = {
         "macro_values": macro.values,
@@ -302,36 +313,36 @@ def compute(
     }
     rows = {name: F.pad(grid, (0, width - grid.size(1))) for name, grid in grids.items()}
     rows["token_rewards"] = layout.unpack(rewards, batch.span)
-    rows["actor_grad"] = layout.unpack(logprobs.grad, batch.mask)
-    rows["critic_grad"] = layout.unpack(values.grad, batch.mask)
+    rows["actor_grad"] = layout.unpack(actor_grad, batch.mask)
+    rows["critic_grad"] = layout.unpack(critic_grad, batch.mask)
     return rows, {"actor_loss": actor.loss_sum, "critic_loss": critic.loss_sum}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Moves token tensors [batch, response] of a batch to the layout under test and back."""
+    """Converts token tensors [batch, response] to the tested layout, padded or packed, and back."""
 
     batch: Batch
     pack: bool
 
     def span(self, padded_tokens: Tensor) -> Tensor:
-        """Every position of every case."""
+        """Select all positions of all cases."""
         return padded_tokens[self.batch.span] if self.pack else padded_tokens
 
     def real(self, span_tokens: Tensor) -> Tensor:
-        """From `span`'s layout to real tokens only, where packed."""
+        """Drop padding from the result of `span` if packed."""
         return span_tokens[self.batch.mask[self.batch.span]] if self.pack else span_tokens
 
     def tokens(self, padded_tokens: Tensor) -> Tensor:
-        """Real tokens where packed, a fresh copy."""
+        """Return a copy in the tested layout, real tokens only if packed."""
         return self.real(self.span(padded_tokens)).clone()
 
     def unpack(self, tokens: Tensor, where: Tensor) -> Tensor:
-        """Back to [batch, response], zero elsewhere."""
+        """Convert back to [batch, response], zero elsewhere."""
         return torch.zeros(where.shape).masked_scatter(where, tokens) if self.pack else tokens
 
     def score_positions(self) -> Tensor:
-        """The reference puts the score one past the last real token if there is a position."""
+        """Return the position one past the last real token, or the last one: the reference's."""
         counted = self.batch.mask.sum(1)
         lengths = self.batch.span.sum(1)
         firsts = torch.arange(len(lengths)) * self.batch.span.size(1)
@@ -341,13 +352,13 @@ class Layout:
 
 
 class GivenTrees:
-    """A parser that knows the answer: the case's trees."""
+    """A parser that returns the trees stored in the case."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
 
     def parse(self, text: str) -> list[Sentence]:
-        """Find every sentence in the text and read its tree."""
+        """Locate each sentence in the text and read its tree."""
         sentences, position = [], 0
         for given_sentence in self.case["sentences"]:
             start = text.index(given_sentence["sentence"], position)
@@ -358,7 +369,7 @@ class GivenTrees:
 
 
 def parsing_error(case: Case) -> float:
-    """0 if the segment lengths agree, else infinite."""
+    """Return 0 if the segment lengths agree, else infinity."""
     ends = list(accumulate(len(token) for token in case["tokens"]))
     text = "".join(case["tokens"])
     offsets = [*zip([0, *ends], ends, strict=False), (len(text), len(text))]
@@ -373,7 +384,7 @@ def parsing_error(case: Case) -> float:
 
 
 def offline(cases: list[Case]) -> Comparisons:
-    """Compare losses, gradients and importance weights; cases of one kind share a padded batch."""
+    """Compare losses, gradients and importance weights in one padded batch per kind of case."""
     by_kind = defaultdict(list)
     for case in cases:
         by_kind[json.dumps((case["impl"], case["algorithm"], case["hyper"]))].append(case)
@@ -381,7 +392,7 @@ def offline(cases: list[Case]) -> Comparisons:
 
 
 def compare_offline(cases: list[Case]) -> Comparisons:
-    """Stack the responses of all cases; each case's loss is a mean over its own responses."""
+    """Compare cases whose responses are stacked; a case's loss is the mean over its responses."""
     options = offline_options(cases[0])
     sizes = [case["shape"]["B"] for case in cases]
 
@@ -401,7 +412,7 @@ def compare_offline(cases: list[Case]) -> Comparisons:
         values=scalars("values"),
         **options,
     )
-    output.loss_sum.backward()
+    (gradient,) = torch.autograd.grad(output.loss_sum, logprobs)
     expected_sum = sum(
         case["outputs"]["loss"] * size for case, size in zip(cases, sizes, strict=True)
     )
@@ -409,9 +420,7 @@ def compare_offline(cases: list[Case]) -> Comparisons:
     errors, first = [], 0
     for case, size in zip(cases, sizes, strict=True):
         own = slice(first, first + size), slice(case["shape"]["T"])
-        worst = max(
-            batch_error, difference(logprobs.grad[own] / size, case["outputs"]["grad_logprobs"])
-        )
+        worst = max(batch_error, difference(gradient[own] / size, case["outputs"]["grad_logprobs"]))
         for name, per_token in IMPORTANCE_OUTPUTS.items():
             if isinstance(case["outputs"].get(name), list):
                 weights = importance_weights(
@@ -428,7 +437,7 @@ def compare_offline(cases: list[Case]) -> Comparisons:
 
 
 def offline_options(case: Case) -> dict[str, Any]:
-    """The package's options for the reference's flags."""
+    """Translate the reference's flags to options of the package."""
     algorithm, clip, kl_coef = (
         case["algorithm"],
         case["hyper"]["ppo_clip"],
@@ -436,21 +445,20 @@ def offline_options(case: Case) -> dict[str, Any]:
     )
     return {
         "algorithm": "a_lol_kl" if algorithm == "a_lol" and kl_coef else algorithm,
-        # Zero means no clipping to the reference, except in a_lol_seq.
+        # In the reference zero means no clipping, except in a_lol_seq.
         "clip_range": clip if clip or algorithm == "a_lol_seq" else None,
         "kl_coef": kl_coef or 0.0,
-        "clamp_advantages": not (case["impl"] == "qlora_hh" and algorithm == "a_lol_ref_free"),
+        "compat": "lol_rl" if case["impl"] == "qlora_hh" else "none",
     }
 
 
 def sampling_error(case: Case) -> float:
-    """Largest error of the non-zero probabilities; infinite if other responses have them."""
+    """Return the largest error of non-zero probabilities; infinity if other responses have them."""
     inputs, outputs = case["inputs"], case["outputs"]
-    probabilities = sampling_probabilities(
-        torch.tensor(inputs["good_advantages"]),
-        case["strategy"],
-        torch.tensor(inputs["bad_advantages"]),
-    )
+    advantages = inputs["good_advantages"]
+    if case["strategy"] == "all_priority":
+        advantages = advantages + inputs["bad_advantages"]
+    probabilities = sampling_probabilities(torch.tensor(advantages), case["strategy"])
     chosen = probabilities.nonzero().squeeze(1)
     if chosen.tolist() != outputs["sample_indices"]:
         return math.inf
@@ -458,8 +466,8 @@ def sampling_error(case: Case) -> float:
 
 
 def difference(actual: Tensor, expected: object) -> float:
-    """Largest absolute difference; infinite if shapes differ or a number is not finite."""
-    target = torch.tensor(expected, dtype=torch.float64)
+    """Return the largest absolute difference; infinity for other shapes or non-finite values."""
+    target = torch.as_tensor(expected, dtype=torch.float64)
     if actual.shape != target.shape:
         return math.inf
     gap = (actual.detach().double() - target).abs()

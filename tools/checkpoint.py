@@ -1,15 +1,14 @@
-"""Look into, verify and compare checkpoints. One process, no GPU, at whatever layout they have.
+"""Inspect, verify and compare checkpoints of any layout, in one process and without a GPU.
 
-    python tools/checkpoint.py inspect RUN_DIR|CHECKPOINT
-    python tools/checkpoint.py verify RUN_DIR|CHECKPOINT
-    python tools/checkpoint.py compare A B
+    python tools/checkpoint.py inspect runs/quickstart/ppo
+    python tools/checkpoint.py verify runs/quickstart/ppo
+    python tools/checkpoint.py compare runs/a runs/b/checkpoints/step_000012 --json
 
-`inspect` shows where a checkpoint comes from and the shape, number format and size of its tensors;
-it does not read them. `verify` compares size and sha256 of every file with the manifest, of every
-checkpoint in a run directory, one line per fault. `compare` compares two checkpoints tensor by
-tensor, bit for bit, irrespective of the layouts they were written at. A run directory stands for
-its latest checkpoint, where one is meant. With `--json` the answer is one JSON object. Exit codes:
-0 good and equal, 1 damaged or different, 2 wrong usage.
+`inspect` shows a checkpoint's step, layout and versions, and the shape, dtype and size of every
+tensor without reading it. `verify` checks the size and sha256 of every file against the manifest,
+for each checkpoint of a run, and prints one line per fault. `compare` compares two checkpoints
+bit by bit, tensor by tensor, even if their layouts differ. `inspect` and `compare` take the newest
+checkpoint of a run directory. Exit codes: 0 intact or equal, 1 damaged or different, 2 wrong usage.
 """
 
 import argparse
@@ -31,15 +30,15 @@ from marlhf_mega.checkpoint import folders, manifest
 from marlhf_mega.checkpoint.metadata import TensorFacts, read_tensors
 
 READ_BYTES = 1 << 30
-"""Tensors compared at a time; one that is larger comes alone."""
+"""Bytes of tensors compared at a time; a larger tensor is compared alone."""
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Their rows are padded for the tensor-parallel size, with zeros."""
+"""Padded with zero rows to a multiple of the tensor-parallel size."""
 
 Report = dict[str, Any]
 
 
 def main() -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; return the exit code."""
     options = _parser().parse_args()
     commands: dict[str, Callable[[argparse.Namespace], tuple[Report, list[str], bool]]] = {
         "inspect": _inspect,
@@ -64,14 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about, paths in (
-        ("inspect", "step, roles and tensors", ("path",)),
-        ("verify", "every file against the manifest", ("path",)),
-        ("compare", "two checkpoints tensor by tensor", ("first", "second")),
+        ("inspect", "show step, roles and tensors", ("path",)),
+        ("verify", "check every file against the manifest", ("path",)),
+        ("compare", "compare two checkpoints tensor by tensor", ("first", "second")),
     ):
         command = commands.add_parser(name, help=about, description=about.capitalize() + ".")
         for path in paths:
             command.add_argument(path, type=Path, help="run directory or checkpoint folder")
-        command.add_argument("--json", action="store_true", help="answer with one JSON object")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
 
 
@@ -99,7 +98,7 @@ def _inspect(options: argparse.Namespace) -> tuple[Report, list[str], bool]:
         lines += _role_lines(name, role)
     if root is not None:
         report["checkpoints"] = sorted(folders.candidates(root)[0])
-        lines.append(f"{root} has {', '.join(report['checkpoints'])}")
+        lines.append(f"{root} holds {', '.join(report['checkpoints'])}")
     return report, lines, True
 
 
@@ -146,13 +145,13 @@ def _verify(options: argparse.Namespace) -> tuple[Report, list[str], bool]:
         lines += [f"{folder}: {fault}" for fault in faults]
         if not faults:
             size = _size(_bytes(files))
-            lines.append(f"{folder}: {len(files)} files, {size}, are as they were written")
+            lines.append(f"{folder}: {len(files)} files, {size}, intact")
     good = not remarks and not any(c["faults"] for c in report["checkpoints"].values())
     return report, lines, good
 
 
 def _faults(folder: Path) -> tuple[list[str], Mapping[str, manifest.Facts]]:
-    """Return what is wrong with a checkpoint and the files that it should have."""
+    """Return the faults of a checkpoint, and the files that its manifest lists."""
     try:
         files = manifest.read(folder)["files"]
     except ValueError as error:
@@ -178,12 +177,12 @@ def _compare(options: argparse.Namespace) -> tuple[Report, list[str], bool]:
     lines = [f"{key}: {fault}" for key, fault in different.items()]
     for name, found in report["roles"].items():
         same = found["tensors"] - found["different"]
-        lines.append(f"{name}: {same} of {found['tensors']} tensors are the same")
+        lines.append(f"{name}: {same} of {found['tensors']} tensors are equal")
     return report, lines, not different
 
 
 def _compare_roles(one: Path, other: Path) -> tuple[int, dict[str, str]]:
-    """Return the number of tensors, and what is different by name."""
+    """Return the number of tensors and the differences by tensor name."""
     tables = read_tensors(one), read_tensors(other)
     common = sorted(tables[0].keys() & tables[1].keys())
     different = dict.fromkeys(sorted(tables[0].keys() ^ tables[1].keys()), "only in one")
@@ -212,12 +211,12 @@ def _portions(names: Sequence[str], table: Mapping[str, TensorFacts]) -> Iterato
 
 
 def _load(folder: Path, table: Mapping[str, TensorFacts]) -> dict[str, Any]:
-    """Read whole tensors; the folder's table must have been checked by `read_tensors`."""
+    """Read full tensors; `read_tensors` must have checked the folder's table."""
     tensors: dict[str, Any] = {
         name: torch.empty(facts.shape, dtype=facts.dtype) for name, facts in table.items()
     }
     with warnings.catch_warnings():
-        # Torch remarks that there is only one process.
+        # Torch warns that there is only one process.
         warnings.simplefilter("ignore", UserWarning)
         load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     return tensors
@@ -242,7 +241,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _compare_states(one: Report, other: Report) -> Iterator[tuple[str, str]]:
-    """Yield what differs besides tensors; the configuration may, and so may the layout."""
+    """Yield the differences besides tensors; configuration and layout may differ."""
     left, right = (
         {"step": whole["step"]}
         | {f"{role}.{key}": n for role, p in whole["roles"].items() for key, n in p.items()}
@@ -255,7 +254,7 @@ def _compare_states(one: Report, other: Report) -> Iterator[tuple[str, str]]:
 
 
 def _root(path: Path) -> Path | None:
-    """Return the folder of checkpoints of a run directory, none for a checkpoint."""
+    """Return the folder of a run's checkpoints, None if the path is itself a checkpoint."""
     root = path / "checkpoints"
     if root.is_dir():
         return root
@@ -263,7 +262,7 @@ def _root(path: Path) -> Path | None:
         return None
     raise ValueError(
         f"{path}: must be a run directory or a checkpoint; it has neither a folder checkpoints nor "
-        f"a file {manifest.FILE}. Name another."
+        f"a file {manifest.FILE}. Use another path."
     )
 
 
@@ -273,19 +272,23 @@ def _checkpoint(path: Path) -> Path:
         return path
     names, _ = folders.candidates(root)
     if not names:
-        raise ValueError(f"{root}: must hold a checkpoint; it is empty. Name another.")
+        raise ValueError(f"{root}: must hold a checkpoint; it is empty. Use another run.")
     return root / names[0]
 
 
 def _read(folder: Path) -> tuple[Report, Report]:
-    """Return a checkpoint's manifest and its state, whose file must be as it was written."""
+    """Return a checkpoint's manifest and its state.
+
+    Raises:
+        RuntimeError: either file is damaged.
+    """
     try:
         about = manifest.read(folder)
         fault = manifest.check_file(folder, manifest.STATE, about["files"][manifest.STATE])
     except ValueError as error:
         fault = str(error)
     if fault is not None:
-        raise RuntimeError(f"{folder}: must be as it was written; {fault}. Use another checkpoint.")
+        raise RuntimeError(f"{folder}: must be intact; {fault}. Use another checkpoint.")
     return about, json.loads((folder / manifest.STATE).read_text(encoding="utf-8"))
 
 

@@ -1,16 +1,19 @@
-"""Models in and out of Hugging Face folders.
+"""Convert models from and to Hugging Face folders, and check the conversion.
 
-    python tools/convert_hf.py import HF_DIR RUN_DIR
-    python tools/convert_hf.py export RUN_DIR HF_DIR [--role policy|critic|reward]
     python tools/convert_hf.py verify HF_DIR --tensor-size 2 --pipeline-size 2
+    python tools/convert_hf.py import HF_DIR RUN_DIR --tensor-size 8 --pipeline-size 4
+    python tools/convert_hf.py export RUN_DIR HF_DIR --role policy
+    python tools/convert_hf.py merge HF_DIR PEFT_DIR NEW_HF_DIR
     python tools/convert_hf.py compare A B
 
-`import` writes a run directory that `model.init` or `reward.source` can name; `export` writes a
-role of a run's newest checkpoint; `verify` imports a folder at a layout, compares logits and greedy
-generation with transformers, exports and compares bit by bit; `compare` compares two checkpoints,
-each a Hugging Face folder or a run directory, tensor by tensor. The tool starts the ranks itself
-(processes with gloo on a CPU machine). The last line on stdout is one JSON object. Exit codes: 0
-done and equal, 1 failed or different, 2 wrong usage (nothing was started).
+`import` writes a run directory for `model.init` or `reward.source`. `export` writes one role of a
+run's newest checkpoint, adapters merged. `merge` writes the model of a Hugging Face folder with
+the adapters of a folder of peft. `verify` imports a folder at the given layout, compares logits
+and greedy generation with transformers, exports the model, and compares the files bit by bit and
+what transformers makes of some texts with the exported tokenizer. `compare` compares two models
+tensor by tensor; each is a Hugging Face folder or a run directory. The tool starts the ranks of
+the layout itself. The last line on stdout is one JSON object. Exit codes: 0 done or equal, 1
+failed or different, 2 wrong usage (nothing was started).
 """
 
 import argparse
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +43,36 @@ from rich.progress import (
 )
 from safetensors.torch import load_file, save_file
 
+from marlhf_mega.checkpoint.hf.auto_tokenizer import text_differences
+from marlhf_mega.checkpoint.hf.exporter import ExportReport
 from marlhf_mega.checkpoint.hf.reader import HfReader, check_tensors, open_folder
 from marlhf_mega.checkpoint.hf.table import Piece, WeightTable
+from marlhf_mega.checkpoint.store import stored_dtype
+from marlhf_mega.commands import convert
 from marlhf_mega.config.checks import check_folder, check_world
 from marlhf_mega.config.load import load_config
+from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.origin import Origin, find_origin
+from marlhf_mega.config.peft import lora_from_peft
 from marlhf_mega.config.schema import Config
-from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.data.tokenizer import Tokenizer, has_tokenizer
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import max_over_world
 from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh
-from marlhf_mega.train import convert
 from marlhf_mega.train.export import export_hf
 
 NEW_TOKENS = 12
-ROW_LENGTHS = (7, 16, 11)
+SEQUENCE_LENGTHS = (7, 16, 11)
 REFERENCE = Path(__file__).with_name("hf_reference.py")
 
 
 def main() -> int:
-    """Check the request and start the ranks; on a rank, do its part."""
+    """Check the command line and start the ranks; on a rank, do its part of the work."""
     options = _parser().parse_args()
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "import": _import,
         "export": _export,
+        "merge": _merge,
         "verify": _verify,
         "compare": _compare,
     }
@@ -83,103 +93,168 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     layout = argparse.ArgumentParser(add_help=False)
     for name in ("tensor", "pipeline", "virtual-pipeline", "expert"):
-        layout.add_argument(f"--{name}-size", type=int, default=1, metavar="N")
-    layout.add_argument("--sequence-parallel", action="store_true")
-    layout.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights")
+        about = f"parallel.{name.replace('-', '_')}_size (default: 1)"
+        layout.add_argument(f"--{name}-size", type=int, default=1, metavar="N", help=about)
+    layout.add_argument(
+        "--sequence-parallel", action="store_true", help="parallel.sequence_parallel"
+    )
+    layout.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as they are)"
+    )
     layout.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
-    command = commands.add_parser("import", parents=[layout], help="Hugging Face folder to run")
-    command.add_argument("source", type=Path)
-    command.add_argument("target", type=Path)
-    command.add_argument("--tokenizer", type=Path, help="if the folder has none")
-    command = commands.add_parser("export", parents=[layout], help="run to Hugging Face folder")
-    command.add_argument("source", type=Path)
-    command.add_argument("target", type=Path)
-    command.add_argument("--role", choices=("policy", "critic", "reward"), default="policy")
-    command = commands.add_parser("verify", parents=[layout], help="compare with transformers")
-    command.add_argument("source", type=Path)
+    role = argparse.ArgumentParser(add_help=False)
+    role.add_argument(
+        "--role",
+        choices=("policy", "critic", "reward"),
+        default="policy",
+        help="model of a run directory (default: policy)",
+    )
+
+    def add(name: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        description = about[0].upper() + about[1:] + "."
+        return commands.add_parser(name, help=about, description=description, parents=parents)
+
+    command = add("import", "read a Hugging Face folder into a new run directory", layout)
+    command.add_argument("source", type=Path, help="Hugging Face folder")
+    command.add_argument("target", type=Path, help="new run directory")
+    command.add_argument(
+        "--tokenizer", type=Path, help="tokenizer folder (default: the Hugging Face folder)"
+    )
+    command = add("export", "write a model of a run as a new Hugging Face folder", layout, role)
+    command.add_argument("source", type=Path, help="run directory")
+    command.add_argument("target", type=Path, help="new Hugging Face folder")
+    command = add("merge", "write a Hugging Face model with adapters of peft merged in", layout)
+    command.add_argument("source", type=Path, help="Hugging Face folder of the base")
+    command.add_argument("adapters", type=Path, help="folder of peft")
+    command.add_argument("target", type=Path, help="new Hugging Face folder")
+    command = add("verify", "compare a model at the given layout with transformers", layout)
+    command.add_argument("source", type=Path, help="Hugging Face folder")
     command.add_argument(
         "--tolerance",
         type=float,
         default=1e-5,
-        help="largest difference of logits, as a share of the largest logit above 1",
+        help="largest difference of logits, relative to max(1, largest logit) (default: 1e-5)",
     )
-    command = commands.add_parser("compare", help="compare two checkpoints tensor by tensor")
-    command.add_argument("first", type=Path)
-    command.add_argument("second", type=Path)
-    command.add_argument("--role", choices=("policy", "critic", "reward"), default="policy")
+    command = add("compare", "compare two models tensor by tensor", role)
+    for name in ("first", "second"):
+        command.add_argument(name, type=Path, help="Hugging Face folder or run directory")
     return parser
 
 
 def _import(options: argparse.Namespace) -> int:
     target: Path = options.target
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target}: must be a new folder; it is not empty. Name another.")
-    check_folder(target, key="target")
-    config = _config(options, model=f"model.hf_path={options.source}", run_dir=target)
+    _check_target(target)
+    dtype = getattr(torch, options.dtype) if options.dtype else _file_dtype(options.source)
+    # Models compute in float32 or bfloat16; float32 holds every float16 value exactly.
+    options.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    config = _config(options, model=f"model.hf_path={options.source.absolute()}", run_dir=target)
     origin = find_origin(options.source, key="model.hf_path")
     role = convert.role_of(origin, key="model.hf_path")
     tokenizer: Path = options.tokenizer or options.source
-    _check_folder(origin, role)
+    _check_source(origin, role)
     Tokenizer.load(tokenizer)
     if "RANK" not in os.environ:
         return _show(_on_ranks(options, config))
     with _mesh(options, config) as (mesh, report):
         chunks = _read(origin, role, config, mesh, report)
         with _timed(report, "write_seconds"):
-            convert.write_run(chunks, role, config, tokenizer, mesh)
+            convert.write_run(chunks, role, config, tokenizer, mesh, dtype=dtype)
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    config = _config(options, model=f"model.init={options.source}", run_dir=options.source)
+    dtype = None if options.dtype else convert.dtype_of_files(options.source)
+    if options.dtype is None and (stored := stored_dtype(options.source, options.role)):
+        options.dtype = str(stored).removeprefix("torch.")
+    config = _config(
+        options, model=f"model.init={options.source.absolute()}", run_dir=options.source
+    )
     origin = find_origin(options.source, key="model.init")
     if not origin.is_run:
         raise ValueError(
-            f"{options.source}: must be a run directory; it is a Hugging Face folder. Name another."
+            f"{options.source}: must be a run directory; it is a Hugging Face folder. Use another."
         )
-    if options.target.exists() and any(options.target.iterdir()):
-        raise ValueError(f"{options.target}: must be a new folder; it is not empty. Name another.")
-    check_folder(options.target, key="target")
+    _check_target(options.target)
+    write = partial(convert.export_run, origin, options.role)
+    return _write_folder(options, config, write, dtype, (origin, options.role))
+
+
+def _merge(options: argparse.Namespace) -> int:
+    dtype = getattr(torch, options.dtype) if options.dtype else _file_dtype(options.source)
+    options.dtype = "float32"  # adapters may have more digits than their base
+    config = _config(
+        options, model=f"model.hf_path={options.source.absolute()}", run_dir=options.source
+    )
+    origin = find_origin(options.source, key="model.hf_path")
+    role = convert.role_of(origin, key="model.hf_path")
+    _check_source(origin, role)
+    lora_from_peft(options.adapters, LoraConfig(), key="adapters")
+    _check_target(options.target)
+    write = partial(convert.merge_model, origin, options.adapters)
+    return _write_folder(options, config, write, dtype, (origin, role))
+
+
+def _write_folder(
+    options: argparse.Namespace,
+    config: Config,
+    write: Callable[..., ExportReport],
+    dtype: torch.dtype | None,
+    model: tuple[Origin, str],
+) -> int:
+    """Write a role of a model as a Hugging Face folder, on ranks that this starts if need be."""
     if "RANK" not in os.environ:
         return _show(_on_ranks(options, config))
-    with _mesh(options, config) as (mesh, report), _timed(report, "seconds"):
-        total = _num_bytes(origin, options.role) // mesh.world_size
-        with _progress(mesh, "export", total) as advance:
-            written = convert.export_run(
-                origin, options.role, config, mesh, target=options.target, progress=advance
-            )
+    with (
+        _mesh(options, config) as (mesh, report),
+        _timed(report, "seconds"),
+        _progress(mesh, "export", _num_bytes(*model) // mesh.world_size) as advance,
+    ):
+        written = write(config, mesh, target=options.target, dtype=dtype, progress=advance)
         report |= {"tensors": written.num_tensors, "bytes": written.num_bytes}
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     options.dtype = "float32"
-    config = _config(options, model=f"model.hf_path={options.source}", run_dir=Path("verify"))
+    config = _config(
+        options, model=f"model.hf_path={options.source.absolute()}", run_dir=Path("verify")
+    )
     origin = find_origin(options.source, key="model.hf_path")
     role = convert.role_of(origin, key="model.hf_path")
     if "RANK" in os.environ:
         return _verify_rank(options, origin, role, config)
-    _check_folder(origin, role)
+    _check_source(origin, role)
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = Path(scratch)
-        rows = _rows(origin)
         questions = options.scratch / "questions.json"
-        questions.write_text(json.dumps({"rows": rows, "new_tokens": NEW_TOKENS}))
+        questions.write_text(
+            json.dumps({"sequences": _sequences(origin), "new_tokens": NEW_TOKENS})
+        )
         theirs = options.scratch / "theirs.safetensors"
         _run([sys.executable, str(REFERENCE), str(options.source), str(questions), str(theirs)])
         report = _on_ranks(options, config)
         report |= _difference(load_file(options.scratch / "ours.safetensors"), load_file(theirs))
         found = _compare_folders(options.source, options.scratch / "export")
         report |= {"export_exact": not found["different"], "tensors": found["tensors"]}
+        report |= _text(options.scratch / "export")
     return _show(report, good=_is_good(report, options.tolerance))
+
+
+def _text(folder: Path) -> dict[str, Any]:
+    """Compare what AutoTokenizer makes of some texts with what we do; None without a tokenizer."""
+    if not has_tokenizer(folder):
+        return {"text_equal": None}
+    differences = list(text_differences(folder, Tokenizer.load(folder)))
+    sys.stderr.writelines(f"{line}\n" for line in differences)
+    return {"text_equal": not differences}
 
 
 def _verify_rank(options: argparse.Namespace, origin: Origin, role: str, config: Config) -> int:
     questions = json.loads((options.scratch / "questions.json").read_text())
     with _mesh(options, config) as (mesh, report):
         chunks = _read(origin, role, config, mesh, report)
-        answers = convert.answer_ids(chunks, questions["rows"], mesh, new_tokens=NEW_TOKENS)
-        if mesh.is_reporter and mesh.dp_rank == 0:
+        answers = convert.answer_ids(chunks, questions["sequences"], mesh, new_tokens=NEW_TOKENS)
+        if mesh.reports_metrics and mesh.dp_rank == 0:
             save_file(answers, options.scratch / "ours.safetensors")
         target, dtype = options.scratch / "export", _file_dtype(options.source)
         total = _num_bytes(origin, role) // mesh.world_size
@@ -189,7 +264,7 @@ def _verify_rank(options: argparse.Namespace, origin: Origin, role: str, config:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    """Compare Hugging Face folders; a run directory is exported first."""
+    """Compare two Hugging Face folders, after exporting what is a run directory."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = []
         for number, path in enumerate((options.first, options.second)):
@@ -207,7 +282,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace, *, model: str, run_dir: Path) -> Config:
     overrides = [
         model,
-        f"run.dir={run_dir}",
+        f"run.dir={run_dir.absolute()}",
         f"parallel.tensor_size={options.tensor_size}",
         f"parallel.pipeline_size={options.pipeline_size}",
         f"parallel.virtual_pipeline_size={options.virtual_pipeline_size}",
@@ -229,13 +304,20 @@ def _table(origin: Origin, role: str) -> WeightTable:
     return WeightTable(origin.model, "causal_lm" if role == "policy" else "sequence_classification")
 
 
-def _check_folder(origin: Origin, role: str) -> None:
-    """Refuse a damaged folder before any rank is started."""
+def _check_target(folder: Path) -> None:
+    """Refuse an output folder that holds files or cannot be written."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: must be a new folder; it is not empty. Use another.")
+    check_folder(folder, key="target")
+
+
+def _check_source(origin: Origin, role: str) -> None:
+    """Refuse a damaged folder before any rank starts."""
     check_tensors(open_folder(origin.path), _table(origin, role).tensors)
 
 
 def _num_bytes(origin: Origin, role: str) -> int:
-    """Return about how many bytes the model's files have."""
+    """Estimate the bytes of the model's files."""
     elements = sum(math.prod(shape) for shape in _table(origin, role).tensors.values())
     return elements * _file_dtype(origin.path).itemsize
 
@@ -247,18 +329,18 @@ def _file_dtype(folder: Path) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(min(names), torch.float32)
 
 
-def _rows(origin: Origin) -> list[list[int]]:
-    """Return fixed token ids; not the padding id, at which transformers would not score."""
+def _sequences(origin: Origin) -> list[list[int]]:
+    """Return fixed token ids without the padding id, which transformers does not score."""
     config = json.loads((origin.path / "config.json").read_text(encoding="utf-8"))
     allowed = [i for i in range(origin.model.vocab_size or 1) if i != config.get("pad_token_id")]
     return [
-        [allowed[(31 * k * k + 17 * k + 5 * row) % len(allowed)] for k in range(length)]
-        for row, length in enumerate(ROW_LENGTHS)
+        [allowed[(31 * k * k + 17 * k + 5 * number) % len(allowed)] for k in range(length)]
+        for number, length in enumerate(SEQUENCE_LENGTHS)
     ]
 
 
 def _on_ranks(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Run this command on as many ranks as the layout has; return the first one's report."""
+    """Run this command on the ranks of the layout; return rank 0's report."""
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = options.scratch or Path(scratch)
         launcher = ["-m", "torch.distributed.run", "--standalone"]
@@ -273,12 +355,12 @@ def _run(command: Sequence[str]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     if subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode:
-        raise RuntimeError(f"{Path(command[1]).name} failed; its own message stands above.")
+        raise RuntimeError(f"{Path(command[1]).name} failed; see its message above.")
 
 
 @contextmanager
 def _mesh(options: argparse.Namespace, config: Config) -> Iterator[tuple[Mesh, dict[str, Any]]]:
-    """Join the ranks; leave the first rank's report behind."""
+    """Yield this rank's mesh and a report, which rank 0 writes to the scratch folder at the end."""
     mesh = create_mesh(config.parallel)
     report: dict[str, Any] = {"layout": mesh.describe()}
     yield mesh, report
@@ -306,7 +388,7 @@ def _timed(report: dict[str, Any], name: str) -> Iterator[None]:
 
 @contextmanager
 def _progress(mesh: Mesh, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show the first rank's bytes, rate and time left on stderr."""
+    """Show rank 0's bytes, rate and remaining time on stderr."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(TextColumn(what), *columns, console=console, disable=mesh.rank != 0) as bar:
@@ -315,19 +397,21 @@ def _progress(mesh: Mesh, what: str, total: int) -> Iterator[Callable[[int], Non
 
 
 def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Compare answers of the same names."""
+    """Return how far our answers are from those of transformers."""
     assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
     numbers = [name for name in ours if not name.startswith("generated")]
-    texts = [name for name in ours if name.startswith("generated")]
+    generated = [name for name in ours if name.startswith("generated")]
     return {
         "max_logit_diff": max((ours[n] - theirs[n]).abs().max().item() for n in numbers),
         "max_logit": max(theirs[n].abs().max().item() for n in numbers),
-        "generated_equal": all(ours[n].equal(theirs[n]) for n in texts) if texts else None,
+        "generated_equal": (
+            all(ours[n].equal(theirs[n]) for n in generated) if generated else None
+        ),
     }
 
 
 def _compare_folders(first: Path, second: Path) -> dict[str, Any]:
-    """Compare two Hugging Face folders tensor by tensor, holding one of each at a time."""
+    """Compare two Hugging Face folders, with one tensor of each in memory at a time."""
     one, other = open_folder(first, key="checkpoint 1"), open_folder(second, key="checkpoint 2")
     different = dict.fromkeys(one.names ^ other.names, "only in one")
     num_bytes = 0
@@ -351,7 +435,8 @@ def _whole(reader: HfReader, name: str) -> torch.Tensor:
 
 def _is_good(report: dict[str, Any], tolerance: float) -> bool:
     close = report["max_logit_diff"] <= tolerance * max(1.0, report["max_logit"])
-    return close and report["generated_equal"] is not False and report["export_exact"]
+    same = report["generated_equal"] is not False and report["text_equal"] is not False
+    return close and same and report["export_exact"]
 
 
 def _show(report: dict[str, Any], *, good: bool = True) -> int:

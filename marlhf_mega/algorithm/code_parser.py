@@ -1,4 +1,4 @@
-"""Syntax trees of Python source for the parsing rule, by tree-sitter (the extra `code`)."""
+"""Syntax trees of Python code for the parsing rule, by tree-sitter (the extra `code`)."""
 
 import bisect
 from itertools import accumulate
@@ -9,11 +9,11 @@ import tree_sitter_python
 from marlhf_mega.algorithm.parsing import Sentence, Tree
 
 MAX_DEPTH = 200
-"""Deeper nodes are leaves: bounds the recursion on degenerate text such as 500 brackets."""
+"""Deeper nodes become leaves, which bounds the recursion on text such as 500 brackets."""
 
 
 class TreeSitterParser:
-    """Constituents of Python code; a top-level statement takes the place of a sentence.
+    """Finds constituents of Python code; top-level statements are its sentences.
 
     Code with errors still parses: tree-sitter wraps what it cannot place in an ERROR node.
     """
@@ -22,7 +22,7 @@ class TreeSitterParser:
         self._parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_python.language()))
 
     def parse(self, text: str) -> list[Sentence]:
-        """One sentence per top-level statement or comment."""
+        """Return one sentence per top-level statement or comment."""
         root = self._parser.parse(text.encode()).root_node
         char_ends = list(accumulate(len(char.encode()) for char in text))
         trees = [_convert(child, text, char_ends, depth=0) for child in root.children]
@@ -30,7 +30,7 @@ class TreeSitterParser:
 
 
 def _convert(node: tree_sitter.Node, text: str, char_ends: list[int], *, depth: int) -> Tree:
-    """Tree of a syntax node; children that leave visible text uncovered are dropped."""
+    """Convert a syntax node; drop its children if they leave visible text uncovered."""
     start = bisect.bisect_right(char_ends, node.start_byte)
     end = bisect.bisect_right(char_ends, node.end_byte)
     children = [

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a draw is a function of its keys, not of who draws or when."""
+"""Counter-based random numbers: a draw depends on its keys, not on which rank draws or when."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ _MIX_2 = -7723592293110705685
 
 
 def fold(*keys: int | Tensor) -> Tensor:
-    """Mix integer keys into one 64-bit key with good avalanche (splitmix64 after each key).
+    """Mix integer keys into one 64-bit key (splitmix64 after each key).
 
     Args:
         keys: integers, or int64 tensors that broadcast against each other.
@@ -36,5 +36,5 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own keeps the sign."""
+    """Shift logically; torch's own shift keeps the sign."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,10 +1,10 @@
 """The parsing rule: macro actions are constituents of a syntax tree (MA-RLHF, arXiv 2410.02743).
 
 A parser turns text into sentences with trees over character spans. `parse_boundaries` walks the
-trees and cuts the response, measured in policy tokens. One function call per response, on text, on
-the CPU: map it over a process pool.
+trees and splits the response, measured in policy tokens. It takes the text of one response and runs
+on the CPU.
 
-Any constituency parser fits. With spaCy and benepar, which this package does not install:
+Any constituency parser will do. With spaCy and benepar, which this package does not install:
 
     class BeneparParser:
         def __init__(self):
@@ -26,11 +26,11 @@ from typing import NamedTuple, Protocol
 
 
 class ParseError(ValueError):
-    """The text has no usable tree; the response falls back to fixed n-grams."""
+    """The text has no usable tree; the response is split into fixed n-grams instead."""
 
 
 class Tree(NamedTuple):
-    """A constituent and the characters it covers: text[start:end]."""
+    """A constituent, which covers the characters text[start:end]."""
 
     label: str
     children: tuple["Tree", ...]
@@ -40,7 +40,7 @@ class Tree(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """A sentence text[start:end] and its tree, None where the parser found none."""
+    """A sentence text[start:end] and its tree; None if the parser found none."""
 
     start: int
     end: int
@@ -48,10 +48,10 @@ class Sentence(NamedTuple):
 
 
 class Parser(Protocol):
-    """What finds constituents."""
+    """Finds the constituents of a text."""
 
     def parse(self, text: str) -> list[Sentence]:
-        """Sentences in order of the text; may raise ParseError."""
+        """Return the sentences in the order of the text; may raise ParseError."""
         ...
 
 
@@ -62,28 +62,28 @@ class ParsedBoundaries:
     starts: list[bool]
     """[tokens] True where a macro action starts."""
     fell_back: bool
-    """Whether any sentence could not be parsed or aligned and was cut into fixed n-grams."""
+    """Whether any sentence could not be parsed or aligned and was split into fixed n-grams."""
 
 
 def parse_boundaries(
     text: str, offsets: Sequence[tuple[int, int]], parser: Parser, cutoff: int
 ) -> ParsedBoundaries:
-    """Cut one response into constituents.
+    """Split one response into constituents.
 
-    Sentence by sentence, the tree is walked depth first. A node with a single leaf joins the action
-    before it (the first ones of a sentence form one); a node with fewer than `cutoff` tokens is an
-    action; any other node is walked into. Tokens are counted by characters: a token belongs to the
-    leaf that holds its first non-blank character.
+    The tree of each sentence is walked depth first. A node with a single leaf joins the previous
+    action of the sentence, or starts the first one; a node with fewer than `cutoff` tokens is an
+    action; any other node is descended into. A token belongs to the leaf with its first non-blank
+    character.
 
     Args:
         text: decoded response.
         offsets: [tokens] character span of every response token in text, in order; tokens without
-            text at the end (EOS) have an empty span at len(text) and stay in the last action.
+            text (EOS) have an empty span at len(text) and stay in the last action.
         parser: see `Parser`.
-        cutoff: tokens.
+        cutoff: in tokens, at least 1.
 
     Returns:
-        Start flags; a sentence that cannot be parsed or aligned is cut every `cutoff` tokens.
+        Start flags; a sentence that cannot be parsed or aligned is split every `cutoff` tokens.
     """
     if cutoff < 1:
         raise ValueError(f"macro.cutoff={cutoff}: must be at least 1.")
@@ -105,7 +105,7 @@ def parse_boundaries(
 
 
 def _tile(text: str, parser: Parser) -> list[Sentence]:
-    """Sentences that cover the text without gaps; text that no sentence covers has no tree."""
+    """Sentences that cover the text without gaps; text outside of sentences gets no tree."""
     try:
         sentences = parser.parse(text)
     except ParseError:
@@ -131,7 +131,7 @@ def _covers(text: str, begin: int, end: int, tree: Tree) -> bool:
 
 
 def _walk(tree: Tree, anchors: list[int], first: int, cutoff: int) -> list[int]:
-    """Token index after every action of one sentence."""
+    """End, as a token index, of every action of one sentence."""
     ends: list[int] = []
     cursor = first
     stack = [tree]
@@ -159,7 +159,7 @@ def _has_single_leaf(node: Tree) -> bool:
 
 
 def leaves(tree: Tree) -> Iterator[Tree]:
-    """Leaves from left to right."""
+    """Yield the leaves from left to right."""
     stack = [tree]
     while stack:
         node = stack.pop()
@@ -169,7 +169,7 @@ def leaves(tree: Tree) -> Iterator[Tree]:
 
 
 def _next_visible(text: str, position: int) -> int:
-    """Position of the first non-blank character from `position` on, or the length of the text."""
+    """First position from `position` on without a blank, or the length of the text."""
     while position < len(text) and text[position].isspace():
         position += 1
     return position
@@ -186,9 +186,9 @@ def read_bracketed(bracketed: str, text: str, start: int = 0) -> Tree:
     """Read a Penn Treebank tree, `(S (NP (PRP We)) (VP (VBP agree)) (. !))`, and align it to text.
 
     Args:
-        bracketed: one tree; brackets and quotes among the words may be escaped as -LRB-, ``.
+        bracketed: one tree; brackets and quotes in words may be escaped as -LRB-, ``.
         text: contains the words in order, with blanks in between.
-        start: position in text to start from.
+        start: position in text of the first word, or before it.
 
     Raises:
         ParseError: the brackets do not match, or a word is not the next visible text.

@@ -1,8 +1,8 @@
-"""A rule-based English chunker: rough constituents without a model, a download or a dependency.
+"""A rule-based English chunker: approximate constituents without a model or a dependency.
 
 Closed-class words, a few suffixes and punctuation give sentence -> clauses -> noun, verb and
-prepositional phrases -> words. It is no parser: attachment is not resolved and unusual verbs are
-taken for nouns. It never fails, so that every sentence has a tree.
+prepositional phrases -> words. It is no full parser: attachment is not resolved, and unusual verbs
+are taken for nouns. It never fails, so every sentence has a tree.
 """
 
 import re
@@ -41,10 +41,10 @@ _PHRASES = {"VERB": "VP", "AUX": "VP", "PREP": "PP", "DET": "NP", "PRON": "NP", 
 
 
 class RuleChunker:
-    """Parser of the parsing rule that works on any English text, see the module."""
+    """Parser for any English text, see the module."""
 
     def parse(self, text: str) -> list[Sentence]:
-        """One tree per sentence; a line break ends a sentence too."""
+        """Return one tree per sentence; line breaks end sentences too."""
         cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
         sentences = []
         for start, end in pairwise(cuts):
@@ -56,7 +56,7 @@ class RuleChunker:
 
 
 def _tag(words: list[tuple[str, int]]) -> list[Tree]:
-    """Leaves labelled DET, PRON, PREP, SUB, CONJ, AUX, ADV, VERB, NOUN or PUNCT."""
+    """Label words as DET, PRON, PREP, SUB, CONJ, AUX, ADV, VERB, NOUN or PUNCT."""
     leaves: list[Tree] = []
     expects_verb = False
     for index, (word, start) in enumerate(words):
@@ -75,7 +75,7 @@ def _tag(words: list[tuple[str, int]]) -> list[Tree]:
 
 
 def _looks_like_verb(word: str, before: str, following: str) -> bool:
-    """By suffix and neighbours: `jumped` after a noun, `jumps` between a noun and a preposition."""
+    """Judge by suffix and neighbours: `jumped` after a noun, `jumps` before a preposition."""
     if before not in ("NOUN", "PRON", "VERB", "ADV"):
         return False
     if len(word) > 4 and word.endswith(("ed", "ing")):
@@ -85,7 +85,7 @@ def _looks_like_verb(word: str, before: str, following: str) -> bool:
 
 
 def _clauses(words: list[Tree]) -> Iterator[Tree]:
-    """Cut at punctuation, before subordinators, and before conjunctions between two verbs."""
+    """Split at punctuation, before subordinators, and before conjunctions between two verbs."""
     clause: list[Tree] = []
     verbs_left = sum(_is_verb(word) for word in words)
     verbs_in_clause = 0
@@ -105,7 +105,7 @@ def _clauses(words: list[Tree]) -> Iterator[Tree]:
 
 
 def _phrases(clause: list[Tree]) -> Iterator[Tree]:
-    """Noun, verb and prepositional phrases; a verb phrase holds its objects up to the next verb."""
+    """Group into phrases; a verb phrase includes its objects up to the next verb."""
     phrase: list[Tree] = []
     outer: list[Tree] = []
     for word, before in zip(clause, [None, *clause], strict=False):
@@ -136,7 +136,7 @@ def _opens_phrase(word: Tree, before: Tree | None) -> bool:
 
 
 def _verb_phrase(phrases: list[Tree]) -> list[Tree]:
-    """Put a leading verb group and what follows it into one phrase."""
+    """Join a leading verb group and what follows it into one phrase."""
     return [_node("VP", phrases)] if phrases[0].label == "VP" else phrases
 
 

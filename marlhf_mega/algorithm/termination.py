@@ -1,26 +1,22 @@
 """Termination rules: where macro actions start (MA-RLHF, arXiv 2410.02743, section on termination).
 
-Every rule returns start flags [batch, response] bool, with a start on the first real token of each
-row and none on padding. `response_mask` [batch, response] is right padded: True, then False.
-Flags are computed once per rollout, after generation, and kept with the sample.
+Every rule returns start flags [batch, response] bool, with a start on the first token of each
+response and none on padding. `response_mask` [batch, response] is right-padded: True, then False.
+Flags are computed once per rollout, after generation.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from marlhf_mega.algorithm.choices import Compat, EosRule, PerplexityForm, RandomMode, check_choice
 from marlhf_mega.algorithm.counter_rng import fold
-from marlhf_mega.algorithm.macro_actions import Compat
-
-RandomMode = Literal["list", "cycle"]
-PerplexityForm = Literal["token", "prefix", "segment"]
-EosRule = Literal["join", "own"]
 
 
 def fixed_ngram(response_mask: Tensor, *, n: int) -> Tensor:
-    """Start an action every `n` tokens. n=1 is token PPO; n beyond the response is one action."""
+    """Start an action every `n` tokens; n=1 is token PPO, a large n makes one action."""
     if n < 1:
         raise ValueError(f"macro.n={n}: must be at least 1. Use 1 for token-level PPO.")
     return response_mask & (_positions(response_mask) % n == 0)
@@ -32,7 +28,7 @@ def whole_response(response_mask: Tensor) -> Tensor:
 
 
 def given(response_mask: Tensor, starts: Tensor) -> Tensor:
-    """Flags supplied by a parser or an environment; the first token always starts an action."""
+    """Take flags from a parser or an environment; the first token always starts an action."""
     return (starts & response_mask) | whole_response(response_mask)
 
 
@@ -43,9 +39,9 @@ def sentence(
 
     Args:
         response_mask: [batch, response] bool.
-        ends_sentence: [batch, response] bool, True where the token closes a sentence or a line.
-        ends_with_eos: [batch] bool, rows whose last real token is EOS. It carries no text, so it
-            stays in the last sentence.
+        ends_sentence: [batch, response] bool, True where the token ends a sentence or a line.
+        ends_with_eos: [batch] bool, responses whose last token is EOS. It has no text, so it stays
+            in the last sentence.
     """
     starts = given(response_mask, ends_sentence.roll(1, 1))
     if ends_with_eos is None:
@@ -55,7 +51,7 @@ def sentence(
 
 
 def ngrams_of_lengths(response_mask: Tensor, lengths: Tensor) -> Tensor:
-    """Actions of prescribed lengths; tokens after the list is used up form one last action.
+    """Actions of given lengths; the tokens after the last of them form one more action.
 
     Args:
         response_mask: [batch, response] bool.
@@ -75,20 +71,21 @@ def random_ngram(
     mode: RandomMode,
     keys: Tensor,
 ) -> Tensor:
-    """Actions whose lengths come from a shuffled list that holds each length `repeats` times.
+    """Actions with lengths from a shuffled list, which contains each length `repeats` times.
 
     Args:
         response_mask: [batch, response] bool.
-        lengths: set of action lengths; the paper uses 2, 3, 5, 10.
+        lengths: action lengths; the paper uses 2, 3, 5, 10.
         repeats: copies of each length in the list; the paper uses 3.
-        mode: "list" uses one shuffled list, its rest forms one long action; "cycle" draws new
-            orders until the response ends.
+        mode: "list" uses one shuffled list, and the tokens after it form one action; "cycle"
+            shuffles again until the response ends.
         keys: [batch] int64, one per sample: `fold(seed, step, global sample index)`.
     """
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"macro.lengths={list(lengths)}: must name lengths of at least 1 token.")
+        raise ValueError(f"macro.lengths={list(lengths)}: must list lengths of at least 1 token.")
     if repeats < 1:
         raise ValueError(f"macro.repeats={repeats}: must be at least 1.")
+    check_choice("mode", mode, RandomMode)
     pool = torch.tensor(list(lengths) * repeats, device=response_mask.device)
     num_lists = -(-response_mask.size(1) // int(pool.sum())) if mode == "cycle" else 1
     draws = torch.arange(num_lists * pool.numel(), device=keys.device)
@@ -105,17 +102,18 @@ def perplexity(
 ) -> Tensor:
     """Start an action where the reference model's perplexity rises.
 
-    With u = -ref_logprobs, an action starts at t
-    token: when u[t] > u[t-1], the token is less likely than the one before;
-    prefix: when u[t] > mean(u[0..t-1]), the perplexity of the whole prefix rises;
-    segment: when u[t] > mean(u) of the current action, whose own perplexity would rise.
+    With u = -ref_logprobs, an action starts at t if
+    token: u[t] > u[t-1], the token is less likely than the one before;
+    prefix: u[t] > mean(u[0..t-1]), the perplexity of the whole prefix rises;
+    segment: u[t] > mean(u) of the current action, whose perplexity would rise.
 
     Args:
         response_mask: [batch, response] bool.
-        ref_logprobs: [batch, response] float; entries on padding may be anything.
+        ref_logprobs: [batch, response] float; anything on padding.
         form: see above.
         compat: "ma_rlhf" sets the flag of form "token" one token early, as the released code does.
     """
+    check_choice("form", form, PerplexityForm)
     surprise = torch.where(response_mask, -ref_logprobs, 0.0)
     if form == "segment":
         return given(response_mask, _segment_perplexity_rises(surprise))
@@ -130,7 +128,7 @@ def perplexity(
 
 
 def _segment_perplexity_rises(surprise: Tensor) -> Tensor:
-    """Running mean inside the current action; sequential in the response, all rows at once."""
+    """Compare with the mean of the current action; sequential in tokens, batched in responses."""
     total = torch.zeros_like(surprise[:, 0])
     count = torch.zeros_like(total)
     starts = []
@@ -140,6 +138,37 @@ def _segment_perplexity_rises(surprise: Tensor) -> Tensor:
         total = torch.where(start, current, total + current)
         starts.append(start)
     return torch.stack(starts, 1)
+
+
+def probability(response_mask: Tensor, old_logprobs: Tensor, *, below: float) -> Tensor:
+    """Start an action at every token that the policy found unlikely: exp(old_logprobs) < below.
+
+    SAE (arXiv 2601.07320) with below = 0.2. That the unlikely token starts the action, rather than
+    ends the one before, is the convention of SPO (arXiv 2505.23564).
+
+    Args:
+        response_mask: [batch, response] bool.
+        old_logprobs: [batch, response] float, of the policy at rollout; anything on padding.
+        below: probability in (0, 1].
+    """
+    return given(response_mask, old_logprobs < math.log(below))
+
+
+def entropy(response_mask: Tensor, entropies: Tensor, *, share: float) -> Tensor:
+    """End an action at the tokens of highest entropy: ceil(share * length) of each response.
+
+    Segment-Aligned PO (arXiv 2605.01327) with share = 0.3. Of equal entropies the first counts.
+
+    Args:
+        response_mask: [batch, response] bool.
+        entropies: [batch, response] float, of the policy at rollout; anything on padding.
+        share: of the response's tokens, in (0, 1].
+    """
+    ranked = torch.where(response_mask, entropies, -torch.inf)
+    ranks = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    # 7 % of 100 tokens are 7, not 8 because 0.07 * 100 > 7 in floating point.
+    num_ends = (response_mask.sum(1, keepdim=True).double() * share - 1e-9).ceil()
+    return given(response_mask, (ranks < num_ends).roll(1, 1))
 
 
 def post_process(
@@ -157,9 +186,10 @@ def post_process(
         starts: [batch, response] bool from a rule.
         response_mask: [batch, response] bool.
         min_length: an action with fewer tokens is merged into the previous one, if any.
-        max_length: an action with more tokens is split every `max_length` tokens; None is no limit.
-        eos: "join" leaves EOS in the action that the rule puts it in; "own" makes it an action.
-        ends_with_eos: [batch] bool, needed for "own": rows whose last real token is EOS.
+        max_length: an action with more tokens is split every `max_length` tokens; None means no
+            limit.
+        eos: "join" leaves EOS in the action of the rule; "own" makes it an action of its own.
+        ends_with_eos: [batch] bool, needed for "own": responses whose last token is EOS.
     """
     if min_length < 1:
         raise ValueError(f"macro.min_length={min_length}: must be at least 1.")
@@ -167,6 +197,7 @@ def post_process(
         raise ValueError(
             f"macro.max_length={max_length}: must be at least macro.min_length={min_length}."
         )
+    check_choice("eos", eos, EosRule)
     starts = given(response_mask, starts)
     positions = _positions(response_mask)
     if min_length > 1:
@@ -183,7 +214,7 @@ def post_process(
 
 
 def _next_start(starts: Tensor, response_mask: Tensor) -> Tensor:
-    """Position where the action after this token begins, or the length of the response."""
+    """Position of the next action's start after each token, or the length of the response."""
     lengths = response_mask.sum(1, keepdim=True)
     later = torch.where(starts, _positions(starts), lengths).roll(-1, 1)
     later[:, -1:] = lengths

@@ -1,4 +1,4 @@
-"""Saved states of a run, and weights exchanged with Hugging Face."""
+"""Checkpoints of a run, resharding, and Hugging Face import and export."""
 
 from marlhf_mega import platform
 

@@ -1,4 +1,4 @@
-"""The folders of `run.dir/checkpoints`: begun, committed, found and removed. No communication."""
+"""The folders in `run.dir/checkpoints`: created, committed, found and removed. No communication."""
 
 import logging
 import re
@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from marlhf_mega.checkpoint import durable, manifest
+from marlhf_mega import durable
+from marlhf_mega.checkpoint import manifest
 
 logger = logging.getLogger(__name__)
 
@@ -18,56 +19,73 @@ def path_of(root: Path, step: int) -> Path:
     return root / f"step_{step:06d}"
 
 
+def latest_of(run_dir: Path) -> Path:
+    """Return the file that names the latest checkpoint of a run."""
+    return run_dir / "checkpoints" / _LATEST
+
+
 def temporary_of(folder: Path) -> Path:
-    """Return where a checkpoint is written, or removed, while it is not whole."""
+    """Return the folder that holds a checkpoint while it is incomplete or being removed."""
     return folder.with_name(folder.name + ".tmp")
 
 
 def remove_leftovers(root: Path) -> None:
-    """Make the folder of checkpoints, or remove from it what killed saves left."""
+    """Create the folder of checkpoints, or remove what interrupted saves left in it."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob("step_*.tmp"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
 
 
 def begin(folder: Path, roles: Sequence[str]) -> None:
-    """Make the temporary folder of a checkpoint with one folder per role."""
+    """Create the temporary folder of a checkpoint with one folder per role."""
     for role in roles:
         (temporary_of(folder) / role).mkdir(parents=True)
 
 
 def commit(folder: Path, text: str) -> None:
-    """Turn a complete temporary folder into the latest checkpoint.
+    """Make a complete temporary folder the latest checkpoint.
 
     Args:
         folder: the checkpoint's final path.
-        text: of the manifest.
+        text: the manifest's text.
     """
     temporary = temporary_of(folder)
     durable.write(temporary / manifest.FILE, text)
     for part in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
         durable.sync(part)
     if folder.exists():
-        # The step is done again after an older checkpoint was used. `candidates` knows both names.
-        durable.rename(folder, folder.with_name(folder.name + ".old"))
+        # The run resumed from an older checkpoint and repeated the step. `candidates` finds both.
+        aside = folder.with_name(folder.name + ".old")
+        _remove(aside)  # of a save that was killed before it could remove it
+        durable.rename(folder, aside)
     durable.rename(temporary, folder)
     durable.replace(folder.with_name(_LATEST), folder.name + "\n")
 
 
-def rotate(root: Path, step: int, *, keep: int, keep_every: int) -> None:
-    """Remove old checkpoints; what cannot be removed is named in a warning.
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a stray file of its name, if there is one."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
+
+
+def rotate(root: Path, step: int, *, keep: int, keep_every: int, best: int | None = None) -> None:
+    """Remove old checkpoints; warn about those that cannot be removed.
 
     Args:
         root: the folder of checkpoints.
-        step: of the latest; later ones are of a future that was given up, and stay until then.
-        keep: newest checkpoints that stay.
-        keep_every: multiples of this stay too; 0: none.
+        step: the latest step. Later ones belong to an abandoned continuation; the run overwrites
+            them when it gets there.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep steps that are a multiple of this; 0 means none.
+        best: a step that is kept in any case.
     """
     steps = sorted(s for s, current in _checkpoints(root).values() if current and s <= step)
-    gone = [s for s in steps[:-keep] if not (keep_every and s % keep_every == 0)]
+    gone = [s for s in steps[:-keep] if s != best and not (keep_every and s % keep_every == 0)]
     for folder in (*(path_of(root, s) for s in gone), *root.glob("step_*.old")):
         try:
-            # Renamed first: a folder that is partly removed must not look damaged.
+            # Renamed first, so that a partly removed folder does not look like a damaged one.
             folder.rename(temporary_of(folder))
             shutil.rmtree(temporary_of(folder))
         except OSError as error:
@@ -77,7 +95,7 @@ def rotate(root: Path, step: int, *, keep: int, keep_every: int) -> None:
 def candidates(root: Path) -> tuple[list[str], list[str]]:
     """Return the names of the checkpoints, best first, and what is wrong with `latest`.
 
-    The best is the one that `latest` names, then come older ones, then newer ones.
+    The order is: the one that `latest` names, older ones, newer ones.
     """
     if not root.is_dir():
         return [], []
@@ -86,7 +104,7 @@ def candidates(root: Path) -> tuple[list[str], list[str]]:
     try:
         latest = (root / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        # Killed before the first pointer was written: the folders tell as much.
+        # Killed before the first pointer was written.
         return names, []
     if latest not in known:
         return names, [f"{_LATEST} names no checkpoint ({latest[:40]!r})"]
@@ -95,6 +113,6 @@ def candidates(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _checkpoints(root: Path) -> dict[str, tuple[int, bool]]:
-    """Return the step of every folder by its name, and whether it was not set aside."""
+    """Map the name of every folder to its step and whether it is current, not set aside."""
     found = (re.fullmatch(r"step_(\d{6,})(\.old)?", path.name) for path in root.iterdir())
     return {match[0]: (int(match[1]), match[2] is None) for match in found if match}

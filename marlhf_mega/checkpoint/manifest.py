@@ -1,24 +1,24 @@
-"""What a finished checkpoint consists of: size and sha256 of every file, and where it came from."""
+"""The manifest of a checkpoint: size and sha256 of every file, and where it came from."""
 
 import contextlib
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 FILE = "manifest.json"
 STATE = "state.json"
-"""Everything but the models."""
+"""Everything except the models."""
 
 Facts = dict[str, Any]
 """`bytes` and `sha256` of one file."""
 
 
 def facts(path: Path) -> Facts:
-    """Return size and sha256 of a file."""
+    """Return the size and sha256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
@@ -29,9 +29,9 @@ def make(files: Mapping[str, Facts], **about: Any) -> str:
 
     Args:
         files: facts by relative path.
-        about: JSON values that say where the checkpoint came from.
+        about: JSON values that describe where the checkpoint came from.
     """
-    body = {**about, "versions": _versions(), "files": dict(sorted(files.items()))}
+    body = {**about, "versions": versions(), "files": dict(sorted(files.items()))}
     return json.dumps({**body, "sha256": _checksum(body)}, indent=1)
 
 
@@ -39,7 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest.
 
     Raises:
-        ValueError: it is not as it was written; the text says what is wrong, with the file's name.
+        ValueError: it is missing or has changed; the text names the file.
     """
     try:
         body: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -53,32 +53,35 @@ def read(folder: Path) -> dict[str, Any]:
     return body
 
 
-def find_damage(folder: Path, share: slice = slice(None)) -> str | None:
+def find_damage(
+    folder: Path, share: slice = slice(None), *, only: Collection[str] | None = None
+) -> str | None:
     """Compare a checkpoint with its manifest.
 
     Args:
         folder: the checkpoint.
-        share: which of the files, so that ranks can divide the work; `manifest.json` always.
+        share: which files to check besides `manifest.json`, so that ranks can share the work.
+        only: names of the files that will be read; None means all.
 
     Returns:
-        The first file that is not as it was written and what is wrong with it, else none.
+        The first file that has changed and what is wrong with it; None if there is none.
     """
     try:
         files = read(folder)["files"]
     except ValueError as error:
         return str(error)
-    problems = (check_file(folder, name, files[name]) for name in _by_size(files)[share])
+    if only is not None and not files.keys() >= set(only):
+        return f"{FILE} lacks {min(set(only) - files.keys())}"
+    wanted = files if only is None else only
+    largest_first = sorted(wanted, key=lambda name: (-files[name]["bytes"], name))
+    problems = (check_file(folder, name, files[name]) for name in largest_first[share])
     return next(filter(None, problems), None)
 
 
 def check_file(folder: Path, name: str, expected: Facts) -> str | None:
-    """Say what is wrong with a file of a checkpoint, with its name; none if it is as expected."""
+    """Return what is wrong with a file of a checkpoint, with its name; None if nothing is."""
     problem = _compare(folder / name, expected)
     return None if problem is None else f"{name} {problem}"
-
-
-def _by_size(files: Mapping[str, Facts]) -> list[str]:
-    return sorted(files, key=lambda name: (-files[name]["bytes"], name))
 
 
 def _compare(path: Path, expected: Facts) -> str | None:
@@ -95,10 +98,11 @@ def _compare(path: Path, expected: Facts) -> str | None:
     return None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run depends on most."""
     found = {"python": platform.python_version()}
     for name in ("torch", "megatron-core", "marlhf-mega"):
-        # The package itself may be used from its source, without being installed.
+        # This package may run from its source without being installed.
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

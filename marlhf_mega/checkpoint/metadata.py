@@ -1,19 +1,21 @@
-"""Look into the table of contents of a sharded checkpoint without executing it.
+"""Read the table of contents of a sharded checkpoint without executing it.
 
-Torch keeps that table, `.metadata`, as a pickle, and reading a pickle calls whatever it names. The
-machine below takes the few instructions such a table is made of and builds inert records, so
-nothing is imported or called. Only a file that passes may be given to torch.
+Torch stores that table, `.metadata`, as a pickle, and loading a pickle calls whatever it names. The
+unpickler below refuses every name that such a table has no use for and replaces the others by inert
+records, so that nothing is imported or called. Only a file that passes may be given to torch.
 """
 
+import io
 import math
-import pickletools
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
-FILE = ".metadata"
+CONTENTS = ".metadata"
 
 T = TypeVar("T")
 
@@ -33,48 +35,53 @@ _CLASSES = {
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
 }
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-}
-_EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, MemoryError),
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError),
+)
+"""What loading a pickle that was cut or changed raises."""
 
 
 class RefusedTableError(Exception):
-    """The file is not a plain table of contents; the text completes "it ..."."""
+    """The file is not a plain table of contents; the text completes "it ..." in a message."""
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A class or function that the pickle refers to; never looked up."""
-
-    name: str
-
-
-@dataclass(eq=False)
 class _Record:
-    """What the pickle would have made by calling `name`."""
+    """Stands for an object that the pickle would create: what with, and its state."""
 
-    name: str
     arguments: tuple[Any, ...]
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any]
+
+    def __new__(cls, *arguments: Any) -> Self:
+        record = super().__new__(cls)
+        record.arguments, record.state = arguments, {}
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state if isinstance(state, dict) else {"": state}
 
 
-_MARK = object()
+class _TableReader(pickle.Unpickler):
+    """Creates records of throw-away classes; the pickle cannot reach a class of this process."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        """Return a dtype or a new class of records; refuse any other name."""
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if f"{module}.{name}" not in _CLASSES:
+            raise RefusedTableError(f"names {module}.{name}")
+        return type(f"{module}.{name}", (_Record,), {})
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What a table says of a tensor as a whole."""
+    """Shape and dtype of a whole tensor, from the table."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    files: frozenset[str] = field(default=frozenset(), compare=False)
+    """Names of the files that hold its elements."""
 
     @property
     def num_bytes(self) -> int:
@@ -82,25 +89,20 @@ class TensorFacts:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the global shape of every tensor in a sharded checkpoint, see `read_tensors`."""
-    return {name: facts.shape for name, facts in read_tensors(folder).items()}
-
-
 def read_tensors(folder: Path) -> dict[str, TensorFacts]:
-    """Return the global shape and number format of every tensor in a sharded checkpoint, by name.
+    """Return the global shape, dtype and files of every tensor in a sharded checkpoint, by name.
 
     Args:
-        folder: holds `.metadata` and the files it lists.
+        folder: has `.metadata` and the files that it lists.
 
     Raises:
-        RuntimeError: the table names anything but the classes of a table, lists objects other than
-            tensors, which torch would unpickle, or files outside the folder.
+        RuntimeError: the table names anything but the classes that such tables consist of, or lists
+            objects other than tensors (which torch would unpickle) or files outside the folder.
     """
-    path = folder / FILE
+    path = folder / CONTENTS
     try:
-        tensors, files = _contents(_interpret(path.read_bytes()))
-        for file in files:
+        tensors = _contents(_load(path.read_bytes()))
+        for file in frozenset[str]().union(*(facts.files for facts in tensors.values())):
             if Path(file).name != file:
                 raise RefusedTableError(f"points to {file}")
             if not (folder / file).is_file():
@@ -113,80 +115,12 @@ def read_tensors(folder: Path) -> dict[str, TensorFacts]:
         ) from None
 
 
-def _interpret(data: bytes) -> Any:
-    """Run the instructions on inert values and return the last one."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
+def _load(data: bytes) -> Any:
+    """Return the value of a pickle, made of records."""
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STOP":
-                return stack.pop()
-            if opcode.name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
-                memo[_expect(int, argument)] = stack[-1]
-            elif opcode.name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[_expect(int, argument)])
-            elif not _push(opcode.name, argument, stack):
-                _combine(opcode.name, stack)
-    except (ValueError, IndexError, KeyError, TypeError):
+        return _TableReader(io.BytesIO(data)).load()
+    except _DAMAGE:
         raise RefusedTableError("is damaged") from None
-    raise RefusedTableError("is damaged")
-
-
-def _push(opcode: str, argument: Any, stack: list[Any]) -> bool:
-    """Do the instructions that only add a value; false if it is another one."""
-    if opcode in ("PROTO", "FRAME"):
-        return True
-    if opcode in _LITERALS:
-        stack.append(argument)
-    elif opcode in _CONSTANTS:
-        stack.append(_CONSTANTS[opcode])
-    elif opcode in _EMPTY:
-        stack.append(_EMPTY[opcode]())
-    elif opcode == "MARK":
-        stack.append(_MARK)
-    else:
-        return False
-    return True
-
-
-def _combine(opcode: str, stack: list[Any]) -> None:
-    """Do the instructions that take values off the stack."""
-    match opcode:
-        case "TUPLE":
-            stack.append(tuple(_pop_to_mark(stack)))
-        case "TUPLE1" | "TUPLE2" | "TUPLE3":
-            size = _TUPLES[opcode]
-            stack[-size:] = [tuple(stack[-size:])]
-        case "APPEND" | "APPENDS":
-            values = [stack.pop()] if opcode == "APPEND" else _pop_to_mark(stack)
-            _expect(list, stack[-1]).extend(values)
-        case "SETITEM" | "SETITEMS":
-            values = stack[-2:] if opcode == "SETITEM" else _pop_to_mark(stack)
-            if opcode == "SETITEM":
-                del stack[-2:]
-            _expect(dict, stack[-1]).update(zip(values[::2], values[1::2], strict=True))
-        case "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            stack.append(_allowed(f"{module}.{name}"))
-        case "NEWOBJ" | "REDUCE":
-            arguments = _expect(tuple, stack.pop())
-            stack.append(_Record(_expect(_Name, stack.pop()).name, arguments))
-        case "BUILD":
-            state = stack.pop()
-            # Setting attributes of a class would change it for the whole process.
-            record = _expect(_Record, stack[-1])
-            record.state = state if isinstance(state, dict) else {"": state}
-        case _:
-            raise RefusedTableError(f"has the instruction {opcode}")
-
-
-def _pop_to_mark(stack: list[Any]) -> list[Any]:
-    start = len(stack) - 1 - stack[::-1].index(_MARK)
-    values = stack[start + 1 :]
-    del stack[start:]
-    return values
 
 
 def _expect(kind: type[T], value: object) -> T:
@@ -195,33 +129,37 @@ def _expect(kind: type[T], value: object) -> T:
     return value
 
 
-def _allowed(name: str) -> _Name:
-    module, _, last = name.rpartition(".")
-    is_dtype = module == "torch" and isinstance(getattr(torch, last, None), torch.dtype)
-    if name not in _CLASSES and not is_dtype:
-        raise RefusedTableError(f"names {name}")
-    return _Name(name)
-
-
-def _contents(table: Any) -> tuple[dict[str, TensorFacts], set[str]]:
-    """Return the tensors' facts and the names of the files that hold them."""
+def _contents(table: Any) -> dict[str, TensorFacts]:
+    """Return the tensors' facts."""
     state = _expect(_Record, table).state
+    files = _files(_expect(dict, state.get("storage_data")))
     tensors: dict[str, TensorFacts] = {}
     for key, entry in _expect(dict, state.get("state_dict_metadata")).items():
         facts = _expect(_Record, entry)
-        if facts.name != f"{_DCP}.metadata.TensorStorageMetadata":
+        if type(facts).__name__ != f"{_DCP}.metadata.TensorStorageMetadata":
             raise RefusedTableError(f"lists {key}, which is not a tensor")
         (size,) = _expect(_Record, facts.state.get("size")).arguments
         shape = tuple(_expect(int, n) for n in _expect(tuple, size))
-        tensors[_expect(str, key)] = TensorFacts(shape, _dtype(facts.state.get("properties")))
-    places = [_expect(_Record, p).state for p in _expect(dict, state.get("storage_data")).values()]
-    if any(place.get("transform_descriptors") for place in places):
-        raise RefusedTableError("asks for the files to be transformed")
-    return tensors, {_expect(str, place.get("relative_path")) for place in places}
+        dtype = _dtype(facts.state.get("properties"))
+        tensors[_expect(str, key)] = TensorFacts(shape, dtype, frozenset(files.pop(key, ())))
+    if files:
+        raise RefusedTableError(f"places {min(files)}, which it does not list")
+    return tensors
+
+
+def _files(storage: Mapping[Any, Any]) -> dict[str, set[str]]:
+    """Return the names of the files that hold a tensor's elements, by the tensor's name."""
+    found: dict[str, set[str]] = {}
+    for index, entry in storage.items():
+        key = _expect(str, _expect(_Record, index).state.get("fqn"))
+        place = _expect(_Record, entry).state
+        if place.get("transform_descriptors"):
+            raise RefusedTableError("asks for the files to be transformed")
+        found.setdefault(key, set()).add(_expect(str, place.get("relative_path")))
+    return found
 
 
 def _dtype(properties: Any) -> torch.dtype:
-    """Return the number format of a tensor's properties, which torch keeps as a plain tuple."""
+    """Return the dtype from a tensor's properties, which torch stores as a plain tuple."""
     values = _expect(_Record, properties).state.get("")
-    name = _expect(_Name, _expect(tuple, values)[0]).name
-    return _expect(torch.dtype, getattr(torch, name.removeprefix("torch."), None))
+    return _expect(torch.dtype, _expect(tuple, values)[0])

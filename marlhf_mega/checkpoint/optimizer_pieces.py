@@ -1,8 +1,8 @@
-"""Describe a rank's share of the optimizer state without gathering it from the other replicas.
+"""Describe a rank's shard of the optimizer state without gathering it from the other replicas.
 
-Megatron's distributed optimizer gives every data-parallel rank a run of consecutive elements of a
-parameter. Sharded checkpoints know boxes only, so a run is cut into the few boxes it is made of;
-each becomes a piece of the same tensor that Megatron itself would write, at any layout.
+Megatron's distributed optimizer gives every data-parallel rank a range of consecutive elements of a
+parameter. Sharded checkpoints support boxes only, so a range is split into a few boxes. Each is a
+piece of the same tensor that Megatron itself would write, at any layout.
 """
 
 import math
@@ -17,7 +17,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes, one of each per dim."""
+"""Offsets and sizes, one per dim each."""
+
+OPTIMIZER = "optimizer.state."
+"""What the names of an optimizer's tensors begin with."""
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -36,24 +39,24 @@ def owned_pieces(part: DistributedOptimizer, models: Mapping[str, Any]) -> list[
             for parameter, ranges in bucket["param_map"].items():
                 state = part._get_main_param_and_optimizer_states(parameter)
                 for name in _STATES:
-                    key = f"optimizer.state.{name}.{described[parameter].key}"
-                    for whole in _apart(described[parameter], key, state[name].dtype):
-                        found += _cut(whole, state[name], ranges["param"].start)
+                    key = f"{OPTIMIZER}{name}.{described[parameter].key}"
+                    for whole in _unfused(described[parameter], key, state[name].dtype):
+                        found += _pieces_of(whole, state[name], ranges["param"].start)
     return found
 
 
-def _apart(
+def _unfused(
     piece: ShardedTensor | ShardedTensorFactory, key: str, dtype: torch.dtype
 ) -> list[ShardedTensor]:
-    """Return the pieces that a parameter is kept as; their data is where in it they lie."""
+    """Return the pieces that a parameter is saved as; their data are meta views of it."""
     blank = torch.empty(piece.data.shape, dtype=dtype, device="meta")
     if isinstance(piece, ShardedTensorFactory):
         return list(nested_values(replace(piece, key=key, data=blank).build()))
     return [replace(piece, key=key, data=blank, dtype=dtype)]
 
 
-def _cut(whole: ShardedTensor, values: Tensor, start: int) -> Iterator[ShardedTensor]:
-    """Yield what of a piece is in a run of the parameter's elements that begins at `start`."""
+def _pieces_of(whole: ShardedTensor, values: Tensor, start: int) -> Iterator[ShardedTensor]:
+    """Yield the boxes of a piece that are in a range of the parameter, which begins at `start`."""
     assert whole.data.is_contiguous(), whole
     begin, shape = whole.data.storage_offset(), tuple(whole.data.shape)
     lo, hi = max(start, begin), min(start + len(values), begin + whole.data.numel())
@@ -71,7 +74,7 @@ def _cut(whole: ShardedTensor, values: Tensor, start: int) -> Iterator[ShardedTe
                 a + b for a, b in zip(whole.global_offset, (0,) * more + offsets, strict=True)
             ),
             axis_fragmentations=None,
-            # The last number tells replicas apart, and the state is held by one of them only.
+            # The last number identifies the replica, and only one of them holds the state.
             replica_id=(*whole.replica_id[:-1], 0),
             allow_shape_mismatch=whole.allow_shape_mismatch,
         )
@@ -79,7 +82,7 @@ def _cut(whole: ShardedTensor, values: Tensor, start: int) -> Iterator[ShardedTe
 
 
 def boxes(shape: tuple[int, ...], lo: int, hi: int) -> Iterator[Box]:
-    """Cut the elements `lo` to `hi` of a tensor, in row-major order, into boxes in that order."""
+    """Split the elements `lo` to `hi` of a tensor, in row-major order, into boxes, in order."""
     if len(shape) < 2:
         yield ((lo,), (hi - lo,)) if shape else ((), ())
         return

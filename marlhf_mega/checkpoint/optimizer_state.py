@@ -1,26 +1,19 @@
-"""Step counters and moments of the optimizers inside a train state.
+"""Step counters and moments of the optimizers in a train state.
 
-Where Transformer Engine is missing Megatron uses torch's AdamW, which counts steps in a tensor of
-each parameter; Transformer Engine's Adam counts in the parameter group. Megatron saves and restores
-neither well (see `marlhf_mega.platform.without_engine`), so checkpoints hold the count themselves.
+Without Transformer Engine, Megatron uses torch's AdamW, which counts steps in a tensor per
+parameter; Transformer Engine's Adam counts them per parameter group. Checkpoints keep one counter
+for both.
 """
 
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from marlhf_mega.models.train_state import TrainState
 
 
-def distributed_optimizers(role: TrainState) -> list[DistributedOptimizer]:
-    """Return this rank's optimizers that hold parameters: one, or two with experts."""
-    parts = getattr(role.optimizer, "chained_optimizers", [role.optimizer])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
-
-
 def fill_empty(role: TrainState) -> None:
-    """Give parameters the state of their first step; Megatron saves and loads what is there."""
+    """Create the initial state of parameters without one; Megatron saves and loads what exists."""
     for inner in _inner_optimizers(role):
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
@@ -30,22 +23,22 @@ def fill_empty(role: TrainState) -> None:
                 inner.state[parameter] = state
 
 
-def num_steps(role: TrainState) -> int:
-    """Return the optimizer steps taken; 0 on a rank that holds no parameter's state."""
+def steps_taken(role: TrainState) -> int:
+    """Return the number of optimizer steps taken; 0 on a rank without optimizer state."""
     found = [int(holder["step"]) for holder in _counters(role) if "step" in holder]
     assert len(set(found)) <= 1, found
     return found[0] if found else 0
 
 
-def set_num_steps(role: TrainState, count: int) -> None:
-    """Set all counters, each parameter's of its own: AdamW adds 1 to each of them in place."""
+def set_steps_taken(role: TrainState, count: int) -> None:
+    """Set all counters to tensors of their own, since AdamW adds 1 to each of them in place."""
     for holder in _counters(role):
         step = holder.get("step")  # a group has none before its first step
         holder["step"] = torch.full_like(step, count) if torch.is_tensor(step) else count
 
 
 def _counters(role: TrainState) -> list[dict[str, Any]]:
-    """Return the dictionaries that hold a `step`, or will; a group without parameters may not."""
+    """Return the dictionaries that have a `step` or will get one, see `_counts_per_parameter`."""
     found: list[dict[str, Any]] = []
     for inner in _inner_optimizers(role):
         if _counts_per_parameter(inner):
@@ -60,4 +53,4 @@ def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
 
 
 def _inner_optimizers(role: TrainState) -> list[torch.optim.Optimizer]:
-    return [part.optimizer for part in distributed_optimizers(role)]
+    return [part.optimizer for part in role.optimizers()]

@@ -1,9 +1,10 @@
-"""Write checkpoints, at once or in the background while training goes on.
+"""Write checkpoints, either immediately or in the background while training continues.
 
-A save has three parts. All ranks agree on who writes what and, for a write in the background, copy
-it to host memory. Then every rank writes, flushes and hashes its own files, without communication.
-When all have done so, the first rank adds the tables and renames the folder. The first and the last
-part run on the main thread of all ranks, so that no collective ever meets one of training.
+A save has three parts. First, all ranks agree on who writes what and, to write in the background,
+copy it to host memory. Second, every rank writes, flushes and hashes its own files, without
+communication. Third, when all ranks have finished, rank 0 adds the tables and renames the folder.
+The first and third part run on the main thread of all ranks, so that their collectives never mix
+with those of training.
 """
 
 import json
@@ -20,15 +21,16 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.storage import WriteResult
 
-from marlhf_mega.checkpoint import durable, folders, manifest, optimizer_state, sharded
+from marlhf_mega import durable
+from marlhf_mega.checkpoint import folders, manifest, optimizer_state, sharded
+from marlhf_mega.checkpoint.agreement import Together, reason
 from marlhf_mega.checkpoint.store import FORMAT
-from marlhf_mega.checkpoint.together import Together, reason
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import (
-    WorldPeers,
     agree_on_error,
+    broadcast_object,
+    gather_objects_to_first,
     max_over_world,
-    share_from_first,
     sum_over_world,
 )
 from marlhf_mega.parallel.mesh import Mesh
@@ -36,7 +38,7 @@ from marlhf_mega.parallel.mesh import Mesh
 logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 1 << 20
-"""Tables, JSON and the file system's own blocks."""
+"""Room for tables, JSON and the file system's own blocks."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class _Written:
     """What one rank wrote."""
 
     results: dict[str, list[WriteResult]]
-    """By role: where its pieces of tensors are."""
+    """Where the pieces of tensors are, by role."""
     facts: dict[str, manifest.Facts]
+    """Size and sha256, by file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +60,27 @@ class _Begun:
     roles: Mapping[str, sharded.Staged]
     together: Together
     writing: Future[_Written] | None
-    """None: the pieces are written when the save is finished."""
+    """None means that the pieces are written in `finish`."""
     started: float
 
 
 class Saver:
-    """Writes the checkpoints of one run. All ranks hold one and call the same methods."""
+    """Writes the checkpoints of one run. All ranks call the same methods.
+
+    Attributes:
+        best: step of a complete checkpoint that is kept however old it is; None without one.
+    """
 
     def __init__(
         self, run_dir: Path, mesh: Mesh, *, keep: int, keep_every: int = 0, background: bool = False
     ) -> None:
-        """Take what stays the same.
+        """Set what all saves have in common.
 
         Args:
             run_dir: the run directory, the same folder for all ranks.
-            mesh: where this rank stands.
-            keep: newest checkpoints that stay.
-            keep_every: checkpoints of steps that are a multiple stay too; 0: none.
+            mesh: this rank's mesh.
+            keep: number of newest checkpoints to keep.
+            keep_every: also keep steps that are a multiple of this; 0 means none.
             background: write copies in a thread; `poll` or `finish` commits them.
         """
         self._run_dir, self._mesh = run_dir, mesh
@@ -81,23 +88,26 @@ class Saver:
         self._keep, self._keep_every = keep, keep_every
         self._thread = ThreadPoolExecutor(max_workers=1) if background else None
         self._begun: _Begun | None = None
+        self.best: int | None = None
 
-    def save(self, step: int, roles: Mapping[str, sharded.Role], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and make it the latest, or begin to if it is done in the background.
+    def save(
+        self, step: int, roles: Mapping[str, sharded.Saveable], state: Mapping[str, Any]
+    ) -> Path:
+        """Write a checkpoint and make it the latest, or start to do so in the background.
 
-        A save that is in progress is finished first. What is given may be changed after the call.
+        Finishes a save that is in progress first. The arguments may be changed after the call.
 
         Args:
-            step: steps that are done.
-            roles: the trained models by name; of one given as chunks only the weights are written.
-            state: JSON values: data position, controllers, counters; the first rank's are written.
+            step: number of finished steps.
+            roles: the trained models by name; for those given as chunks only weights are written.
+            state: JSON values: data position, controllers, counters; rank 0's are written.
 
         Returns:
-            The folder.
+            The folder of the checkpoint.
 
         Raises:
-            RuntimeError: there is no room, or writing failed on some rank; earlier checkpoints are
-                untouched.
+            RuntimeError: the disk is too small, or writing failed on some rank; earlier checkpoints
+                are unchanged.
         """
         self.finish()
         started = time.perf_counter()
@@ -130,24 +140,25 @@ class Saver:
         return target
 
     def poll(self) -> None:
-        """Commit the save in progress if every rank has written; nothing without one.
+        """Commit the save in progress, if there is one and every rank has written its files.
 
         Raises:
-            RuntimeError: writing failed on some rank; earlier checkpoints are untouched.
+            RuntimeError: writing failed on some rank; earlier checkpoints are unchanged.
         """
         if self._begun is None or self._begun.writing is None:
             return
-        running, failed = _stage_of(self._begun.writing)
-        flags = max_over_world(torch.tensor([running, failed], device=self._mesh.device))
+        writing = self._begun.writing
+        own = [not writing.done(), writing.done() and writing.exception() is not None]
+        flags = max_over_world(torch.tensor(own, device=self._mesh.device))
         running, failed = flags.tolist()
         if failed or not running:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the save in progress is written, and commit it; nothing without one.
+        """Wait for the save in progress, if there is one, and commit it.
 
         Raises:
-            RuntimeError: writing failed on some rank; earlier checkpoints are untouched.
+            RuntimeError: writing failed on some rank; earlier checkpoints are unchanged.
         """
         begun, self._begun = self._begun, None
         if begun is None:
@@ -156,15 +167,21 @@ class Saver:
         work: Callable[[], _Written] = (
             begun.writing.result if begun.writing else partial(_write, begun.roles)
         )
-        parts = WorldPeers(self._mesh).gather(together.on_all(work))
+        parts = gather_objects_to_first(together.on_all(work))
         together.on_first(lambda: self._commit(begun, parts))
         if self._mesh.rank == 0:
-            folders.rotate(self._root, begun.step, keep=self._keep, keep_every=self._keep_every)
+            folders.rotate(
+                self._root,
+                begun.step,
+                keep=self._keep,
+                keep_every=self._keep_every,
+                best=self.best,
+            )
             seconds = time.perf_counter() - begun.started
-            logger.info("checkpoint after step %d is written, in %.1f s", begun.step, seconds)
+            logger.info("wrote the checkpoint after step %d in %.1f s", begun.step, seconds)
 
     def _commit(self, begun: _Begun, parts: list[_Written]) -> None:
-        """Add the tables to what all ranks wrote, and rename the folder."""
+        """Add the tables to the files of all ranks, and rename the folder."""
         target = folders.path_of(self._root, begun.step)
         temporary = folders.temporary_of(target)
         files = {name: facts for part in parts for name, facts in part.facts.items()}
@@ -181,21 +198,21 @@ class Saver:
 def save(
     run_dir: Path,
     step: int,
-    roles: Mapping[str, sharded.Role],
+    roles: Mapping[str, sharded.Saveable],
     state: Mapping[str, Any],
     mesh: Mesh,
     *,
     keep: int,
 ) -> Path:
-    """Write a single checkpoint, see `Saver.save`. All ranks call it."""
+    """Write one checkpoint, see `Saver.save`. All ranks call it."""
     return Saver(run_dir, mesh, keep=keep).save(step, roles, state)
 
 
 def check_writable(run_dir: Path, mesh: Mesh) -> None:
-    """Refuse if some rank cannot write into the folder of checkpoints. All ranks call it.
+    """Raise if some rank cannot write to the folder of checkpoints. All ranks call it.
 
     Raises:
-        RuntimeError: with the rank and what the system says.
+        RuntimeError: with the rank and the system's error.
     """
     root = run_dir / "checkpoints"
     probe = root / f"probe_{mesh.rank}.tmp"
@@ -205,29 +222,41 @@ def check_writable(run_dir: Path, mesh: Mesh) -> None:
         durable.write(probe, "writable\n")
         probe.unlink()
     except OSError as error:
-        problem = reason(error)
-    failed = agree_on_error(problem, mesh)
+        problem = f"rank {mesh.rank}: {reason(error)}"
+    failed = agree_on_error(problem)
     if failed is not None:
         raise RuntimeError(
             f"run.dir={run_dir}: must be a folder that every rank can write to; {failed}. "
-            "Mend it or use another folder."
+            "Fix it or use another folder."
         )
 
 
-def check_space(run_dir: Path, roles: Mapping[str, sharded.Role], mesh: Mesh) -> None:
-    """Refuse if a checkpoint of these models does not fit on the disk. All ranks call it.
+def clear_leftovers(run_dir: Path, mesh: Mesh) -> None:
+    """Remove what interrupted saves left, so that it does not count as used. All ranks call it.
 
     Raises:
-        RuntimeError: with both numbers.
+        RuntimeError: with what the system says.
+    """
+    target = run_dir / "checkpoints"
+    together = Together(target, mesh, give_up=lambda: None)
+    together.on_first(lambda: folders.remove_leftovers(target))
+
+
+def check_space(run_dir: Path, roles: Mapping[str, sharded.Saveable], mesh: Mesh) -> None:
+    """Raise if a checkpoint of these models does not fit on the disk. All ranks call it.
+
+    Raises:
+        RuntimeError: with the needed and the free bytes.
     """
     mine = sum(sharded.bytes_to_write(role, mesh) for role in roles.values())
     needed = int(sum_over_world(torch.tensor(mine, device=mesh.device))) + _MARGIN_BYTES
-    existing = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
+    root = (run_dir / "checkpoints").resolve()  # may be a link to another disk
+    existing = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    if share_from_first(free < needed, mesh):
+    if broadcast_object(free < needed):
         raise RuntimeError(
             f"run.dir={run_dir}: must have room for a checkpoint of {_megabytes(needed)}; "
-            f"{_megabytes(share_from_first(free, mesh))} are free. Free space or use another disk; "
+            f"{_megabytes(broadcast_object(free))} are free. Free space or use another disk; "
             "earlier checkpoints are intact."
         )
 
@@ -242,18 +271,13 @@ def _write(roles: Mapping[str, sharded.Staged]) -> _Written:
     return written
 
 
-def _stage_of(writing: Future[_Written]) -> tuple[bool, bool]:
-    """Return whether a write is still running, and whether it has failed."""
-    done = writing.done()
-    return not done, done and writing.exception() is not None
-
-
-def _progress(role: sharded.Role, mesh: Mesh) -> dict[str, int]:
+def _progress(role: sharded.Saveable, mesh: Mesh) -> dict[str, Any]:
     if not isinstance(role, TrainState):
         return {}
-    # A rank of a small model may hold no optimizer state, and so no counter.
-    steps = torch.tensor(optimizer_state.num_steps(role), device=mesh.device)
-    return {
+    # With a small model a rank may hold no optimizer state, and so no counter.
+    steps = torch.tensor(optimizer_state.steps_taken(role), device=mesh.device)
+    base = {} if role.base_digest is None else {"base_digest": role.base_digest}
+    return base | {
         "optimizer_steps": int(max_over_world(steps)),
         "schedule_steps": role.schedule.num_steps,
     }

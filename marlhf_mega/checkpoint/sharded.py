@@ -1,28 +1,24 @@
-"""One trained role as a Megatron `torch_dist` folder: named tensors, independent of the layout."""
+"""One trained model as a Megatron `torch_dist` folder: named tensors, independent of the layout."""
 
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     apply_factories,
-    apply_factory_merges,
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
@@ -30,41 +26,49 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as save_planned
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from marlhf_mega.checkpoint import durable, optimizer_state
-from marlhf_mega.checkpoint.metadata import FILE as CONTENTS
-from marlhf_mega.checkpoint.metadata import read_shapes
-from marlhf_mega.checkpoint.optimizer_pieces import owned_pieces
+from marlhf_mega import durable
+from marlhf_mega.checkpoint import optimizer_state
+from marlhf_mega.checkpoint.agreement import reason
+from marlhf_mega.checkpoint.in_place import read_into
+from marlhf_mega.checkpoint.metadata import CONTENTS, TensorFacts
+from marlhf_mega.checkpoint.optimizer_pieces import OPTIMIZER, owned_pieces
 from marlhf_mega.models.fp8 import exact_value
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.collectives import agree_on_error, broadcast_from
+from marlhf_mega.parallel.mesh import Group, Mesh
 
-Role = TrainState | Sequence[StageModel]
-"""A model that learns, or only its weights."""
+Saveable = TrainState | Sequence[StageModel]
+"""A model with its optimizer, or only its weights."""
 Tensors = dict[str, Any]
-"""Nested dictionaries with Megatron's description of a piece of a tensor at the leaves."""
+"""Nested dictionaries of Megatron's descriptions of pieces of tensors."""
 
 HEAD = "output_layer.weight"
+TABLES = (CONTENTS, CONFIG_FNAME)
+"""Files beside those of the ranks."""
 _FORMAT = ("torch_dist", 1)
 
 
 class Staged(FileSystemWriter):
-    """One role's save in two parts: torch plans it, and what this rank shall write is noted.
+    """The save of one model in two parts: torch only plans it, and it is written later.
 
-    Then `write` writes this rank's file, at any time and on any thread, and the first rank's
-    `write_tables` adds what makes a checkpoint of all ranks' files.
+    `write` writes this rank's file, at any time and on any thread. `write_tables` on the first rank
+    then adds the tables that make the ranks' files a checkpoint.
     """
 
     def __init__(self, folder: Path, *, copy: bool) -> None:
-        """Take an existing folder; a copy in host memory is not touched by what comes after."""
-        # Torch would copy from a GPU on the thread that writes, with that thread's default device.
+        """Set the existing folder, and whether to write a copy in host memory.
+
+        With a copy, the model may change before `write`.
+        """
+        # Torch would copy from a GPU on the writing thread, with that thread's default device.
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0 if copy else 10_000_000)
         self.folder = folder
         self._copy = copy
@@ -73,7 +77,7 @@ class Staged(FileSystemWriter):
         self._data: dict[MetadataIndex, Tensor] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Note what is to be written."""
+        """Record what to write."""
         self._plan = plan
         for item in plan.items:
             tensor = planner.resolve_data(item)
@@ -84,20 +88,17 @@ class Staged(FileSystemWriter):
         return nothing
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Note the table of contents, on the first rank, but for where the tensors will be."""
+        """Record the table of contents on the first rank, still without the tensors' places."""
         self._metadata = metadata
 
     def write(self) -> list[WriteResult]:
-        """Write this rank's file; returns where in it the tensors are.
+        """Write this rank's files; return where in them the tensors are.
 
         Raises:
-            OSError: the system's error, where torch hides it behind one of its own.
+            OSError: the system's error, even where torch wraps it in one of its own.
         """
-        assert self._plan is not None
-        if not self._plan.items:
-            return []
         try:
-            return super().write_data(self._plan, _Noted(self._data)).value()
+            return self._write_file(of_optimizer=False) + self._write_file(of_optimizer=True)
         except RuntimeError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -106,10 +107,24 @@ class Staged(FileSystemWriter):
         finally:
             self._data.clear()
 
-    def write_tables(self, results: list[list[WriteResult]]) -> list[Path]:
-        """Write what readers need besides the ranks' files, and return the paths.
+    def _write_file(self, *, of_optimizer: bool) -> list[WriteResult]:
+        """Write the optimizer's tensors or the others, so that weights can be verified alone."""
+        assert self._plan is not None
+        items = [
+            item
+            for item in self._plan.items
+            if item.index.fqn.startswith(OPTIMIZER) == of_optimizer
+        ]
+        if not items:
+            return []
+        prefix = self._plan.storage_data.prefix + ("optimizer_" if of_optimizer else "")
+        plan = replace(self._plan, items=items, storage_data=_StoragePrefix(prefix))
+        return super().write_data(plan, _Recorded(self._data)).value()
 
-        The first rank calls it with what `write` returned on all ranks.
+    def write_tables(self, results: list[list[WriteResult]]) -> list[Path]:
+        """Write the files that readers need besides those of the ranks; return their paths.
+
+        The first rank calls it with the results of `write` on all ranks.
         """
         assert self._metadata is not None
         super().finish(self._metadata, results)
@@ -119,20 +134,20 @@ class Staged(FileSystemWriter):
         return tables
 
 
-class _Noted(DefaultSavePlanner):
-    """Gives torch's writer what was noted."""
+class _Recorded(DefaultSavePlanner):
+    """Gives torch's writer the recorded tensors."""
 
     def __init__(self, data: Mapping[MetadataIndex, Tensor]) -> None:
         super().__init__()
         self._data = data
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """Return the tensor of an item of the plan."""
+        """Return the tensor of an item in the plan."""
         return self._data[write_item.index]
 
 
 class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's format, written by the rank itself instead of by processes that it starts."""
+    """Megatron's format, written by the rank itself instead of by child processes."""
 
     def __init__(self, writer: Staged) -> None:
         super().__init__(*_FORMAT)
@@ -148,23 +163,23 @@ class _Plan(TorchDistSaveShardedStrategy):
         )
 
 
-def stage_role(folder: Path, role: Role, mesh: Mesh, *, copy: bool) -> Staged:
-    """Plan to write weights, and what the optimizer keeps of them, into an existing folder.
+def stage_role(folder: Path, role: Saveable, mesh: Mesh, *, copy: bool) -> Staged:
+    """Plan to write weights, and optimizer state if there is any, to an existing folder.
 
     All ranks call it.
 
     Args:
-        folder: of the role.
-        role: what is written.
-        mesh: where this rank stands.
-        copy: into host memory; else the role must not change before it is written.
+        folder: the model's folder.
+        role: the model.
+        mesh: this rank's mesh.
+        copy: copy to host memory; otherwise the model must not change before it is written.
 
     Raises:
-        CheckpointException: some rank could not plan; the same on all ranks.
+        CheckpointException: planning failed on some rank; the same on all ranks.
     """
     if isinstance(role, TrainState):
         optimizer_state.fill_empty(role)
-        tensors = _role_tensors(role, mesh, loading=False)
+        tensors = _role_tensors(role, mesh)
     else:
         tensors = _model_tensors(role, mesh)
     force_all_tensors_to_non_fp8(tensors)
@@ -180,80 +195,82 @@ def stage_role(folder: Path, role: Role, mesh: Mesh, *, copy: bool) -> Staged:
 def load_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
     """Restore weights, master weights and moments, at any layout. All ranks call it.
 
-    The names must have been checked with `compare_role`. Step counters are left to the caller.
+    A rank reads the optimizer state that it owns and a share of the weights that it replicates.
+    Call `compare_role` first to check the names. The caller restores step counters.
     """
     optimizer_state.fill_empty(role)
-    loaded = _read(folder, _role_tensors(role, mesh, loading=True), mesh)
-    _put_weights(_chunks(role), loaded)
-    with torch.no_grad():
-        for index, part in enumerate(optimizer_state.distributed_optimizers(role)):
-            part.load_parameter_state_from_fully_reshardable(loaded["optimizer"][index])
+    models = _model_tensors(_chunks(role), mesh)
+    _read(folder, models, _chunks(role), mesh, owned=_owned(role, models))
 
 
 def compare_role(
-    folder: Path, role: TrainState, mesh: Mesh
-) -> tuple[str | None, set[str], set[str]]:
-    """Compare what this rank needs with what a folder holds, without reading tensors.
+    table: Mapping[str, TensorFacts], role: TrainState, mesh: Mesh
+) -> tuple[str | None, set[str]]:
+    """Compare the tensors that this rank needs with those in a table of contents.
 
     Returns:
-        The first tensor that this rank lacks with the reason, or none; the names that it needs;
-        all names in the folder.
+        Why the first missing tensor cannot be read, or None; the names that this rank needs.
     """
-    shapes = read_shapes(folder)
     optimizer_state.fill_empty(role)
-    needed = _pieces(_role_tensors(role, mesh, loading=True))
-    vocab_size = _vocab_size(_chunks(role))
-    problems = (_mismatch(piece, shapes, vocab_size) for piece in needed)
-    names = {piece.key for piece in needed}
-    return next(filter(None, problems), None), names, set(shapes)
+    needed = _pieces(_role_tensors(role, mesh))
+    vocab_size = _chunks(role)[0].model.vocab_size or 0
+    problems = (_mismatch(piece, table, vocab_size) for piece in needed)
+    return next(filter(None, problems), None), {piece.key for piece in needed}
 
 
-def load_weights(
+def load_chunks(
     folder: Path, chunks: Sequence[StageModel], mesh: Mesh, *, absent: set[str]
 ) -> None:
     """Fill chunks that are not wrapped for training, at any layout. All ranks call it.
 
     Args:
-        folder: of a role of any kind.
+        folder: a model's folder.
         chunks: this rank's chunks.
-        mesh: where this rank stands.
-        absent: names that keep their values, the same on all ranks.
+        mesh: this rank's mesh.
+        absent: names of tensors that keep their values, the same on all ranks.
     """
     tensors = {
         name: {key: piece for key, piece in part.items() if piece.key not in absent}
         for name, part in _model_tensors(chunks, mesh).items()
     }
-    _put_weights(chunks, _read(folder, tensors, mesh))
+    _read(folder, tensors, chunks, mesh)
 
 
-def compare_weights(folder: Path, chunks: Sequence[StageModel], mesh: Mesh) -> dict[str, str]:
-    """Return what this rank's chunks need and a folder lacks: the reason by tensor name."""
-    shapes = read_shapes(folder)
+def compare_weights(
+    table: Mapping[str, TensorFacts], chunks: Sequence[StageModel], mesh: Mesh
+) -> dict[str, str]:
+    """Return why tensors that this rank needs cannot be read, by name.
+
+    Args:
+        table: of contents of a model's folder.
+        chunks: this rank's chunks.
+        mesh: this rank's mesh.
+    """
     found: dict[str, str] = {}
     for piece in _pieces(_model_tensors(chunks, mesh)):
-        problem = _mismatch(piece, shapes, _vocab_size(chunks))
+        problem = _mismatch(piece, table, chunks[0].model.vocab_size or 0)
         if problem is not None:
             found[piece.key] = problem
     return found
 
 
-def bytes_to_write(role: Role, mesh: Mesh) -> int:
-    """Return the bytes of the tensors of which this rank holds the copy that is written."""
+def files_of_weights(table: Mapping[str, TensorFacts]) -> set[str]:
+    """Return the names of the files that hold a model's weights; optimizer states have others."""
+    weights = [facts.files for key, facts in table.items() if not key.startswith(OPTIMIZER)]
+    return set().union(*weights)
+
+
+def bytes_to_write(role: Saveable, mesh: Mesh) -> int:
+    """Return the bytes that this rank writes."""
     pieces = _pieces(_model_tensors(_chunks(role), mesh))
     mine = [piece.data for piece in pieces if is_main_replica(piece.replica_id)]
-    # Next to the weight: a float32 master copy and two float32 moments.
+    # Besides the weight: a float32 master copy and two float32 moments.
     more = 12 if isinstance(role, TrainState) else 0
     return sum(tensor.numel() * (tensor.element_size() + more) for tensor in mine)
 
 
-def _chunks(role: Role) -> Sequence[StageModel]:
+def _chunks(role: Saveable) -> Sequence[StageModel]:
     return [c.module for c in role.chunks] if isinstance(role, TrainState) else role
-
-
-def _vocab_size(chunks: Sequence[StageModel]) -> int:
-    size = chunks[0].model.vocab_size
-    assert size is not None
-    return size
 
 
 def _sharding(mesh: Mesh) -> dict[str, Any]:
@@ -265,7 +282,7 @@ def _sharding(mesh: Mesh) -> dict[str, Any]:
 
 
 def _model_tensors(chunks: Sequence[StageModel], mesh: Mesh) -> Tensors:
-    """Describe the parameters; leave out objects, which could only be kept as pickles."""
+    """Describe the parameters; leave out objects, which could only be saved as pickles."""
     return {
         f"model{index}": {
             key: piece
@@ -276,54 +293,86 @@ def _model_tensors(chunks: Sequence[StageModel], mesh: Mesh) -> Tensors:
     }
 
 
-def _role_tensors(role: TrainState, mesh: Mesh, *, loading: bool) -> Tensors:
+def _role_tensors(role: TrainState, mesh: Mesh) -> Tensors:
     models = _model_tensors(_chunks(role), mesh)
-    parts = dict(enumerate(optimizer_state.distributed_optimizers(role)))
-    if not loading:
-        # Megatron's own description would gather the state of all replicas on each of them.
-        pieces = {index: owned_pieces(part, models) for index, part in parts.items()}
-        return {**models, "optimizer": pieces}
-    optimizer = {
-        index: part.sharded_param_state_fully_reshardable(models, True, _sharding(mesh))
-        for index, part in parts.items()
-    }
-    return {**models, "optimizer": optimizer}
+    return {**models, "optimizer": _owned(role, models)}
+
+
+def _owned(role: TrainState, models: Tensors) -> list[ShardedTensor]:
+    """Describe this rank's optimizer state; Megatron's own description is of all replicas'."""
+    return [piece for part in role.optimizers() for piece in owned_pieces(part, models)]
 
 
 def _pieces(tensors: Tensors) -> list[ShardedTensor]:
-    """Return the described pieces after joined matrices were taken apart."""
-    apart, _, _ = load_preprocess(tensors)
-    return list(nested_values(apart))
+    """Return all pieces, those of fused matrices one by one."""
+    sharded, _, _ = load_preprocess(tensors)
+    return list(nested_values(sharded))
 
 
 def _mismatch(
-    piece: ShardedTensor, shapes: Mapping[str, tuple[int, ...]], vocab_size: int
+    piece: ShardedTensor, table: Mapping[str, TensorFacts], vocab_size: int
 ) -> str | None:
-    """Say why a piece cannot be read from tensors of these shapes, none if it can."""
-    shape, wanted = shapes.get(piece.key), tuple(piece.global_shape)
-    if shape is None:
+    """Return why a piece cannot be read from the tensors of a table; None if it can."""
+    if piece.key not in table:
         return f"lacks the tensor {piece.key}"
-    # The rows of a vocabulary are padded for the tensor-parallel size. Megatron would also cut a
-    # scalar head out of a language head, which has a row for every word.
+    shape, wanted = table[piece.key].shape, tuple(piece.global_shape)
+    # The vocabulary is padded for the tensor-parallel size. Megatron would also read a scalar head
+    # from a language head, which has a row for every token.
     padded = shape[1:] == wanted[1:] and min(shape[0], wanted[0]) >= vocab_size
     if shape != wanted and not (piece.allow_shape_mismatch and padded):
         return f"holds {piece.key} with shape {list(shape)} instead of {list(wanted)}"
     return None
 
 
-def _read(folder: Path, tensors: Tensors, mesh: Mesh) -> Tensors:
-    force_all_tensors_to_non_fp8(tensors)
-    apart, _, factories = load_preprocess(tensors)
-    strategy: Any = TorchDistLoadShardedStrategy()
-    # Replicas share the reading. With experts their needs differ, and Megatron's exchange of what
-    # a rank does not need works with CUDA only.
-    if mesh.groups.dp_cp.size() > 1 and mesh.ep_size == 1:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, mesh.groups.dp_cp)
-    with warnings.catch_warnings():
-        # Megatron-Core 0.16 calls torch's loader by its old name.
-        warnings.simplefilter("ignore", FutureWarning)
-        loaded: Tensors = strategy.load(apart, folder)
-    return apply_factory_merges(loaded, factories)
+def _read(
+    folder: Path,
+    models: Tensors,
+    chunks: Sequence[StageModel],
+    mesh: Mesh,
+    *,
+    owned: Sequence[ShardedTensor] = (),
+) -> None:
+    """Fill weights, and pieces that no other rank holds. All ranks call it.
+
+    Args:
+        folder: of a role.
+        models: what `_model_tensors` returned for the chunks, or a part of it.
+        chunks: this rank's chunks.
+        mesh: this rank's mesh.
+        owned: more to read.
+
+    Raises:
+        RuntimeError: some rank could not read; the same on all ranks.
+    """
+    force_all_tensors_to_non_fp8(models)
+    weights = [
+        (piece.data, _pieces({"": piece}), replicas_of(name, mesh))
+        for part in models.values()
+        for name, piece in part.items()
+    ]
+    shared = [
+        piece
+        for number, (_, pieces, replicas) in enumerate(weights)
+        if number % replicas.size() == replicas.rank()
+        for piece in pieces
+    ]
+    problem = None
+    try:
+        read_into(folder, [*owned, *shared])
+    except (OSError, RuntimeError) as error:
+        problem = f"rank {mesh.rank}: {reason(error)}"
+    problem = agree_on_error(problem)
+    if problem is not None:
+        raise RuntimeError(f"{folder}: must be readable; {problem}. Use another checkpoint.")
+    for number, (weight, _, replicas) in enumerate(weights):
+        broadcast_from(number % replicas.size(), weight.detach(), replicas)
+    values = {part: {n: p.data for n, p in pieces.items()} for part, pieces in models.items()}
+    _put_weights(chunks, values)
+
+
+def replicas_of(name: str, mesh: Mesh) -> Group:
+    """Return the ranks that hold the same part of a parameter."""
+    return mesh.groups.expt_dp if ".mlp.experts." in name else mesh.groups.dp_cp
 
 
 def _put_weights(chunks: Sequence[StageModel], loaded: Tensors) -> None:
@@ -332,5 +381,5 @@ def _put_weights(chunks: Sequence[StageModel], loaded: Tensors) -> None:
         for name, parameter in chunk.named_parameters():
             if name in weights and (exact := exact_value(parameter)) is not parameter:
                 exact.copy_(weights[name])
-        # Not strict: objects are not in checkpoints, and names were compared before.
+        # Not strict, because checkpoints have no objects; names were compared before.
         chunk.load_state_dict(weights, strict=False)

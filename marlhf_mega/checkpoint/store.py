@@ -1,9 +1,9 @@
-"""Checkpoints of a run, found and loaded; `marlhf_mega.checkpoint.saver` writes them.
+"""Find and load the checkpoints of a run; `marlhf_mega.checkpoint.saver` writes them.
 
-`step_000012/` holds one folder per trained model, `state.json` with everything else a run consists
-of, and `manifest.json` with the size and sha256 of every file. It is written as `step_000012.tmp`
-and renamed when complete; then `latest`, which holds the folder's name, is replaced. Whenever the
-run is killed, the folder that `latest` names, or the one that it named before, is complete.
+`step_000012/` has one folder per trained model, `state.json` with the rest of the run's state, and
+`manifest.json` with the size and sha256 of every file. It is written as `step_000012.tmp` and
+renamed when complete; then `latest`, which holds the folder's name, is replaced. Whenever the run
+is killed, the folder that `latest` names, or the one that it named before, is complete.
 """
 
 import json
@@ -11,40 +11,45 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
+import torch
 
 from marlhf_mega.checkpoint import folders, manifest, optimizer_state, sharded
-from marlhf_mega.checkpoint.together import first_problem, reason
+from marlhf_mega.checkpoint.hf.adapters import is_same_base
+from marlhf_mega.checkpoint.hf.parameters import LENGTH_HEAD
+from marlhf_mega.checkpoint.metadata import TensorFacts, read_tensors
+from marlhf_mega.checkpoint.optimizer_pieces import OPTIMIZER
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.collectives import share_from_first
+from marlhf_mega.parallel.collectives import agree_on_error, broadcast_object, gather_objects
 from marlhf_mega.parallel.mesh import Mesh
-
-T = TypeVar("T")
+from marlhf_mega.platform import local_rank
 
 logger = logging.getLogger(__name__)
 
 SCALAR_ROLES = ("reward", "critic")
-"""Roles whose models end in one number."""
+"""Roles whose models have a scalar head."""
 FORMAT = 1
 
 
 def find(run_dir: Path, mesh: Mesh) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written. All ranks call it.
+    """Return the best intact checkpoint, None if there is no checkpoint. All ranks call it.
 
-    That is the one that `latest` names, else an older one, else a newer one. What is damaged is
-    named in one warning.
+    The best is the one that `latest` names, else an older one, else a newer one. One warning names
+    the damaged ones.
 
     Raises:
-        RuntimeError: there are checkpoints, but all of them are damaged.
+        RuntimeError: all checkpoints are damaged.
     """
+    return _find(run_dir, mesh, lambda folder: manifest.find_damage(folder, _share(mesh)))
+
+
+def _find(run_dir: Path, mesh: Mesh, find_damage: Callable[[Path], str | None]) -> Path | None:
     root = run_dir / "checkpoints"
-    names, remarks = share_from_first(folders.candidates(root), mesh)
+    names, remarks = broadcast_object(folders.candidates(root))
     for name in names:
-        problem = first_problem(manifest.find_damage(root / name, _share(mesh)), mesh)
+        problem = agree_on_error(find_damage(root / name))
         if problem is None:
             if remarks and mesh.rank == 0:
                 logger.warning("%s: %s; using %s", root, "; ".join(remarks), name)
@@ -52,31 +57,51 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
         remarks.append(f"{name} is damaged, {problem}")
     if not names:
         return None
-    later, _ = share_from_first(folders.candidates(root), mesh)
+    later, _ = broadcast_object(folders.candidates(root))
     if not set(later) <= set(names):
-        # The run still goes on: it has removed what was found, and written newer ones.
-        return find(run_dir, mesh)
+        # A run is still writing here: it has removed these checkpoints and written newer ones.
+        return _find(run_dir, mesh, find_damage)
     raise RuntimeError(
-        f"{root}: must hold a checkpoint that is as it was written; {'; '.join(remarks)}. Restore "
-        "a file from a copy, or use another run.dir to start afresh."
+        f"{root}: must hold an intact checkpoint; {'; '.join(remarks)}. Restore a file from a "
+        "copy, or use another run.dir to start afresh."
     )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state that was given to `Saver.save`. Does not communicate.
+    """Return the state that was passed to `Saver.save`. Does not communicate.
 
     Args:
-        folder: from `find`, which has verified it.
+        folder: a checkpoint that `find` returned, and so verified.
     """
     state: dict[str, Any] = _read_state(folder)["state"]
     return state
 
 
 def newest_state(run_dir: Path) -> dict[str, Any] | None:
-    """Return the state of the checkpoint that a run would most likely go on from.
+    """Return the state of the checkpoint that a run would most likely resume from.
 
-    Reads its tables only, where `find` verifies the weights too, and does not communicate.
+    Unlike `find` it verifies the JSON files only, and does not communicate.
     """
+    folder = _newest(run_dir)
+    return None if folder is None else read_state(folder)
+
+
+def stored_dtype(run_dir: Path, role: str) -> torch.dtype | None:
+    """Return the number format of a model's weights in a run's newest checkpoint; None without one.
+
+    Reads tables only and does not communicate.
+
+    Raises:
+        RuntimeError: the model's table is not a plain table of tensors.
+    """
+    folder = _newest(run_dir)
+    if folder is None or not (folder / role).is_dir():
+        return None
+    table = read_tensors(folder / role)
+    return next(f.dtype for name, f in table.items() if not name.startswith(OPTIMIZER))
+
+
+def _newest(run_dir: Path) -> Path | None:
     root = run_dir / "checkpoints"
     for name in folders.candidates(root)[0]:
         try:
@@ -84,7 +109,7 @@ def newest_state(run_dir: Path) -> dict[str, Any] | None:
         except ValueError:
             continue
         if manifest.check_file(root / name, manifest.STATE, expected) is None:
-            return read_state(root / name)
+            return root / name
     return None
 
 
@@ -93,20 +118,21 @@ def load(
 ) -> dict[str, Any]:
     """Restore the trained models, at this or another layout. All ranks call it.
 
-    At the layout of the save, training goes on bit for bit. Hyper-parameters are those of the
-    present configuration; the learning rate is that of its schedule at the saved step.
+    At the layout of the save, training resumes bit-exactly. Hyper-parameters are those of the
+    current config; the learning rate is that of its schedule at the saved step.
 
     Args:
-        folder: from `find`, which has verified it.
+        folder: a checkpoint that `find` returned, and so verified.
         roles: the models to restore, built as for a fresh start.
-        mesh: where this rank stands.
+        mesh: this rank's mesh.
         required: keys that the state must have.
 
     Returns:
-        The state that was given to `Saver.save`.
+        The state that was passed to `Saver.save`.
 
     Raises:
-        RuntimeError: a model, a tensor or a key is missing, or was never part of this model.
+        RuntimeError: a model, a tensor or a key is missing, or the checkpoint has tensors that the
+            model does not have.
     """
     whole = _read_state(folder)
     for kind, names, held in (
@@ -120,11 +146,12 @@ def load(
                     "Use a checkpoint of the same kind of run."
                 )
     for name, role in roles.items():
+        _check_base(folder / name, whole["roles"][name], role.base_digest)
         _check_role(folder / name, role, mesh)
     for name, role in roles.items():
-        _readable(folder / name, partial(sharded.load_role, folder / name, role, mesh))
+        sharded.load_role(folder / name, role, mesh)
         progress = whole["roles"][name]
-        optimizer_state.set_num_steps(role, progress["optimizer_steps"])
+        optimizer_state.set_steps_taken(role, progress["optimizer_steps"])
         role.schedule.num_steps = 0
         role.schedule.step(increment=progress["schedule_steps"])
     state: dict[str, Any] = whole["state"]
@@ -136,62 +163,103 @@ def load_weights(
 ) -> list[str]:
     """Fill a model with trained weights, at any layout. All ranks call it.
 
+    Verifies only the files that it reads: a run's other models and its optimizer states, which are
+    most of a checkpoint, cost no time.
+
     Args:
-        source: the directory of an sft, reward or ppo run, or one checkpoint.
+        source: a run directory, or the folder of one checkpoint.
         chunks: this rank's chunks, not wrapped for training; a scalar head keeps its values if
             the checkpoint has none.
-        mesh: where this rank stands.
-        role: whose weights; none: the first there is of those that suit the head.
+        mesh: this rank's mesh.
+        role: the role whose weights to load; None means the first one that fits the head.
 
     Returns:
         Names of the tensors that the checkpoint does not have, the same on every rank.
 
     Raises:
-        RuntimeError: there is no checkpoint, or it is damaged or lacks anything else.
+        RuntimeError: there is no checkpoint, it is damaged, or it lacks any other tensor.
     """
-    folder = _resolve(source, mesh)
     suitable = ("policy",) if chunks[0].head == "language" else (*SCALAR_ROLES, "policy")
     wanted = suitable if role is None else (role,)
+    folder = _resolve(source, wanted, mesh)
     held = _read_state(folder)["roles"]
     name = next((name for name in wanted if name in held), None)
     if name is None:
         raise RuntimeError(
             f"{folder}: must hold the model {' or '.join(wanted)}; it has {', '.join(held)}. "
-            "Name another run."
+            "Use another run."
         )
-    parts = _gather(
-        _readable(folder / name, lambda: sharded.compare_weights(folder / name, chunks, mesh)), mesh
-    )
+    _check_base(folder / name, held[name], chunks[0].base_digest)
+    table = _read_table(folder / name, mesh)
+    parts = gather_objects(sharded.compare_weights(table, chunks, mesh))
     absent = {tensor: problem for part in parts for tensor, problem in part.items()}
-    fresh = {sharded.HEAD} if chunks[0].head == "scalar" else set()
+    fresh = {sharded.HEAD, LENGTH_HEAD} if chunks[0].head == "scalar" else set()
     for tensor, problem in absent.items():
         if tensor not in fresh:
             raise RuntimeError(
                 f"{folder / name}: must hold the weights of this model; it {problem}. Use the "
                 "model settings of that run."
             )
-    _readable(
-        folder / name,
-        lambda: sharded.load_weights(folder / name, chunks, mesh, absent=set(absent)),
-    )
+    sharded.load_chunks(folder / name, chunks, mesh, absent=set(absent))
     return sorted(absent)
 
 
-def _resolve(source: Path, mesh: Mesh) -> Path:
-    """Return the verified checkpoint that a run directory or a checkpoint folder stands for."""
-    if share_from_first((source / manifest.FILE).is_file(), mesh):
-        problem = first_problem(manifest.find_damage(source, _share(mesh)), mesh)
+def _resolve(source: Path, wanted: Sequence[str], mesh: Mesh) -> Path:
+    """Return a checkpoint of a run directory, or the folder of one, with intact weights."""
+    find_damage = partial(_find_damaged_weights, wanted=wanted, mesh=mesh)
+    if broadcast_object((source / manifest.FILE).is_file()):
+        problem = agree_on_error(find_damage(source))
         if problem is not None:
-            raise RuntimeError(
-                f"{source}: must be as it was written; {problem}. Use another checkpoint."
-            )
+            raise RuntimeError(f"{source}: must be intact; {problem}. Use another checkpoint.")
         return source
-    folder = find(source, mesh)
+    folder = _find(source, mesh, find_damage)
     if folder is None:
         raise RuntimeError(
-            f"{source}: must hold a checkpoint that can be loaded; there is none. Train it first."
+            f"{source}: must hold a checkpoint; there is none. Train the model first."
         )
     return folder
+
+
+def _find_damaged_weights(folder: Path, wanted: Sequence[str], mesh: Mesh) -> str | None:
+    """Return what is wrong with the files that weights are read from. All ranks call it.
+
+    Args:
+        folder: a checkpoint.
+        wanted: roles, of which the first that the checkpoint has is read.
+        mesh: this rank's mesh.
+    """
+    problem = agree_on_error(manifest.find_damage(folder, only=[manifest.STATE]))
+    if problem is not None:
+        return problem
+    held = _read_state(folder)["roles"]
+    name = next((name for name in wanted if name in held), None)
+    if name is None:
+        return None
+    tables = [f"{name}/{file}" for file in sharded.TABLES]
+    problem = agree_on_error(manifest.find_damage(folder, only=tables))
+    if problem is not None:
+        return problem
+    files = sharded.files_of_weights(_read_table(folder / name, mesh))
+    return manifest.find_damage(folder, _share(mesh), only=[f"{name}/{file}" for file in files])
+
+
+def _read_table(folder: Path, mesh: Mesh) -> dict[str, TensorFacts]:
+    """Return a role's checked table of contents. All ranks call it.
+
+    One rank of each machine interprets it: that takes seconds for large models on many ranks.
+    """
+    table, problem = None, None
+    if mesh.rank == 0 or local_rank() == 0:
+        try:
+            table = read_tensors(folder)
+        except (OSError, RuntimeError) as error:
+            problem = str(error)
+    problem = agree_on_error(problem)
+    if problem is not None:
+        raise RuntimeError(problem)
+    table = broadcast_object(table)
+    assert table is not None
+    return table
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -199,16 +267,28 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if whole["format"] != FORMAT:
         raise RuntimeError(
             f"{folder}: must have format {FORMAT}; it has {whole['format']}. Use the version of "
-            "this program that wrote it."
+            "marlhf-mega that wrote it."
         )
     return whole
 
 
+def _check_base(folder: Path, saved: Mapping[str, Any], digest: str | None) -> None:
+    """Raise unless adapters belong to the frozen weights that they are loaded for."""
+    expected = saved.get("base_digest")
+    if not is_same_base(expected, digest):
+        raise RuntimeError(
+            f"{folder}: must be of the weights of this model; it has adapters of a base with hash "
+            f"{expected}, and this model's is {digest}. Use the model.hf_path or model.init that "
+            "the run began from, unchanged, and its precision.dtype."
+        )
+
+
 def _check_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
-    """Refuse a folder that does not hold just the tensors of a model."""
-    problem, needed, held = _readable(folder, lambda: sharded.compare_role(folder, role, mesh))
-    problem = first_problem(problem, mesh)
-    unused = held.difference(*_gather(needed, mesh))
+    """Raise unless a folder holds exactly the tensors of a model."""
+    table = _read_table(folder, mesh)
+    problem, needed = sharded.compare_role(table, role, mesh)
+    problem = agree_on_error(problem)
+    unused = table.keys() - set().union(*gather_objects(needed))
     if problem is None and unused:
         problem = f"also holds {min(unused)}"
     if problem is not None:
@@ -218,20 +298,5 @@ def _check_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
         )
 
 
-def _readable(folder: Path, read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except CheckpointException as error:
-        raise RuntimeError(
-            f"{folder}: must be readable; {reason(error)}. Use another checkpoint."
-        ) from None
-
-
 def _share(mesh: Mesh) -> slice:
     return slice(mesh.rank, None, mesh.world_size)
-
-
-def _gather(value: T, mesh: Mesh) -> list[T]:
-    parts: list[T] = [value] * mesh.world_size
-    dist.all_gather_object(parts, value)
-    return parts

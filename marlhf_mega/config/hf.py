@@ -1,6 +1,6 @@
-"""Hugging Face config.json to `ModelConfig`.
+"""Converts a Hugging Face config.json to `ModelConfig`.
 
-A field that changes the forward and that `ModelConfig` cannot say is refused, never ignored.
+A field that affects the forward pass and that `ModelConfig` lacks is refused, never ignored.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from marlhf_mega.config.hf_families import COMMON_DEFAULTS, FAMILIES, Family, Head, class_name
+from marlhf_mega.config.hf_families import COMMON_DEFAULTS, FAMILIES, Family, HfHead, class_name
 from marlhf_mega.config.model import Architecture, ModelConfig
 
 _REQUIRED = (
@@ -22,9 +22,9 @@ _REQUIRED = (
 )
 _EXPERT_COUNTS = ("num_experts", "num_experts_per_tok")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Gemma's first release says "gelu" and means the tanh form.
+# Gemma's first release has "gelu" and means the tanh approximation.
 _GEMMA_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh")
-_USER_MAY_SET = {"hf_path", "init", "max_positions", "router_aux_loss_coef", "init_std"}
+_USER_MAY_SET = {"hf_path", "init", "max_positions", "router_aux_loss_coef", "init_std", "lora"}
 _DERIVED_WHEN_NONE = {
     "vocab_size",
     "num_query_groups",
@@ -37,20 +37,20 @@ _DERIVED_WHEN_NONE = {
 def model_config_from_hf(
     folder: Path, base: ModelConfig, *, key: str = "model.hf_path"
 ) -> ModelConfig:
-    """Take every shape and every switch of the forward from a folder's config.json.
+    """Read a model's architecture from a folder's config.json.
 
     Args:
         folder: a Hugging Face model folder, `*ForCausalLM` or `*ForSequenceClassification`.
-        base: the user's section; it keeps `hf_path`, `init`, and, where set, `max_positions`,
-            `router_aux_loss_coef` and `init_std`.
-        key: which configuration key named the folder.
+        base: the user's section, which supplies `hf_path`, `init`, and, where set, `lora`,
+            `max_positions`, `router_aux_loss_coef` and `init_std`.
+        key: configuration key that names the folder.
 
     Returns:
         The complete section.
 
     Raises:
-        ValueError: no readable config.json; an architecture, rope type or field that cannot be
-            represented; a key that the user set to something else. One line per problem.
+        ValueError: config.json is not readable; an architecture, rope type or field is not
+            supported; the user set a key to another value. One line per problem.
     """
     where = f"{key}={folder}"
     hf = read_hf_config(folder, where=where)
@@ -63,8 +63,8 @@ def model_config_from_hf(
             continue
         if ours != theirs:
             problems.append(
-                f"model.{name}={ours}: with {key} its config.json decides; it says "
-                f"{theirs}. Remove the key."
+                f"model.{name}={ours}: must be that of config.json in {key}; it is "
+                f"{theirs} there. Remove the key."
             )
     if problems:
         raise ValueError("\n".join(problems))
@@ -77,7 +77,7 @@ def read_hf_config(folder: Path, *, where: str) -> dict[str, Any]:
 
     Args:
         folder: a Hugging Face folder.
-        where: begins the error message.
+        where: prefix of error messages.
 
     Raises:
         ValueError: the file is missing or is not a JSON object.
@@ -102,29 +102,61 @@ def read_hf_config(folder: Path, *, where: str) -> dict[str, Any]:
     return hf
 
 
-def head_of_hf_config(hf: Mapping[str, Any], *, where: str) -> Head:
-    """Tell what the weights beside a config.json end in.
+def declared_end_ids(folder: Path, *, where: str) -> list[int]:
+    """Read the ids at which a folder's model stops, as transformers does.
+
+    `generation_config.json` names one or several; without that file `config.json` does.
+
+    Args:
+        folder: a model or tokenizer folder.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: the file is not JSON, or its `eos_token_id` is no id.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{where}: {name} must be a JSON object; {error}. Download the file again."
+            ) from None
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(index) is int and index >= 0 for index in ids):
+            raise ValueError(
+                f"{where}: {name}: eos_token_id must be an id or a list of ids; it is "
+                f"{json.dumps(found)}. Fix the file."
+            )
+        return ids
+    return []
+
+
+def head_of_hf_config(hf: Mapping[str, Any], *, where: str) -> HfHead:
+    """Tell which head the weights of a config.json have.
 
     Args:
         hf: the content of config.json.
-        where: begins the error message.
+        where: prefix of error messages.
 
     Raises:
-        ValueError: the architecture or its class is unknown, or has other than one label.
+        ValueError: the architecture or its class is unknown, or the number of labels is not 1.
     """
     architecture = _architecture(hf, where)
-    classes = {class_name(architecture, head): head for head in get_args(Head)}
+    classes = {class_name(architecture, head): head for head in get_args(HfHead)}
     named = hf.get("architectures") or [class_name(architecture, "causal_lm")]
     if len(named) != 1 or named[0] not in classes:
         raise ValueError(
-            f"{where}: config.json must name one class of {', '.join(classes)}; it says "
+            f"{where}: config.json must name one class of {', '.join(classes)}; it has "
             f"architectures={named}. Use a checkpoint with one of these heads."
         )
-    head: Head = classes[named[0]]
+    head: HfHead = classes[named[0]]
     labels = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)
     if head == "sequence_classification" and labels != 1:
         raise ValueError(
-            f"{where}: a classification head must have one label; config.json says "
+            f"{where}: a classification head must have one label; config.json has "
             f"num_labels={labels}. Use a reward model with one output."
         )
     return head
@@ -135,25 +167,25 @@ def _architecture(hf: Mapping[str, Any], where: str) -> Architecture:
     if kind not in FAMILIES:
         raise ValueError(
             f"{where}: config.json must name a known architecture ({', '.join(FAMILIES)}); it "
-            f"says model_type={kind}. Use a model of one of these families."
+            f"has model_type={kind}. Use a model of one of these families."
         )
     return cast(Architecture, kind)
 
 
 def fields_from_hf(hf: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Translate config.json to the fields of `ModelConfig`.
+    """Convert the content of config.json to the fields of `ModelConfig`.
 
     Args:
         hf: the content of config.json.
-        where: begins the error message.
+        where: prefix of error messages.
 
     Raises:
-        ValueError: something cannot be represented.
+        ValueError: a field is not supported.
     """
     architecture = _architecture(hf, where)
     family = FAMILIES[architecture]
     values = {**COMMON_DEFAULTS, **family.defaults, **hf}
-    if "num_local_experts" in hf:  # Mixtral's name, and every architecture's in transformers 5
+    if "num_local_experts" in hf:  # Mixtral's name, and that of all architectures in transformers 5
         values["num_experts"] = hf["num_local_experts"]
     problems = [*_unsupported(values, family)]
     gemma = architecture.startswith("gemma")
@@ -204,7 +236,7 @@ def _validated(fields: dict[str, Any], where: str) -> dict[str, Any]:
             name = ".".join(str(part) for part in problem["loc"])
             said = problem["msg"].removeprefix("Value error, ")
             text = f"{name}={problem['input']}: {said}" if name else said
-            lines.append(f"{where}: config.json gives {text} Mend config.json.")
+            lines.append(f"{where}: config.json gives {text} Fix config.json.")
         raise ValueError("\n".join(lines)) from None
     return {name: getattr(config, name) for name in ModelConfig.model_fields}
 
@@ -253,8 +285,8 @@ def _rope(hf: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[
     absent = [key for key in needed[kind] if rope.get(key) is None]
     if absent:
         raise ValueError(
-            f"{where}: config.json: rope type {kind} needs {', '.join(absent)}; it is absent. "
-            "Mend config.json."
+            f"{where}: config.json: rope type {kind} needs {', '.join(absent)}; config.json lacks "
+            "it. Fix config.json."
         )
     scaling = {"kind": "none" if kind == "default" else kind}
     scaling |= {key: rope[key] for key in needed[kind]}
@@ -268,7 +300,7 @@ def _rope(hf: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[
 
 
 def _window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Find which layers slide; transformers 5 lists them in `layer_types`."""
+    """Find the layers with a sliding window; transformers 5 lists them in `layer_types`."""
     width, layers = values["sliding_window"], values["num_hidden_layers"]
     off = family.window == "switched" and not values.get("use_sliding_window")
     if family.window == "never" or off or not width:
@@ -281,7 +313,7 @@ def _window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, 
     types = values.get("layer_types")
     slides = default if types is None else [kind == "sliding_attention" for kind in types]
     known = {"sliding_attention", "full_attention"}
-    # One layer fits both patterns; an architecture that alternates is said to alternate.
+    # A single layer fits both patterns; take the one of the architecture.
     patterns = (2, 1) if family.window == "alternating" else (1, 2)
     for every in patterns:
         if slides == [i % every == 0 for i in range(layers)] and known.issuperset(types or ()):
@@ -290,31 +322,24 @@ def _window(values: Mapping[str, Any], family: Family, where: str) -> dict[str, 
         return {"sliding_window": None, "sliding_window_every": 1}
     name = "max_window_layers" if types is None else "layer_types"
     raise ValueError(
-        f"{where}: config.json: {name} must let all of {layers} layers slide, every other one from "
-        f"the first, or none; it is {json.dumps(values[name])}. Use another model."
+        f"{where}: config.json: {name} must give a sliding window to all {layers} layers, to every "
+        f"other one from the first on, or to none; it is {json.dumps(values[name])}. Use another "
+        "model."
     )
 
 
 def _experts(values: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    match architecture:
-        case "mixtral":
-            return {
-                "num_experts": values["num_experts"],
-                "experts_per_token": values["num_experts_per_tok"],
-                "expert_ffn_hidden_size": values["intermediate_size"],
-            }
-        case "qwen2_moe" | "qwen3_moe":
-            own = {
-                "num_experts": values["num_experts"],
-                "experts_per_token": values["num_experts_per_tok"],
-                "expert_ffn_hidden_size": values["moe_intermediate_size"],
-                "router_softmax_first": not values["norm_topk_prob"],
-            }
-            if architecture == "qwen2_moe":
-                own |= {
-                    "shared_expert_ffn_hidden_size": values["shared_expert_intermediate_size"],
-                    "qkv_bias": values["qkv_bias"],
-                }
-            return own
-        case _:
-            return {}
+    if architecture not in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        return {}
+    inner = "intermediate_size" if architecture == "mixtral" else "moe_intermediate_size"
+    own = {
+        "num_experts": values["num_experts"],
+        "experts_per_token": values["num_experts_per_tok"],
+        "expert_ffn_hidden_size": values[inner],
+    }
+    if architecture != "mixtral":
+        own["router_softmax_first"] = not values["norm_topk_prob"]
+    if architecture == "qwen2_moe":
+        own["shared_expert_ffn_hidden_size"] = values["shared_expert_intermediate_size"]
+        own["qkv_bias"] = values["qkv_bias"]
+    return own

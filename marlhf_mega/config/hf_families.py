@@ -1,4 +1,4 @@
-"""What each Hugging Face architecture lets a config.json leave out, and what it implies."""
+"""Defaults of each Hugging Face architecture for config.json, and what it implies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,10 @@ from typing import Any, Literal, get_args
 
 from marlhf_mega.config.model import Architecture
 
-Head = Literal["causal_lm", "sequence_classification"]
-"""What sits on the last hidden state: logits over the vocabulary, or one scalar per token."""
+HfHead = Literal["causal_lm", "sequence_classification"]
+"""What transformers calls the two heads; `sequence_classification` gives one number."""
 
-_CLASS_SUFFIX: dict[Head, str] = {
+_CLASS_SUFFIX: dict[HfHead, str] = {
     "causal_lm": "ForCausalLM",
     "sequence_classification": "ForSequenceClassification",
 }
@@ -31,15 +31,16 @@ class Family:
     """One architecture of Hugging Face transformers."""
 
     prefix: str
-    """What its class names begin with."""
+    """Prefix of its class names."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of absent config.json fields, where they differ from `COMMON_DEFAULTS`."""
     neutral: Mapping[str, Any] = field(default_factory=dict)
     """Fields that must be absent, null or have this value."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """`ModelConfig` fields that the architecture decides."""
+    """`ModelConfig` fields that the architecture determines."""
     window: Literal["never", "always", "switched", "alternating"] = "never"
-    """Which layers slide: none, all, `use_sliding_window` and `max_window_layers`, every other."""
+    """Which layers have a sliding window: none, all, those that `use_sliding_window` and
+    `max_window_layers` select, or every other one."""
 
 
 _NO_BIAS = {"attention_bias": False}
@@ -151,6 +152,6 @@ FAMILIES: dict[Architecture, Family] = {
 assert set(FAMILIES) == set(get_args(Architecture))
 
 
-def class_name(architecture: Architecture, head: Head) -> str:
+def class_name(architecture: Architecture, head: HfHead) -> str:
     """Return the transformers class, such as `LlamaForCausalLM`."""
     return FAMILIES[architecture].prefix + _CLASS_SUFFIX[head]

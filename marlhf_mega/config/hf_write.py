@@ -1,9 +1,9 @@
-"""`ModelConfig` to a Hugging Face config.json, for a model that did not come from one."""
+"""Converts `ModelConfig` to a Hugging Face config.json, for models that were not imported."""
 
 from typing import Any
 
 from marlhf_mega.config.hf import fields_from_hf
-from marlhf_mega.config.hf_families import Head, class_name
+from marlhf_mega.config.hf_families import HfHead, class_name
 from marlhf_mega.config.model import ModelConfig
 
 _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -12,31 +12,31 @@ _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 def hf_config_from_model(
     config: ModelConfig,
     *,
-    head: Head = "causal_lm",
+    head: HfHead = "causal_lm",
     dtype: str = "bfloat16",
     bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """Write the config.json of a model that did not come from Hugging Face.
+    """Return the config.json of a model that was not imported from Hugging Face.
 
     Args:
-        config: a complete section; `vocab_size` is set.
+        config: complete section, with `vocab_size`.
         head: logits or one scalar (`num_labels` 1).
-        dtype: of the exported weights, such as `bfloat16`.
-        bos_token_id: begins a text.
-        eos_token_id: ends a response.
-        pad_token_id: fills batches; a scalar head needs it to score more than one sequence.
+        dtype: format of the exported weights, such as `bfloat16`.
+        bos_token_id: begin-of-sequence token.
+        eos_token_id: what ends a response, one token or several.
+        pad_token_id: padding token; a scalar head needs it to score several sequences at once.
 
     Returns:
         The fields, readable by transformers 4.57 and 5.
 
     Raises:
-        ValueError: the architecture cannot express the model; names every field.
+        ValueError: the architecture cannot represent the model; one line per field.
     """
     if config.vocab_size is None:
         raise ValueError(
-            "model.vocab_size=None: a Hugging Face model needs it; it is not set. Set it or "
+            "model.vocab_size: a Hugging Face model needs it; it is not set. Set it or "
             "tokenizer.path."
         )
     hf = _common_hf_fields(config) | _family_hf_fields(config)
@@ -56,8 +56,8 @@ def hf_config_from_model(
     if lost:
         raise ValueError(
             "\n".join(
-                f"model.{name}={wanted[name]}: model.architecture={config.architecture} of Hugging "
-                f"Face always has {written.get(name)}. Change one of them."
+                f"model.{name}={wanted[name]}: the Hugging Face architecture {config.architecture} "
+                f"always has {written.get(name)}. Change it or model.architecture."
                 for name in lost
             )
         )
@@ -65,7 +65,7 @@ def hf_config_from_model(
 
 
 def scalar_head_fields() -> dict[str, Any]:
-    """Return the config.json fields that give a `*ForSequenceClassification` one output."""
+    """Return the config.json fields for a `*ForSequenceClassification` with one output."""
     return {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
@@ -158,8 +158,8 @@ def _family_hf_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-    """List what the forward depends on, with derived values filled in and idle fields left out."""
-    meaning = config.model_dump(exclude={"hf_path", "init", "router_aux_loss_coef"})
+    """Return what the forward pass depends on: derived values filled in, unused fields removed."""
+    meaning = config.model_dump(exclude={"hf_path", "init", "lora", "router_aux_loss_coef"})
     meaning |= {
         "num_query_groups": config.query_groups,
         "head_dim": config.kv_channels,

@@ -1,30 +1,55 @@
-"""Sizes that the code holds itself to, where the planner must count with the same ones."""
+"""Sizes that both the run and the planner use."""
 
-LOGITS_CHUNK_ELEMENTS = 1 << 24
-"""Logits in flight on one rank: 64 MiB of float32 whatever the vocabulary is."""
+from collections.abc import Mapping
+
+GIB = 2**30
+
+LOGITS_CHUNK_ELEMENTS = 1 << 27
+"""Logits that one rank computes at a time, whatever the vocabulary: 512 MiB in float32.
+
+Each chunk reads the whole output matrix, and a GPU needs about a thousand tokens to multiply it at
+full speed.
+"""
 
 CPU_LOGITS_CHUNK_ELEMENTS = 1 << 22
-"""The same on a CPU: 16 MiB stay in the cache; the C library maps blocks of 32 anew each time."""
+"""On a CPU: 16 MiB fit in the cache, and the C library reuses blocks below 32 MiB."""
 
 CPU_LOGITS_CHUNK_TOKENS = 128
-"""So many tokens a CPU takes at once all the same: the matrix is read once for each chunk."""
+"""Fewest tokens of a chunk on a CPU, where they exceed the cache."""
 
 PREFILL_TOKENS = 1 << 14
-"""Prompt tokens in one prefill: bounds its activations whatever the batch is."""
+"""Prompt tokens in one prefill, which bounds its activations whatever the batch."""
+
+SMALL_DATA_BYTES = 2**20
+"""A data file below this size is tokenised into the memory of every rank, without a cache."""
+READ_BLOCK_BYTES = 8 << 20
+"""Largest buffer of a rank that reads a checkpoint, unless one row of a matrix is larger."""
 
 MOVE_BUCKET_BYTES = 1 << 27
-"""Memory that a rank spends on a move of weights besides the weights: buckets to send and to
-receive, two of each, so that one round is packed while another travels."""
+"""Memory for resharding on one rank besides the weights: two buckets to send and two to receive, so
+that one round is packed while another is in flight."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round a count up to a multiple."""
+    return -(-value // multiple) * multiple
 
 
 def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
-    """Round up so that every rank's shard is a multiple of 16 rows (FP8 needs that)."""
-    multiple = 16 * tensor_size
-    return -(-vocab_size // multiple) * multiple
+    """Pad so that every rank's shard is a multiple of 16 rows, which FP8 needs."""
+    return round_up(vocab_size, 16 * tensor_size)
+
+
+def replay_mask_row_bytes(*, top_k: int, vocab_size: int) -> int:
+    """Return the bytes that say which tokens top-k and top-p kept at one position.
+
+    They are ids with top-k, else one bit per token of the vocabulary.
+    """
+    return 4 * min(top_k, vocab_size) if top_k else -(-vocab_size // 8)
 
 
 def logits_chunk_tokens(num_columns: int, *, on_cpu: bool) -> int:
-    """Return for how many tokens a rank makes its `num_columns` logits at once."""
+    """Return how many tokens a rank computes its `num_columns` logits for at a time."""
     tokens = max(16, LOGITS_CHUNK_ELEMENTS // num_columns)
     if on_cpu:
         cached = CPU_LOGITS_CHUNK_ELEMENTS // num_columns
@@ -32,6 +57,12 @@ def logits_chunk_tokens(num_columns: int, *, on_cpu: bool) -> int:
     return tokens
 
 
+def describe_layout(sizes: Mapping[str, int], *, sequence_parallel: bool) -> str:
+    """Return degrees of parallelism as text, such as `TP8 x PP4 x DP4 + SP`, without those of 1."""
+    shown = [f"{axis}{n}" for axis, n in sizes.items() if n > 1 or axis in ("TP", "PP", "DP")]
+    return " x ".join(shown) + (" + SP" if sequence_parallel else "")
+
+
 def context_multiple(context_size: int) -> int:
-    """Return what the length of a sequence is a multiple of: two pieces for each of its ranks."""
+    """Return what a sequence length must be a multiple of: two pieces per context-parallel rank."""
     return 2 * context_size if context_size > 1 else 1

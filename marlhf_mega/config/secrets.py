@@ -1,21 +1,33 @@
-"""Secrets live in the environment only: kept out of configurations, blotted out of logs."""
+"""Secrets stay in the environment: never in configurations, redacted in logs."""
 
 import logging
 import os
 import re
 from collections.abc import Iterator
 
-_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE|SECRET)_?KEY|CREDENTIALS?)(_|$)",
+    re.IGNORECASE,
+)
+"""Whole words of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS are no secrets."""
 
 MIN_LENGTH = 6
-"""Shorter values are left alone: blotting out every `1` would hide more than a secret."""
+"""Shorter values are not redacted: to hide every `1` would make logs unreadable."""
 
 
 def secrets() -> Iterator[tuple[str, str]]:
-    """Yield name and value of the environment variables that look like secrets."""
+    """Yield name and value of environment variables that look like secrets."""
     for name, value in os.environ.items():
-        if _NAME.search(name) and len(value) >= MIN_LENGTH:
+        if _NAME.search(name) and len(value) >= MIN_LENGTH and not _is_number(value):
             yield name, value
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def redact(text: str) -> str:
@@ -26,8 +38,8 @@ def redact(text: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats log records, tracebacks included, without secrets."""
+    """Formats log records and tracebacks without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the redacted line."""
         return redact(super().format(record))

@@ -1,4 +1,4 @@
-"""The base of every section of the configuration."""
+"""Base class of every section of the configuration."""
 
 from collections.abc import Iterator
 from types import NoneType
@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """A frozen group of keys. Unknown keys are errors, defaults live on the fields only."""
+    """A frozen group of keys. Unknown keys are errors; defaults are given by the fields only."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -18,7 +18,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_value(cls, value: object, info: ValidationInfo) -> object:
-        """Take `none` for null where a key may be null; refuse booleans for numbers."""
+        """Read `none` as null where a key may be null; refuse booleans as numbers."""
         assert info.field_name is not None
         kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
         if NoneType in kinds and value in ("none", "None"):
@@ -30,12 +30,12 @@ class Section(BaseModel):
 
 
 def spell_off(value: object) -> object:
-    """Take an unquoted `off`, which YAML reads as false, for what was written."""
+    """Undo YAML's reading of an unquoted `off` as false."""
     return "off" if value is False else value
 
 
 def _kinds(annotation: Any) -> Iterator[object]:
-    """List the types, and those of the literal values, that an annotation is made of."""
+    """List the types in an annotation, those of literal values included."""
     inner = get_args(annotation)
     for part in inner:
         yield from _kinds(part)

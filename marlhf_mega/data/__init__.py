@@ -1,1 +1,1 @@
-"""Data: tokenizers, files, data sets, resumable streams, microbatches, built-in tasks."""
+"""Data: tokenizers, files, datasets, resumable streams, microbatches, the built-in task."""

@@ -1,6 +1,7 @@
-"""A resumable order of samples that does not depend on how many ranks read it."""
+"""Resumable orders of samples that do not depend on the number of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -11,37 +12,66 @@ from marlhf_mega.algorithm.counter_rng import fold, uniform
 from marlhf_mega.config.load import ConfigError
 
 _WEIGHTED = 3
-"""Keeps these draws apart from others of the same seed."""
+"""Separates these draws from others with the same seed."""
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """Consecutive samples that are visited equally often."""
+
+    num_samples: int
+    weight: float = 1.0
+    """Visits of each of them in one epoch."""
+
+    @property
+    def num_draws(self) -> int:
+        """Visits of all of them in one epoch."""
+        return max(1, round(self.num_samples * self.weight))
+
+
+def epoch_size(parts: Sequence[SourcePart]) -> int:
+    """Return the number of visits in one epoch."""
+    return sum(part.num_draws for part in parts)
 
 
 class SampleStream:
     """An endless sequence of global batches of sample indices.
 
-    Epoch `e` visits every sample once, in an order that is a function of (seed, e) alone; a batch
-    may cross the end of an epoch. Every rank makes the same calls and gets the same indices, then
-    takes its own slice, so the number of data parallel ranks may change between runs.
+    An epoch visits every part as often as its weight says: with a whole number every sample that
+    often, with a fraction the next samples of the part's own endless sequence of passes, so that
+    each is visited before any is again. All visits of epoch `e` are in one order that is a function
+    of (seed, e) only; a batch may cross the end of an epoch. Every rank makes the same calls, gets
+    the same indices and takes its own slice, so the number of data-parallel ranks may change when a
+    run resumes.
 
     Attributes:
         epoch: epoch of the next sample, from 0.
         offset: position of the next sample in that epoch.
-        num_consumed: samples handed out so far.
+        num_consumed: samples returned so far.
     """
 
     def __init__(
-        self, *, num_samples: int, batch_size: int, seed: int, shuffle: bool, data_hash: str
+        self,
+        parts: Sequence[SourcePart],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        data_hash: str,
     ) -> None:
         """Start at the first sample.
 
         Args:
-            num_samples: size of the data set, at least 1.
-            batch_size: global number of samples per batch; may exceed `num_samples`.
-            seed: fixes all orders.
+            parts: of the data, in the order of its indices, each with at least one sample.
+            batch_size: samples per batch, over all ranks; may exceed an epoch.
+            seed: determines all orders.
             shuffle: False visits the samples in file order.
             data_hash: sha256 of the data, compared when a state is loaded.
         """
-        assert num_samples > 0, "an empty data file is reported when it is read"
+        assert all(part.num_samples for part in parts), "an empty file is reported when it is read"
         assert batch_size > 0, "the config checks batch sizes"
-        self._num_samples = num_samples
+        self._parts = tuple(parts)
+        self._num_samples = epoch_size(parts)
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -60,9 +90,9 @@ class SampleStream:
         """Position of the next sample in its epoch."""
         return self.num_consumed % self._num_samples
 
-    def next_batch(self) -> Tensor:
-        """Return the next [batch_size] int64 global sample indices and move on."""
-        parts, missing = [], self._batch_size
+    def next_batch(self, size: int | None = None) -> Tensor:
+        """Return the indices of the next batch, [batch_size] or [size] int64, and advance."""
+        parts, missing = [], self._batch_size if size is None else size
         while missing > 0:
             part = self._epoch_order(self.epoch)[self.offset : self.offset + missing]
             parts.append(part)
@@ -71,7 +101,7 @@ class SampleStream:
         return torch.cat(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on with the next unseen sample."""
+        """Return what a checkpoint needs to resume with the next unseen sample."""
         return {
             "seed": self._seed,
             "shuffle": self._shuffle,
@@ -83,11 +113,11 @@ class SampleStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; the batch size may differ.
+        """Resume from `state`; the batch size may differ.
 
         Raises:
-            ConfigError: when the data or its order is not what it was.
-            RuntimeError: when the state contradicts itself.
+            ConfigError: the data or its order has changed.
+            RuntimeError: the state contradicts itself.
         """
         rules = {
             "data_hash": (self._data_hash, "the data file changed since the checkpoint"),
@@ -116,22 +146,39 @@ class SampleStream:
         return self._order
 
     def _make_order(self, epoch: int) -> Tensor:
-        if not self._shuffle:
-            return torch.arange(self._num_samples)
-        # SeedSequence mixes the two numbers: (0, 1) and (1, 0) give unrelated orders.
-        generator = numpy.random.Generator(
-            numpy.random.PCG64(numpy.random.SeedSequence((self._seed, epoch)))
-        )
-        return torch.from_numpy(generator.permutation(self._num_samples))
+        first, found = 0, []
+        for number, part in enumerate(self._parts):
+            found.append(first + self._visits(number, epoch))
+            first += part.num_samples
+        visits = torch.cat(found)
+        return visits[_permutation(len(visits), self._seed, epoch)] if self._shuffle else visits
+
+    def _visits(self, number: int, epoch: int) -> Tensor:
+        """Return which samples of a part an epoch visits, counted from the part's first."""
+        size, count = self._parts[number].num_samples, self._parts[number].num_draws
+        start, stop = epoch * count, (epoch + 1) * count
+        # The order inside of whole passes does not matter.
+        shuffles = self._shuffle and count % size != 0
+        passes = [
+            _permutation(size, self._seed, index, number + 1) if shuffles else torch.arange(size)
+            for index in range(start // size, -(-stop // size))
+        ]
+        return torch.cat(passes)[start % size :][:count]
+
+
+def _permutation(size: int, *seeds: int) -> Tensor:
+    # SeedSequence mixes the numbers: (0, 1) and (1, 0) give unrelated orders.
+    generator = numpy.random.Generator(numpy.random.PCG64(numpy.random.SeedSequence(seeds)))
+    return torch.from_numpy(generator.permutation(size))
 
 
 class WeightedStream:
     """An endless sequence of global batches, drawn with replacement by given probabilities.
 
-    Draw number k is a function of (seed, k) alone. Same interface as `SampleStream`.
+    Draw number k is a function of (seed, k) only. Same interface as `SampleStream`.
 
     Attributes:
-        num_consumed: samples handed out so far.
+        num_consumed: samples returned so far.
     """
 
     def __init__(
@@ -141,8 +188,8 @@ class WeightedStream:
 
         Args:
             probabilities: [num_samples], adding up to 1.
-            batch_size: global number of samples per batch.
-            seed: of the run.
+            batch_size: samples per batch, over all ranks.
+            seed: determines all draws.
             data_hash: sha256 of the data, compared when a state is loaded.
         """
         self._last = int(probabilities.nonzero().max())
@@ -153,7 +200,7 @@ class WeightedStream:
         self.num_consumed = 0
 
     def next_batch(self) -> Tensor:
-        """Return the next [batch_size] int64 global sample indices and move on."""
+        """Return the indices of the next batch, [batch_size] int64, and advance."""
         numbers = torch.arange(self.num_consumed, self.num_consumed + self._batch_size)
         draws = uniform(fold(self._seed, _WEIGHTED, numbers))
         self.num_consumed += self._batch_size
@@ -161,14 +208,14 @@ class WeightedStream:
         return torch.searchsorted(self._cumulated, draws, right=True).clamp(max=self._last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on with the next draw."""
+        """Return what a checkpoint needs to resume with the next draw."""
         return {**self._facts, "num_consumed": self.num_consumed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Resume from `state`.
 
         Raises:
-            ConfigError: when the data is not what it was.
+            ConfigError: the data has changed.
         """
         for name, current in self._facts.items():
             if state[name] != current:

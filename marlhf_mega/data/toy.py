@@ -2,13 +2,13 @@
 
 A prompt names a tone, a person, two or three things and a meeting place. A good note greets in
 that tone, mentions every thing in full and in the requested order, names the place, and closes in
-that tone, without repetition. All of it can be checked exactly, so the gold reward is known:
+that tone, without repetition. All of this can be checked exactly, so the gold reward is known:
 
     Write a warm note to Anna about the red lamp and the old book. Meet by the river.
     -> Hi Anna! I love the red lamp and the old book. Let us meet by the river. Lots of love!
 
 The SFT demonstrations are noisy on purpose: a model that imitates them earns about half of the
-reward, and reinforcement learning has clear room to improve it.
+reward, which leaves reinforcement learning room to improve.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ WEIGHTS = {"coverage": 0.4, "order": 0.1, "greeting": 0.2, "closing": 0.2, "clea
 """Weights of the parts of the gold reward; they sum to 1."""
 
 HELD_OUT_FRACTION = 0.1
-"""Share of all prompts kept for evaluation, chosen by a hash of the prompt."""
+"""Share of all prompts reserved for evaluation, chosen by a hash of the prompt."""
 
 
 def _alternatives(words: tuple[str, ...]) -> str:
@@ -91,7 +91,7 @@ _SENTENCE = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class NoteRequest:
     """What a prompt asks for."""
 
     tone: str
@@ -106,11 +106,11 @@ class Request:
         return f"Write a {self.tone} note to {self.name} about {things}. Meet {self.place}.\n"
 
     @classmethod
-    def parse(cls, prompt: str) -> "Request":
+    def parse(cls, prompt: str) -> "NoteRequest":
         """Read a prompt back.
 
         Raises:
-            ValueError: when the text is not a prompt of this task.
+            ValueError: the text is not a prompt of this task.
         """
         match = _PROMPT.fullmatch(prompt)
         if match is None:
@@ -126,7 +126,7 @@ class Request:
         )
 
 
-def reward_parts(request: Request, response: str) -> dict[str, float]:
+def reward_parts(request: NoteRequest, response: str) -> dict[str, float]:
     """Check a note against its request, part by part.
 
     Returns:
@@ -162,12 +162,12 @@ def _clean_share(response: str, wanted: tuple[str, ...]) -> float:
 
 
 def gold_reward(prompt: str, response: str, **_fields: object) -> float:
-    """Compute the exact reward of a note, in [0, 1]; usable as a rule reward by import path.
+    """Compute the exact reward of a note, in [0, 1]; usable as a code reward.
 
     Raises:
-        ValueError: when the prompt is not one of this task.
+        ValueError: the prompt is not one of this task.
     """
-    parts = reward_parts(Request.parse(prompt), response.strip())
+    parts = reward_parts(NoteRequest.parse(prompt), response.strip())
     return sum(WEIGHTS[name] * value for name, value in parts.items())
 
 
@@ -196,7 +196,7 @@ def generate_preferences(
     rows: list[dict[str, str]] = []
     while len(rows) < n:
         prompt = _request(rng, held_out).prompt()
-        notes = [_damaged_note(rng, Request.parse(prompt)) for _ in range(2)]
+        notes = [_damaged_note(rng, NoteRequest.parse(prompt)) for _ in range(2)]
         worse, better = sorted(notes, key=lambda note: gold_reward(prompt, note))
         if gold_reward(prompt, better) - gold_reward(prompt, worse) < 0.15:
             continue
@@ -211,9 +211,9 @@ def tokenizer_text(seed: int, n: int = 2000) -> list[str]:
     return [text for row in generate_sft(seed, n) for text in (row["prompt"], row["response"])]
 
 
-def _request(rng: random.Random, held_out: bool) -> Request:
+def _request(rng: random.Random, held_out: bool) -> NoteRequest:
     while True:
-        request = Request(
+        request = NoteRequest(
             tone=rng.choice(tuple(GREETINGS)),
             name=rng.choice(NAMES),
             things=tuple(rng.sample(THINGS, rng.choice((2, 3)))),
@@ -239,7 +239,7 @@ def _body(rng: random.Random, things: list[str]) -> list[str]:
     return sentences
 
 
-def _note(rng: random.Random, request: Request, *, noise: float) -> str:
+def _note(rng: random.Random, request: NoteRequest, *, noise: float) -> str:
     """Write a note whose every mistake has a probability proportional to `noise` (0: perfect)."""
 
     def mistake(probability: float) -> bool:
@@ -264,7 +264,7 @@ def _note(rng: random.Random, request: Request, *, noise: float) -> str:
     return " ".join([GREETINGS[greeting_tone].format(name=request.name), *body, *closing])
 
 
-def _damaged_note(rng: random.Random, request: Request) -> str:
+def _damaged_note(rng: random.Random, request: NoteRequest) -> str:
     """Write a note of random quality, sometimes with the word errors of a weak language model."""
     words = _note(rng, request, noise=1.5 * rng.random()).split(" ")
     if rng.random() < 0.25:

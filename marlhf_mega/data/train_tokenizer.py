@@ -1,4 +1,4 @@
-"""Train a SentencePiece model and package it so that Hugging Face loaders give the same ids.
+"""Trains a SentencePiece model and packages it so that Hugging Face loaders give the same ids.
 
 The package is a folder with `tokenizer.model` (SentencePiece), `tokenizer.json` (the same model
 for the `tokenizers` library) and `tokenizer_config.json` with
@@ -9,6 +9,7 @@ for the `tokenizers` library) and `tokenizer_config.json` with
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,18 +22,28 @@ _BLANK = "\u2581"
 _NORMAL, _UNKNOWN, _BYTE = 1, 2, 6
 _SMALLEST_VOCAB = 4 + 256
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template of Qwen and others."""
+_CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
+
 logger = logging.getLogger(__name__)
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
-    """Train a byte-fallback BPE model on `texts` and write it as a tokenizer folder.
+def train_tokenizer(
+    texts: Iterable[str], folder: Path, *, vocab_size: int, chat_template: str | None = None
+) -> None:
+    """Train a byte-fallback BPE model on `texts` and write a tokenizer folder.
 
-    Text is kept as it is: no Unicode normalisation, no added leading space, no merging of spaces,
-    so that `decode(encode(text)) == text`, and the ids of two texts can be concatenated. The
-    special tokens are <pad>=0, <s>=1, </s>=2, <unk>=3. The same texts give the same files.
+    Text stays unchanged: no Unicode normalisation, no added leading space, no merging of spaces, so
+    that `decode(encode(text)) == text` and the ids of two texts can be concatenated. The
+    special tokens are <pad>=0, <s>=1, </s>=2, <unk>=3, and then the control tokens of the chat
+    template, `<|name|>`. The same texts give the same files.
 
     Raises:
-        ValueError: when `vocab_size` does not suit the amount of text.
+        ValueError: `vocab_size` does not suit the amount of text.
     """
     if vocab_size <= _SMALLEST_VOCAB:
         raise ValueError(
@@ -59,6 +70,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> N
             bos_id=1,
             eos_id=2,
             unk_id=3,
+            control_symbols=_control_tokens(chat_template),
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
@@ -69,14 +81,18 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> N
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    package_sentencepiece(folder)
+    package_sentencepiece(folder, chat_template=chat_template)
 
 
-def package_sentencepiece(folder: Path) -> None:
+def _control_tokens(chat_template: str | None) -> list[str]:
+    return list(dict.fromkeys(_CONTROL_TOKEN.findall(chat_template or "")))
+
+
+def package_sentencepiece(folder: Path, *, chat_template: str | None = None) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` beside a BPE `tokenizer.model`.
 
     Raises:
-        ValueError: when the model is not BPE with byte fallback and the identity normaliser.
+        ValueError: the model is not BPE with byte fallback and the identity normaliser.
     """
     path = folder / "tokenizer.model"
     proto = sentencepiece_model_pb2.ModelProto()
@@ -92,6 +108,8 @@ def package_sentencepiece(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 30,
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     logger.info("wrote a tokenizer with %d pieces to %s", len(proto.pieces), folder)
 
@@ -113,7 +131,7 @@ def _require_supported(proto: "sentencepiece_model_pb2.ModelProto", path: Path) 
 
 
 def _special_names(trainer: "sentencepiece_model_pb2.TrainerSpec") -> dict[str, str]:
-    """Name the special tokens that the model has; an id below 0 means that it has none."""
+    """Return the names of the model's special tokens; an id below 0 means that it has none."""
     roles = ("pad", "bos", "eos", "unk")
     return {
         f"{role}_token": getattr(trainer, f"{role}_piece")

@@ -1,64 +1,90 @@
 """Rollout + four roles -> Experience: the second phase of a PPO step."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlhf_mega.algorithm.advantages import MacroAdvantages, macro_advantages
-from marlhf_mega.algorithm.losses import sampler_weights
-from marlhf_mega.algorithm.macro_actions import MacroActions
-from marlhf_mega.algorithm.masked import masked_moments, mean_and_variance, whiten
-from marlhf_mega.algorithm.rewards import (
-    RunningMoments,
-    kl_estimate,
-    last_token_positions,
-    token_rewards,
-)
+from marlhf_mega.algorithm.losses import sampler_mask, sampler_weights
+from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
+from marlhf_mega.algorithm.rewards import kl_estimate, last_token_positions, token_rewards
+from marlhf_mega.algorithm.shaping import without_praise
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience.forward import forward_rows
+from marlhf_mega.experience.continuations import Continuations
+from marlhf_mega.experience.estimation import estimate_advantages
+from marlhf_mega.experience.passes import Passes
+from marlhf_mega.experience.rewarding import References, Rewarder
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter
-from marlhf_mega.experience.types import Experience
+from marlhf_mega.experience.types import Details, Experience
+from marlhf_mega.experience.usable import without_non_finite, without_unknown
+from marlhf_mega.metrics.ppo import (
+    add_dense,
+    add_logprobs,
+    add_macro_actions,
+    add_masked,
+    add_rollout,
+    add_values,
+    add_violations,
+)
 from marlhf_mega.metrics.reduce import MetricSums
-from marlhf_mega.models.roles import LogprobStep, Roles, value_step
+from marlhf_mega.models.forward import (
+    Batches,
+    logprob_forward,
+    make_batches,
+    run_forward,
+    value_forward,
+)
+from marlhf_mega.models.lora import without_adapters
+from marlhf_mega.models.roles import Roles
 from marlhf_mega.parallel.collectives import sum_over_data
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rewards.combine import check_enough_valid, shape
-from marlhf_mega.rewards.rule import Scores
+from marlhf_mega.rewards.combine import check_enough_valid
+from marlhf_mega.rewards.scores import NO_SCORE, Scores
+from marlhf_mega.rollout.protocol import ResponseGenerator
 from marlhf_mega.rollout.types import Rollout
-
-MEANS = (
-    "rollout/score_mean",
-    "rollout/score_square",
-    "rollout/response_tokens",
-    "rollout/truncated_fraction",
-    "rollout/invalid_fraction",
-    "rollout/logprob_gap",
-    "policy/kl",
-    "policy/entropy",
-    "macro/actions_per_response",
-    "macro/tokens_per_action",
-    "macro/fallback_fraction",
-    "critic/return_mean",
-    "critic/return_square",
-    "critic/error_mean",
-    "critic/error_square",
-)
-MAXIMA = ("rollout/logprob_gap_max",)
 
 
 class ExperienceBuilder:
-    """Scores rollouts, finds macro actions and advantages; keeps the reward's running moments."""
+    """Scores rollouts, finds macro actions and advantages."""
 
     def __init__(
-        self, config: Config, roles: Roles, scorer: Scorer, segmenter: Segmenter, mesh: Mesh
+        self,
+        config: Config,
+        roles: Roles,
+        scorer: Scorer,
+        segmenter: Segmenter,
+        mesh: Mesh,
+        *,
+        generator: ResponseGenerator | None = None,
     ) -> None:
+        """Take what an experience is made with.
+
+        Args:
+            config: of the run.
+            roles: the models.
+            scorer: the reward.
+            segmenter: finds macro actions.
+            mesh: this rank's mesh.
+            generator: generates with the policy; `vine` needs it.
+        """
         self.config, self.roles, self.mesh = config, roles, mesh
-        self.scorer, self.segmenter = scorer, segmenter
-        self.moments = RunningMoments()
+        self.rewarder = Rewarder(config, scorer, mesh, offload=roles.offload)
+        self.segmenter = segmenter
+        self.continuations = None
+        if config.ppo.estimator == "vine":
+            assert generator is not None
+            self.continuations = Continuations(config, generator, self.rewarder, mesh)
+
+    def score(self, rollout: Rollout, rows: Sequence[Mapping[str, Any]]) -> Scores:
+        """Score responses before it is settled which are trained on. All ranks call it."""
+        limit = MicrobatchLimit.of_scoring(self.config.ppo)
+        batches = make_batches(rollout.prompts, rollout.responses, limit=limit, mesh=self.mesh)
+        with self.roles.offload.on_device("rewards"):
+            return self.rewarder.scorer.score(rollout.responses, batches, rows)
 
     def build(
         self,
@@ -68,7 +94,10 @@ class ExperienceBuilder:
         step: int,
         kl_coef: float,
         sums: MetricSums,
-    ) -> tuple[Experience, Tensor]:
+        scores: Scores | None = None,
+        greedy: Rollout | None = None,
+        references: References | None = None,
+    ) -> tuple[Experience, Details]:
         """Turn one rollout batch into experience. All ranks call it.
 
         Args:
@@ -77,173 +106,203 @@ class ExperienceBuilder:
             step: of the run.
             kl_coef: current weight of the KL penalty in the reward.
             sums: takes this step's metrics.
+            scores: of the responses, if `score` has found them.
+            greedy: responses to the same prompts whose scores are the baselines of `remax`.
+            references: responses to the same prompts that `reward.shaping` compares with.
 
         Returns:
-            The experience, and the raw scores [batch], NaN where there is none.
+            The experience and what it was made of.
 
         Raises:
             RuntimeError: too many responses have no score.
         """
-        scores, shaped = self._scores(rollout, rows)
-        old_logprobs, entropy = self._old_logprobs(rollout)
-        with self.roles.offload.present("reference"):
-            ref_logprobs = self._logprobs(self.roles.reference, rollout)[0]
-        with self.roles.offload.present("critic"):
-            values = self._forward(self.roles.critic.chunks, rollout, value_step, ())
-        mask = rollout.response_mask(self.mesh.device) & scores.valid[:, None]
-        actions, num_fallbacks = self.segmenter.segment(rollout, mask, ref_logprobs, step=step)
-        kl = kl_estimate(old_logprobs, ref_logprobs, self.config.ppo.kl_estimator) * mask
-        rewards = token_rewards(kl, shaped, last_token_positions(mask), kl_coef=kl_coef)
-        outcome = self._advantages(rewards, values, actions)
+        config, mesh = self.config, self.mesh
+        limit = MicrobatchLimit.of_scoring(config.ppo)
+        batches = make_batches(
+            rollout.prompts, rollout.responses, limit=limit, mesh=mesh, kept=rollout.kept
+        )
+        earned = self.rewarder.reward(
+            rollout, batches, rows, scores=scores, greedy=greedy, references=references
+        )
+        passes = self._passes(rollout, batches)
+        scores = without_non_finite(earned.scores, [rollout.logprobs, *passes.grids])
+        mask = rollout.response_mask(mesh.device) & scores.valid[:, None]
+        actions, num_fallbacks = self.segmenter.segment(rollout, mask, passes.evidence, step=step)
+        tried = None
+        if self.continuations is not None:
+            compared = earned.compared
+            tried = self.continuations.values(
+                rollout, rows, actions, compared=compared, step=step, sums=sums
+            )
+            scores, actions, tried = without_unknown(scores, actions, tried)
+            mask = actions.response_mask
+        self._check_enough(scores)
+        values = passes.values
+        estimate = estimate_advantages(
+            self._token_rewards(earned.shaped, passes, mask, kl_coef=kl_coef),
+            actions,
+            config,
+            mesh,
+            values=values if tried is None else tried,
+            baselines=earned.baselines,
+            sample_indices=rollout.sample_indices,
+        )
+        weights = self._importance_weights(passes.old_logprobs, rollout.logprobs, actions)
+        advantages = estimate.advantages * weights
+        if scores.holds is not None:
+            advantages = without_praise(advantages, scores.holds)
         experience = Experience(
             prompts=rollout.prompts,
             responses=rollout.responses,
             actions=actions,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
+            old_logprobs=passes.old_logprobs,
+            ref_logprobs=passes.ref_logprobs,
             old_values=values,
-            advantages=self._whitened(outcome, actions)
-            * self._weights(old_logprobs, rollout, actions),
-            returns=outcome.token_returns,
+            advantages=advantages,
+            returns=estimate.returns,
+            kept=rollout.kept,
         )
-        raw = torch.where(scores.valid, scores.scores, torch.nan)
-        if self.mesh.is_reporter:
-            _report(sums, rollout, experience, entropy=entropy, raw=raw, fallbacks=num_fallbacks)
-        return experience, raw
-
-    def _scores(self, rollout: Rollout, rows: Sequence[Mapping[str, Any]]) -> tuple[Scores, Tensor]:
-        """Return the raw scores and, [batch], what the last tokens are rewarded with."""
-        with self.roles.offload.present("rewards"):
-            scores = self.scorer.score(rollout, rows)
-        shaped, self.moments = shape(
-            scores,
-            torch.tensor(rollout.finished, device=self.mesh.device),
-            config=self.config.reward,
-            moments=self.moments,
-            sum_over_data=lambda vector: sum_over_data(vector, self.mesh),
+        details = Details(
+            scores=torch.where(scores.valid, scores.scores, NO_SCORE),
+            shaped=earned.shaped,
+            kl=passes.divergence(mask),
+            values=tried if values is None else self._pooled(values, actions),
         )
-        self._check_valid(scores.valid, scores.errors)
-        return scores, shaped
+        if mesh.reports_metrics:
+            lengths, finished = batches.response_lengths, rollout.finished
+            add_rollout(sums, scores=details.scores, response_lengths=lengths, finished=finished)
+            _add_experience(sums, rollout, experience, passes, num_fallbacks)
+            if scores.holds is not None:
+                add_violations(sums, holds=scores.holds, valid=scores.valid)
+            if config.ppo.sampler_mask is not None:
+                add_masked(sums, weights=weights, mask=actions.response_mask)
+        return experience, details
 
-    def _weights(
-        self, old_logprobs: Tensor, rollout: Rollout, actions: MacroActions
-    ) -> Tensor | float:
-        """Return what corrects for samples that another policy drew than the one that learns."""
-        cap = self.config.ppo.sampler_cap
-        if cap is None:
-            return 1.0
-        ratio = self.config.macro.ratio
-        return sampler_weights(old_logprobs, rollout.logprobs, actions, ratio=ratio, cap=cap)
+    def _passes(self, rollout: Rollout, batches: Batches) -> Passes:
+        """Ask all models but those whose scores are known."""
+        old_logprobs, full_logprobs, entropy = self._old_logprobs(rollout, batches)
+        ref_logprobs = self._ref_logprobs(batches)
+        return Passes(
+            old_logprobs=old_logprobs,
+            full_logprobs=full_logprobs,
+            entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            values=self._values(batches),
+            dense=self._dense(rollout, batches, ref_logprobs),
+        )
 
-    def _forward(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        rollout: Rollout,
-        run: Any,
-        leading: tuple[int, ...],
+    def _token_rewards(
+        self, shaped: Tensor, passes: Passes, mask: Tensor, *, kl_coef: float
     ) -> Tensor:
-        return forward_rows(
-            chunks,
-            rollout.prompts,
-            rollout.responses,
-            mesh=self.mesh,
-            limit=MicrobatchLimit.of_scoring(self.config.ppo),
-            run=run,
-            leading=leading,
-        )
+        """Return what each token earns, [batch, response]."""
+        # The penalty compares the two models, whatever the sampler's filters left of them.
+        full, reference = passes.full_logprobs, passes.ref_logprobs
+        kl = torch.zeros_like(full)
+        if reference is not None:
+            kl = kl_estimate(full, reference, self.config.ppo.kl_estimator) * mask
+        rewards = token_rewards(kl, shaped, last_token_positions(mask), kl_coef=kl_coef)
+        return rewards if passes.dense is None else rewards + passes.dense * mask
 
-    def _old_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
-        """Return log-probs of the policy at rollout, and entropies where the trainer finds them."""
-        if self.config.ppo.old_logprobs == "sampler":
-            return rollout.logprobs, None
-        logprobs, entropy = self._logprobs(self.roles.policy.chunks, rollout)
-        return logprobs, entropy
+    def _ref_logprobs(self, batches: Batches) -> Tensor | None:
+        """Return log-probs of the reference [batch, response], None without one."""
+        if self.roles.reference is None:
+            return None
+        reference = self.roles.reference
+        with self.roles.offload.on_device("reference"), without_adapters(reference):
+            return self._logprobs(reference, batches)[0]
 
-    def _logprobs(self, chunks: Sequence[torch.nn.Module], rollout: Rollout) -> Tensor:
-        """Return [2, batch, response]: log-probs at the sampling temperature, entropies."""
-        return self._forward(chunks, rollout, LogprobStep(self.config.rollout.temperature), (2,))
+    def _dense(
+        self, rollout: Rollout, batches: Batches, ref_logprobs: Tensor | None
+    ) -> Tensor | None:
+        """Return the sum of `reward.dense`, [batch, response], None without any."""
+        if not self.config.reward.dense:
+            return None
+        temperature = self.config.rollout.temperature
+        with self.roles.offload.on_device("rewards"):
+            return self.rewarder.scorer.dense(
+                rollout, batches, ref_logprobs=ref_logprobs, temperature=temperature
+            )
 
-    def _check_valid(self, valid: Tensor, errors: Sequence[str]) -> None:
-        counts = torch.tensor([float((~valid).sum()), float(len(valid))], device=self.mesh.device)
-        num_invalid, num_samples = sum_over_data(counts, self.mesh).tolist()
+    def _values(self, batches: Batches) -> Tensor | None:
+        """Return the critic's values [batch, response], None without a critic."""
+        if self.roles.critic is None:
+            return None
+        with self.roles.offload.on_device("critic"):
+            return run_forward(self.roles.critic.chunks, batches, value_forward)
+
+    def _check_enough(self, scores: Scores) -> None:
+        """End the run if too few samples are left."""
         check_enough_valid(
-            num_invalid=int(num_invalid),
-            num_samples=int(num_samples),
+            scores,
             max_invalid_fraction=self.config.reward.max_invalid_fraction,
-            errors=errors,
+            sum_over_data=partial(sum_over_data, mesh=self.mesh),
         )
 
-    def _advantages(
-        self, rewards: Tensor, values: Tensor, actions: MacroActions
-    ) -> MacroAdvantages:
-        macro, ppo = self.config.macro, self.config.ppo
-        pooled_like_values = macro.compat == "ma_rlhf" or macro.reward == "mean"
-        return macro_advantages(
-            rewards,
-            values,
-            actions,
-            value_rule=macro.value,
-            macro_reward="mean" if pooled_like_values else "sum",
-            gamma=ppo.gamma,
-            gae_lambda=ppo.gae_lambda,
-            discount=macro.discount,
-            lambda_unit=macro.lambda_unit,
+    def _old_logprobs(
+        self, rollout: Rollout, batches: Batches
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return log-probs of the policy at rollout, before filters too, and entropies.
+
+        The sampler's log-probs come without entropies.
+        """
+        if self.config.ppo.old_logprobs == "sampler":
+            return rollout.logprobs, rollout.unfiltered_logprobs, None
+        filtered = rollout.kept is not None
+        logprobs, entropy, *full = self._logprobs(
+            self.roles.policy.chunks, batches, filtered=filtered
         )
+        return logprobs, full[0] if full else logprobs, entropy
 
-    def _whitened(self, outcome: MacroAdvantages, actions: MacroActions) -> Tensor:
-        """Whiten over the global batch: by tokens, or by actions if the loss is a mean of those."""
-        ppo, advantages = self.config.ppo, outcome.advantages
-        if not ppo.whiten_advantages or self.config.macro.compat == "ma_rlhf":
-            return outcome.token_advantages
-        by_action = ppo.aggregation == "macro_mean"
-        weights = (actions.lengths > 0) if by_action else actions.lengths
-        moments = sum_over_data(masked_moments(advantages, weights), self.mesh)
-        mean, variance = mean_and_variance(moments)
-        return actions.spread(whiten(advantages, weights, mean=mean, variance=variance))
+    def _logprobs(
+        self, chunks: Sequence[torch.nn.Module], batches: Batches, *, filtered: bool = False
+    ) -> Tensor:
+        """Return [2 or 3, batch, response] at the sampling temperature, see `logprob_forward`."""
+        temperature = self.config.rollout.temperature
+        forward = partial(logprob_forward, temperature=temperature, filtered=filtered)
+        return run_forward(chunks, batches, forward, leading=(3 if filtered else 2,))
+
+    def _importance_weights(
+        self, old_logprobs: Tensor, sampled_logprobs: Tensor, actions: MacroActions
+    ) -> Tensor:
+        """Return what `ppo.tis_cap` and `ppo.sampler_mask` scale advantages by, or ones."""
+        ppo, weights = self.config.ppo, torch.ones_like(old_logprobs)
+        logprobs = old_logprobs, sampled_logprobs
+        if ppo.tis_cap is not None:
+            ratio = self.config.macro.ratio
+            weights = sampler_weights(*logprobs, actions, ratio=ratio, cap=ppo.tis_cap)
+        if ppo.sampler_mask is not None:
+            unit, bounds = ppo.sampler_mask, ppo.sampler_bounds
+            weights = weights * sampler_mask(*logprobs, actions, unit=unit, bounds=bounds)
+        return weights
+
+    def _pooled(self, values: Tensor, actions: MacroActions) -> Tensor:
+        """Pool the critic's values over macro actions as the configuration says."""
+        weights = value_weights(actions, self.config.macro.value, dtype=values.dtype)
+        return actions.pool(values * weights)
 
 
-def _report(
+def _add_experience(
     sums: MetricSums,
     rollout: Rollout,
     experience: Experience,
-    *,
-    entropy: Tensor | None,
-    raw: Tensor,
-    fallbacks: int,
+    passes: Passes,
+    num_fallbacks: int,
 ) -> None:
-    """Add one replica's numbers; called on one rank of each."""
-    mask = experience.actions.response_mask
-    scored = raw[~raw.isnan()].double()
-    kl = ((experience.old_logprobs - experience.ref_logprobs) * mask).sum(1)
-    sums.add_means(
-        {"rollout/score_mean": scored.sum(), "rollout/score_square": scored.square().sum()},
-        count=len(scored),
+    """Add one replica's experience to the metrics; called on one rank of each replica."""
+    actions = experience.actions
+    mask = actions.response_mask
+    add_logprobs(
+        sums,
+        logprobs=passes.old_logprobs,
+        sampled_logprobs=rollout.logprobs,
+        full_logprobs=passes.full_logprobs,
+        ref_logprobs=passes.ref_logprobs,
+        entropy=passes.entropy,
+        mask=mask,
     )
-    lengths = torch.tensor([float(len(r)) for r in rollout.responses])
-    sums.add_mean("rollout/response_tokens", lengths)
-    sums.add_mean("rollout/truncated_fraction", ~torch.tensor(rollout.finished))
-    sums.add_mean("rollout/invalid_fraction", raw.isnan())
-    tokens = mask.sum()
-    if entropy is not None:
-        gap = ((experience.old_logprobs - rollout.logprobs) * mask).abs()
-        sums.add_means(
-            {"rollout/logprob_gap": gap.sum(), "policy/entropy": (entropy * mask).sum()},
-            count=tokens,
-        )
-        sums.add_extreme("rollout/logprob_gap_max", gap.max())
-    sums.add_means({"policy/kl": kl.sum()}, count=mask.any(1).sum())
-    num_actions = (experience.actions.lengths > 0).sum()
-    sums.add_means({"macro/actions_per_response": num_actions}, count=mask.any(1).sum())
-    sums.add_means({"macro/tokens_per_action": tokens}, count=num_actions)
-    sums.add_means({"macro/fallback_fraction": float(fallbacks)}, count=len(rollout.responses))
-    error = (experience.returns - experience.old_values) * mask
-    returns = experience.returns.double() * mask
-    sums.add_means(
-        {
-            "critic/return_mean": returns.sum(),
-            "critic/return_square": returns.square().sum(),
-            "critic/error_mean": error.double().sum(),
-            "critic/error_square": error.double().square().sum(),
-        },
-        count=tokens,
-    )
+    add_macro_actions(sums, lengths=actions.lengths, mask=mask, num_fallbacks=num_fallbacks)
+    values, returns = experience.old_values, experience.returns
+    if values is not None and returns is not None:
+        add_values(sums, values=values, returns=returns, mask=mask)
+    if passes.dense is not None:
+        add_dense(sums, rewards=passes.dense, mask=mask)

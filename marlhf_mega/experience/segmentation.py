@@ -1,7 +1,6 @@
 """Choose the macro actions of a rollout: the termination rule of the config, on this batch."""
 
-import importlib
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,10 +14,24 @@ from marlhf_mega.config.schema import MacroConfig
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.parallel.collectives import share_in_replica
 from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import Rollout
+from marlhf_mega.user_code import load_function
 
 MACRO_STREAM = 1
 """Keeps the draws of random n-grams apart from those of sampling, which has no such key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvidence:
+    """What the models say about each token of a rollout, for the rules that read it."""
+
+    old_logprobs: Tensor
+    """[batch, response] of the policy at rollout."""
+    ref_logprobs: Tensor | None
+    """[batch, response] of the reference; None without one."""
+    entropy: Tensor | None
+    """[batch, response] of the policy at rollout; None where the sampler's log-probs are taken."""
 
 
 class Segmenter:
@@ -29,14 +42,14 @@ class Segmenter:
         self.parser = load_parser(config.parser) if config.rule == "parsing" else None
 
     def segment(
-        self, rollout: Rollout, response_mask: Tensor, ref_logprobs: Tensor, *, step: int
+        self, rollout: Rollout, response_mask: Tensor, evidence: TokenEvidence, *, step: int
     ) -> tuple[MacroActions, int]:
         """Cut every response of this replica.
 
         Args:
             rollout: the responses.
             response_mask: [batch, response] bool.
-            ref_logprobs: [batch, response], which the perplexity rules read.
+            evidence: what some rules read.
             step: of the run.
 
         Returns:
@@ -44,9 +57,7 @@ class Segmenter:
             be parsed.
         """
         ends_with_eos = torch.tensor(rollout.finished, device=response_mask.device)
-        starts, num_fallbacks = self._starts(
-            rollout, response_mask, ref_logprobs, ends_with_eos, step
-        )
+        starts, num_fallbacks = self._starts(rollout, response_mask, evidence, ends_with_eos, step)
         starts = termination.post_process(
             starts,
             response_mask,
@@ -58,11 +69,34 @@ class Segmenter:
         actions = MacroActions.from_starts(starts, response_mask, compat=self.config.compat)
         return actions, num_fallbacks
 
+    def segment_given(
+        self, responses: list[list[int]], indices: list[int], evidence: TokenEvidence
+    ) -> tuple[MacroActions, int]:
+        """Cut given responses as ppo would those of its first step.
+
+        Args:
+            responses: token ids of every response of this replica.
+            indices: the number of each, which decides its draws.
+            evidence: as of `segment`.
+
+        Returns:
+            As `segment`.
+        """
+        stop = StopRule.of(self.tokenizer)
+        rollout = Rollout(
+            prompts=[],
+            responses=responses,
+            finished=[stop.is_met(response) for response in responses],
+            sample_indices=indices,
+            logprobs=evidence.old_logprobs,
+        )
+        return self.segment(rollout, rollout.response_mask(self.mesh.device), evidence, step=0)
+
     def _starts(
         self,
         rollout: Rollout,
         mask: Tensor,
-        ref_logprobs: Tensor,
+        evidence: TokenEvidence,
         ends_with_eos: Tensor,
         step: int,
     ) -> tuple[Tensor, int]:
@@ -85,7 +119,15 @@ class Segmenter:
                 return starts, 0
             case "perplexity":
                 form, compat = config.perplexity, config.compat
+                ref_logprobs = evidence.ref_logprobs
+                assert ref_logprobs is not None
                 return termination.perplexity(mask, ref_logprobs, form=form, compat=compat), 0
+            case "probability":
+                below = config.probability
+                return termination.probability(mask, evidence.old_logprobs, below=below), 0
+            case "entropy":
+                assert evidence.entropy is not None
+                return termination.entropy(mask, evidence.entropy, share=config.entropy_share), 0
             case "sentence":
                 ends = torch.zeros_like(mask)
                 flags = self.tokenizer.ends_sentence.to(mask.device)
@@ -119,7 +161,7 @@ class Segmenter:
 
 
 def load_parser(name: str) -> Parser:
-    """Return a parser by the config's name: `rules`, `python`, or `module:factory`.
+    """Return a parser: `rules`, `python`, or what `module:factory` or `file.py:factory` makes.
 
     Raises:
         ValueError: it cannot be imported.
@@ -131,11 +173,11 @@ def load_parser(name: str) -> Parser:
             from marlhf_mega.algorithm.code_parser import TreeSitterParser
 
             return TreeSitterParser()
-        module, _, factory = name.partition(":")
-        make: Callable[[], Parser] = getattr(importlib.import_module(module), factory)
-        return make()
-    except (ImportError, AttributeError, ValueError) as error:
+        parser: Parser = load_function(name)()
+    except Exception as error:  # noqa: BLE001 the user's code may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"macro.parser={name}: must be `rules`, `python` (needs the extra `code`) or an "
-            f"importable module:factory; {error}. Change it."
+            f"importable module:factory or file.py:factory; {reason}. Change it."
         ) from None
+    return parser

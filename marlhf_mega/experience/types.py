@@ -19,11 +19,30 @@ class Experience:
     """ids [batch, response]; -1 throughout a sample without a score, which takes no part."""
     old_logprobs: Tensor
     """[batch, response] of the policy at rollout, by the trainer or the sampler."""
-    ref_logprobs: Tensor
-    """[batch, response] of the reference."""
-    old_values: Tensor
-    """[batch, response] of the critic at rollout."""
+    ref_logprobs: Tensor | None
+    """[batch, response] of the reference; None without one."""
+    old_values: Tensor | None
+    """[batch, response] of the critic at rollout; None without a critic."""
     advantages: Tensor
-    """[batch, response] of the token's macro action; whitened and weighted if asked for."""
-    returns: Tensor
-    """[batch, response] of the token's macro action."""
+    """[batch, response]; whitened and weighted if asked for."""
+    returns: Tensor | None
+    """[batch, response] targets of the critic; None without one."""
+    kept: Tensor | None = None
+    """[batch, response, width] on the CPU: what the sampler's filters kept, see `Rollout`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What an experience was made of: nothing that the update needs, but what people look at."""
+
+    scores: Tensor
+    """[batch] raw, NaN where there is none."""
+    shaped: Tensor
+    """[batch] reward of the last token: the score after normalising, clipping and the penalty for
+    a missing end; without the KL penalty. 0 where there is no score."""
+    kl: Tensor | None
+    """[batch, response] log of policy over reference, as `policy/kl` sums it; 0 on padding. None
+    without a reference."""
+    values: Tensor | None
+    """[batch, macro] the critic's values, pooled over the macro actions, or those of `vine`; None
+    with neither."""

@@ -1,1 +1,1 @@
-"""Metrics of a run: reduction over ranks, files, terminal, timing, and the report."""
+"""Metrics of a run: reduction over ranks, timing, rates, files, terminal."""

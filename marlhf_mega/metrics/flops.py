@@ -1,8 +1,8 @@
-"""Floating-point operations of a model by its shape, and what share of the peak they reach.
+"""Floating-point operations of a model, from its shape, and their share of a device's peak.
 
-A product of [m, k] and [k, n] is 2 m k n operations. Norms, activations, softmax and rotations
-are left out, and so is recomputation: model FLOPs, as in PaLM (arXiv 2204.02311), appendix B,
-but with attention counted for the causal half only and by the sequences' actual lengths.
+The product of [m, k] and [k, n] takes 2 m k n operations. Norms, activations, softmax, rotary
+embeddings and recomputation do not count: these are model FLOPs as in PaLM (arXiv 2204.02311),
+appendix B, but attention counts only the causal half, at the sequences' actual lengths.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
 }
-"""Dense bfloat16 operations per second by a part of the device's name (vendor data sheets)."""
+"""Part of a device's name -> dense bfloat16 operations per second (vendor data sheets)."""
 
 
 def forward_flops(
@@ -34,7 +34,7 @@ def forward_flops(
 ) -> float:
     """Return the operations of one forward pass over unpadded sequences.
 
-    Generation with a KV cache does the same work, one position at a time.
+    Generation with a KV cache takes the same operations, one position at a time.
 
     Args:
         model: the architecture.
@@ -47,22 +47,18 @@ def forward_flops(
     return float(body + scores + 2 * model.hidden_size * output_size * output_tokens)
 
 
-def training_flops(forward: float) -> float:
-    """Return the operations of forward and backward, which has two products for each one."""
-    return 3 * forward
+def training_flops(model: ModelConfig, forward: float) -> float:
+    """Return the operations of forward and backward: backward has two products for each one.
+
+    A weight that adapters leave frozen has one, for its input; the adapters' own do not count.
+    """
+    return (2 if model.lora.is_on else 3) * forward
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return a GPU's dense bfloat16 peak per second; none if the device is not known."""
+    """Return a GPU's dense bfloat16 peak per second, None for an unknown device."""
     known = [name for name in PEAK_FLOPS if name in device_name]
     return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
-def mfu(flops: float, *, seconds: float, num_devices: int, peak: float | None) -> float | None:
-    """Return the share of the devices' peak that was used; none where the peak is not known."""
-    if peak is None or seconds <= 0:
-        return None
-    return flops / (seconds * num_devices * peak)
 
 
 def _layer_flops_per_token(model: ModelConfig) -> int:

@@ -2,17 +2,18 @@
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from marlhf_mega import durable
 
 
 class JsonLines:
     """A `.jsonl` file of objects with a `step`, complete after every write."""
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        """Open for appending; what an earlier attempt wrote from `first_step` on is dropped."""
+        """Open for appending; drop what an earlier attempt wrote from `first_step` on."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_before(path, first_step)
@@ -23,13 +24,27 @@ class JsonLines:
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
+    def add(self, step: int, more: Mapping[str, float]) -> None:
+        """Add numbers to those of a step that is written."""
+        self.close()
+        records = list(read_lines(self.path))
+        for record in records:
+            if record["step"] == step:
+                record |= {name: record.get(name, 0.0) + value for name, value in more.items()}
+        _rewrite(self.path, records)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file; a last line cut off by a kill is left out, no file is empty."""
+    """Yield the objects of a file, if it exists. A last line cut short by a kill is skipped.
+
+    Raises:
+        ValueError: a line is not JSON, or not an object with an integer `step`.
+    """
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -54,12 +69,11 @@ def _keep_before(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_lines(path) if record["step"] < first_step]
-    rewritten = path.with_suffix(".partial")
-    with rewritten.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    rewritten.replace(path)
+    _rewrite(path, kept)
+
+
+def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    durable.replace(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _finite(value: Any) -> Any:

@@ -21,18 +21,20 @@ class MetricSums:
         self,
         *,
         mean: Sequence[str] = (),
+        moments: Sequence[str] = (),
         total: Sequence[str] = (),
         maximum: Sequence[str] = (),
-        minimum: Sequence[str] = (),
     ) -> None:
-        """Declare names: `mean` is sum / count, the others combine the values themselves."""
-        self._sums: dict[str, Tensor] = {name: _scalar(0.0) for name in sorted([*mean, *total])}
-        self._counts: dict[str, Tensor] = {name: _scalar(0.0) for name in sorted(mean)}
-        # Minima travel as negated maxima, in the same collective.
-        highest = dict.fromkeys(maximum, 1.0) | dict.fromkeys(minimum, -1.0)
-        self._signs = dict(sorted(highest.items()))
-        self._maxima = {name: _scalar(-torch.inf) for name in self._signs}
-        declared = [*mean, *total, *maximum, *minimum]
+        """Declare names: `mean` is sum / count, the others combine the values themselves.
+
+        `moments` become `NAME_mean` and `NAME_variance`.
+        """
+        self._moments = tuple(moments)
+        means = [*mean, *(f"{m}_{what}" for m in moments for what in ("mean", "square"))]
+        self._sums: dict[str, Tensor] = {name: _scalar(0.0) for name in sorted([*means, *total])}
+        self._counts: dict[str, Tensor] = {name: _scalar(0.0) for name in sorted(means)}
+        self._maxima = {name: _scalar(-torch.inf) for name in sorted(maximum)}
+        declared = [*means, *total, *maximum]
         assert len(declared) == len(set(declared)), f"declared twice: {sorted(declared)}"
 
     def add_means(self, sums: Mapping[str, Tensor | float], *, count: Tensor | float) -> None:
@@ -45,14 +47,30 @@ class MetricSums:
         """Add every element of `value`, of any shape, to a mean."""
         self.add_means({name: value.detach().double().sum()}, count=value.numel())
 
+    def add_moments(
+        self, name: str, values: Tensor, *, count: Tensor | float | None = None
+    ) -> None:
+        """Add values to a mean and a variance.
+
+        Args:
+            name: of the moments.
+            values: any shape; zeros where only some count.
+            count: how many count; None means all.
+        """
+        wide = values.detach().double()
+        self.add_means(
+            {f"{name}_mean": wide.sum(), f"{name}_square": wide.square().sum()},
+            count=values.numel() if count is None else count,
+        )
+
     def add_total(self, name: str, value: Tensor | float) -> None:
         """Add a value to a sum."""
         assert name not in self._counts, f"{name} is a mean"
         self._sums[name] = self._sums[name] + _scalar(value)
 
-    def add_extreme(self, name: str, value: Tensor | float) -> None:
-        """Offer a value to a maximum or minimum."""
-        offered = self._signs[name] * _scalar(value)
+    def add_maximum(self, name: str, value: Tensor | float) -> None:
+        """Offer a value to a maximum."""
+        offered = _scalar(value)
         self._maxima[name] = torch.maximum(self._maxima[name].to(offered.device), offered)
 
     def pack(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -70,9 +88,12 @@ class MetricSums:
             for name, value in sums.items()
             if counts.get(name, 1.0)
         }
-        for (name, sign), value in zip(self._signs.items(), highest, strict=True):
+        for name in self._moments:
+            if (square := values.pop(f"{name}_square", None)) is not None:
+                values[f"{name}_variance"] = max(square - values[f"{name}_mean"] ** 2, 0.0)
+        for name, value in zip(self._maxima, highest, strict=True):
             if value != -torch.inf:
-                values[name] = sign * value
+                values[name] = value
         return dict(sorted(values.items()))
 
 

@@ -4,11 +4,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+PHASES = ("rollout", "experience", "update")
+"""The phases of a step, in order. They do not overlap; with the rest they make up `step`."""
+BETWEEN_STEPS = ("evaluate", "checkpoint", "export")
+"""Phases outside of the steps."""
+
 
 class PhaseTimers:
     """Adds up the seconds of each named phase until they are read.
 
-    Phases may nest; a phase entered twice is added up.
+    Phases may nest. A phase entered again adds to its seconds.
     """
 
     def __init__(
@@ -16,11 +21,11 @@ class PhaseTimers:
         synchronize: Callable[[], None] = lambda: None,
         observe: Callable[[str | None], None] = lambda phase: None,
     ) -> None:
-        """Take what is called at every boundary.
+        """Take what to call at every boundary.
 
         Args:
-            synchronize: the platform's: a GPU's work is done when its clock is read.
-            observe: gets the innermost phase that is open from here on; none: none is.
+            synchronize: the platform's, so that a GPU has done its work when the clock is read.
+            observe: gets the innermost open phase from here on, None if none is open.
         """
         self._synchronize = synchronize
         self._observe = observe
@@ -47,7 +52,7 @@ class PhaseTimers:
         return self._seconds.get(phase, 0.0)
 
     def drain(self) -> dict[str, float]:
-        """Return `time/<phase>_seconds` of every phase and start again from zero."""
+        """Return `time/PHASE_seconds` of every phase and reset all to zero."""
         drained = {f"time/{phase}_seconds": value for phase, value in self._seconds.items()}
         self._seconds = {}
         return drained

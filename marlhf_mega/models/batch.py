@@ -7,6 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from marlhf_mega.config.limits import round_up
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
@@ -18,17 +20,20 @@ class SequenceBatch:
     lengths: tuple[int, ...] | None
     """Packed: tokens of each sequence, its own padding included. None: each has its row."""
     prompt_lengths: Tensor
-    """[batch] int64, at least 1."""
+    """[batch] int64; 0 where a prompt takes the place of the response."""
     response_lengths: Tensor
-    """[batch] int64, the end token included; 0 for one that only fills up a batch."""
-    rows: Tensor
+    """[batch] int64, the end token included; 0 for a filler."""
+    grid_rows: Tensor
     """[real] int64: the sequence of every real response token, one after the other."""
-    columns: Tensor
+    grid_columns: Tensor
     """[real] int64: its column."""
-    lines: Tensor
+    token_rows: Tensor
     """[real] int64: its row in `tokens`."""
-    positions: Tensor
+    token_columns: Tensor
     """[real] int64: where in that row it stands."""
+    kept: Tensor | None
+    """[real, width] on the CPU: which tokens the sampler's filters kept where each real response
+    token was drawn, rows of `read_mask`; None where nothing was filtered."""
     num_columns: int
     """Width of `[batch, response]` tensors: the longest response, at least 1."""
 
@@ -37,50 +42,50 @@ class SequenceBatch:
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         *,
-        pad_id: int,
         multiple: int,
         device: torch.device,
         packed: bool = False,
         context_multiple: int = 1,
+        kept: Tensor | None = None,
     ) -> "SequenceBatch":
         """Pad sequences to the longest, or put them all in one row.
 
-        Lengths are rounded up so that ranks can share them evenly.
+        Lengths are rounded up so that ranks can share them evenly. Padding is id 0, never read.
 
         Args:
             prompts: token ids of each sequence.
             responses: token ids of each sequence.
-            pad_id: fills up; any id of the vocabulary, since nothing reads it.
             multiple: a row's length is a multiple of this.
             device: where the tensors go.
             packed: put the sequences one after the other in one row.
             context_multiple: packed: every sequence's length is a multiple of this.
+            kept: [batch, response, width] on the CPU, see `SequenceBatch.kept`.
         """
-        texts = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
         if packed:
-            texts = [text + [pad_id] * (-len(text) % context_multiple) for text in texts]
-        sizes = tuple(map(len, texts))
+            sequences = [s + [0] * (-len(s) % context_multiple) for s in sequences]
+        sizes = tuple(map(len, sequences))
         prompt_lengths = torch.tensor([len(p) for p in prompts])
         lengths = torch.tensor([len(r) for r in responses])
         num_columns = max(1, int(lengths.max()))
         rows, columns = (torch.arange(num_columns) < lengths[:, None]).nonzero(as_tuple=True)
-        lines, starts = rows, prompt_lengths
+        token_rows, starts = rows, prompt_lengths
         if packed:
-            lines = torch.zeros_like(rows)
+            token_rows = torch.zeros_like(rows)
             starts = starts + torch.tensor([0, *accumulate(sizes[:-1])])
-            texts = [[token for text in texts for token in text]]
-        longest = max(map(len, texts))
-        width = -(-longest // multiple) * multiple
-        tokens = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
+            sequences = [[token for sequence in sequences for token in sequence]]
+        width = round_up(max(map(len, sequences)), multiple)
+        tokens = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
         return SequenceBatch(
             tokens=tokens.to(device),
             lengths=sizes if packed else None,
             prompt_lengths=prompt_lengths.to(device),
             response_lengths=lengths.to(device),
-            rows=rows.to(device),
-            columns=columns.to(device),
-            lines=lines.to(device),
-            positions=(starts[rows] + columns).to(device),
+            grid_rows=rows.to(device),
+            grid_columns=columns.to(device),
+            token_rows=token_rows.to(device),
+            token_columns=(starts[rows] + columns).to(device),
+            kept=None if kept is None else kept[rows, columns],
             num_columns=num_columns,
         )
 
@@ -91,16 +96,27 @@ class SequenceBatch:
         return grid < self.response_lengths[:, None]
 
     @property
+    def is_filler(self) -> Tensor:
+        """Bool [batch], True on sequences without a response, which only make up a number."""
+        return self.response_lengths == 0
+
+    @property
     def response_tokens(self) -> Tensor:
         """[real] int64: the ids of the real response tokens."""
-        return self.tokens[self.lines, self.positions]
+        return self.tokens[self.token_rows, self.token_columns]
+
+    def at_last(self, grid: Tensor) -> Tensor:
+        """Return [..., batch]: what [..., batch, response] holds at each last response token."""
+        last = (self.response_lengths - 1).expand(grid.shape[:-1])
+        return grid.gather(-1, last[..., None])[..., 0]
 
     def to_grid(self, values: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
-        """Lay values out as [batch, response], zero elsewhere; differentiable.
+        """Lay values out as [batch, response, ...], zero elsewhere; differentiable.
 
         Args:
-            values: [chosen], one for each.
+            values: [chosen, ...], one for each.
             chosen: which of the real response tokens; default: all.
         """
-        grid = values.new_zeros(len(self.prompt_lengths), self.num_columns)
-        return grid.index_put((self.rows[chosen], self.columns[chosen]), values)
+        size = (len(self.prompt_lengths), self.num_columns)
+        grid = values.new_zeros(*size, *values.shape[1:])
+        return grid.index_put((self.grid_rows[chosen], self.grid_columns[chosen]), values)

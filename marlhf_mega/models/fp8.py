@@ -1,4 +1,4 @@
-"""FP8 at work: weights that live in it, and switching it off in a model that is built."""
+"""FP8 weights, and switching FP8 off in a model that is already built."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def exact_value(parameter: Tensor) -> Tensor:
-    """Return the tensor to write first weights into.
+    """Return the tensor to write initial weights into.
 
-    Transformer Engine keeps the exact first values of a parameter in FP8 beside it until the
-    optimizer makes its masters of them; any other parameter is its own.
+    Transformer Engine keeps the high-precision initial value of an FP8 parameter beside it until
+    the optimizer copies it to its master weights; any other parameter is returned as it is.
     """
     exact = getattr(parameter, "get_high_precision_init_val", lambda: None)()
     return parameter if exact is None else exact
@@ -20,7 +20,7 @@ def exact_value(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_weights(chunks: Sequence[nn.Module]) -> None:
-    """Bring weights in FP8 up to date after their exact values were written."""
+    """Quantise FP8 weights after their exact values were written."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             exact = exact_value(parameter)
@@ -29,15 +29,15 @@ def round_weights(chunks: Sequence[nn.Module]) -> None:
 
 
 def switch_off(chunks: Sequence[nn.Module]) -> None:
-    """Compute in the parameters' own dtype from now on; nothing to do without FP8."""
-    for config in _configs(chunks):
+    """Compute in the parameters' own dtype from now on; does nothing without FP8."""
+    for config in configs_of(chunks):
         config.fp8 = None
 
 
 @contextmanager
 def without_fp8(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Compute in the parameters' own dtype for a while, backward passes included."""
-    before = [(config, config.fp8) for config in _configs(chunks)]
+    """Compute in the parameters' own dtype inside a `with` block, backward passes included."""
+    before = [(config, config.fp8) for config in configs_of(chunks)]
     switch_off(chunks)
     try:
         yield
@@ -46,8 +46,8 @@ def without_fp8(chunks: Sequence[nn.Module]) -> Iterator[None]:
             config.fp8 = number_format
 
 
-def _configs(chunks: Sequence[nn.Module]) -> list[TransformerConfig]:
-    """Return the transformer configs of all modules, each once; Megatron reads them in passing."""
+def configs_of(chunks: Sequence[nn.Module]) -> list[TransformerConfig]:
+    """Return the transformer configs of all modules, each once; every forward pass reads them."""
     found = {
         id(config): config
         for chunk in chunks

@@ -1,12 +1,12 @@
 """One stage chunk of a decoder-only transformer, with a language or a scalar head on the last.
 
 Built from Megatron-Core's embedding, transformer block and vocabulary-parallel layers rather than
-from its GPTModel: the head works on the hidden states of response tokens only, never makes the
-whole logits, and may be a scalar (critic, reward model) at any pipeline layout.
+from its GPTModel: the head works on the hidden states of response tokens only, never materialises
+all logits, and may be a scalar head (critic, reward model) at any pipeline layout.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -18,49 +18,52 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from marlhf_mega.config.limits import padded_vocab_size
-from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.last_layer_pruning import LastLayerPruning, can_prune
+from marlhf_mega.models.lora import adapter_state_dict, attach, freeze_others
 from marlhf_mega.models.packing import Packing
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
 from marlhf_mega.models.spec import block_spec, transformer_config
-from marlhf_mega.models.tail import Tail, can_cut
 from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
-Head = Literal["language", "scalar"]
-
 
 @dataclass(frozen=True)
 class _OwnTokens:
-    """The tokens of a batch that this rank runs on: all, or its share."""
+    """The tokens of a batch that this rank computes on; all without context parallelism."""
 
     tokens: Tensor
-    """[batch, seq] int64, or [batch, seq/cp]."""
+    """[batch, seq/cp] int64."""
     positions: Tensor
-    """[seq] int64: their places in their sequences."""
+    """[seq/cp] int64: their positions in their sequences."""
     packing: Packing
-    """Where the sequences of a row end, and who shares them."""
+    """Where the sequences of a row end, and which tokens these are."""
 
     @property
     def share(self) -> ContextShare | None:
-        """Which tokens these are, if not all."""
+        """Which tokens of the row these are; None means all."""
         return self.packing.share
 
     def find(self, batch: SequenceBatch, shift: int) -> tuple[Tensor, Tensor | slice]:
-        """Look up the states around real response tokens.
+        """Locate the hidden states that belong to real response tokens.
+
+        Args:
+            batch: the whole batch.
+            shift: 0 for the state at a response token, -1 for the state before it.
 
         Returns:
-            [chosen] int64, their rows in [seq * batch] states of these tokens; of which real
-            tokens they are.
+            [chosen] int64, indices into the [seq/cp * batch] states of this rank; which of the
+            batch's real response tokens these are.
         """
-        places, lines = batch.positions + shift, batch.lines
+        columns, rows = batch.token_columns + shift, batch.token_rows
         chosen: Tensor | slice = slice(None)
         if self.share is not None:
-            chosen, places = self.share.find(places)
-            lines = lines[chosen]
-        return places * len(self.tokens) + lines, chosen
+            chosen, columns = self.share.find(columns)
+            rows = rows[chosen]
+        return columns * len(self.tokens) + rows, chosen
 
 
 class StageModel(LanguageModule):
@@ -77,25 +80,30 @@ class StageModel(LanguageModule):
         head: Head,
         chunk: int,
         memory: MemoryConfig,
+        length_head: bool = False,
     ) -> None:
         """Allocate parameters without filling them; `marlhf_mega.checkpoint.weights` does that.
 
         Args:
             model: the architecture, with its vocabulary size.
             precision: number formats.
-            mesh: where this rank stands.
+            mesh: this rank's mesh.
             head: `language` for policy and reference, `scalar` for critic and reward.
             chunk: which of this rank's virtual pipeline stages.
-            memory: what is computed again in the backward pass.
+            memory: what is recomputed in the backward pass.
+            length_head: a scalar head has a second one beside it, see `ScalarHead`.
         """
         assert model.vocab_size is not None
         config = transformer_config(model, precision, mesh, memory)
         super().__init__(config, mesh.groups)
         self.model, self.head = model, head
-        # FP8 products need aligned rows on every rank that shares a sequence.
-        self.row_multiple = precision.fp8_alignment
+        self.has_adapters = False
+        self.base_digest: str | None = None
+        """Hash of the frozen weights, where only adapters and a scalar head learn."""
+        # FP8 products need an aligned number of tokens on every rank that shares a sequence.
+        self.token_multiple = precision.fp8_alignment
         if config.sequence_parallel:
-            self.row_multiple *= mesh.tp_size
+            self.token_multiple *= mesh.tp_size
         self.context = mesh.groups.cp if mesh.cp_size > 1 else None
         self.context_multiple = mesh.context_multiple
         self.model_type = ModelType.encoder_or_decoder
@@ -126,17 +134,17 @@ class StageModel(LanguageModule):
             "rotary_speeds", inverse_frequencies(model).to(mesh.device), persistent=False
         )
         if self.post_process:
-            self.output_layer = self._build_head(padded, mesh)
-        self._cuts_tail = self.post_process and can_cut(config)
-        if self._cuts_tail:
-            Tail(self.decoder.layers[-1])
+            self.output_layer = self._build_head(padded, mesh, length_head)
+        self._prunes = self.post_process and can_prune(config)
+        if self._prunes:
+            LastLayerPruning(self.decoder.layers[-1])
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         _mark_sharded_weights(self)
 
-    def _build_head(self, padded_vocab: int, mesh: Mesh) -> torch.nn.Module:
+    def _build_head(self, padded_vocab: int, mesh: Mesh, length_head: bool) -> torch.nn.Module:
         if self.head == "scalar":
-            return ScalarHead(self.config, mesh)
+            return ScalarHead(self.config, mesh, length_head=length_head)
         return tensor_parallel.ColumnParallelLinear(
             self.config.hidden_size,
             padded_vocab,
@@ -150,44 +158,60 @@ class StageModel(LanguageModule):
         )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the activations of the stage before; the pipeline schedule calls it."""
+        """Take the previous stage's activations; the pipeline schedule calls it."""
         single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(single)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return [seq, batch, hidden] embeddings ([seq/tp, ...] with sequence parallelism).
+        """Return embeddings [seq, batch, hidden], [seq/tp, ...] with sequence parallelism.
 
-        Ids beyond the vocabulary stand for its first, at any layout.
+        Ids beyond the vocabulary are embedded as id 0, at any layout.
         """
-        # A policy of a larger vocabulary may sample ids that a reward model does not have.
+        # A policy with a larger vocabulary may sample ids that a reward model does not have.
         known = tokens < self.vocab_shard.num_total
         hidden: Tensor = self.embedding(input_ids=tokens * known, position_ids=None)
         if self.model.embedding_scale:
             # The factor is rounded to the weights' dtype first, as in Gemma's training.
             hidden = hidden * torch.tensor(self.model.hidden_size**0.5, dtype=hidden.dtype)
+        if self.has_adapters and torch.is_grad_enabled():
+            # Layers that are recomputed learn only if what they get has a gradient.
+            hidden.requires_grad_()
         return hidden
 
-    def forward(self, batch: SequenceBatch, *, temperature: float = 1.0, shift: int = -1) -> Tensor:
+    def forward(
+        self,
+        batch: SequenceBatch,
+        *,
+        temperature: float = 1.0,
+        filtered: bool = False,
+        shift: int = -1,
+        with_length: bool = False,
+    ) -> Tensor:
         """Run the chunk; all stages are called with the same batch.
 
         Args:
             batch: the sequences.
             temperature: divides the logits of a language head.
-            shift: scalar head: -1 reads the state before each response token (critic), 0 the
-                state after it (reward model).
+            filtered: a language head renormalises over the tokens that the sampler kept.
+            shift: for a scalar head: -1 reads the state before each response token (critic), 0 the
+                state at that token (reward model).
+            with_length: give the scores of the length head as well.
 
         Returns:
-            Not the last chunk: activations [seq, batch, hidden]. Language head: float32
-            [2, batch, response], log-probs of the response tokens and entropies. Scalar head:
-            float32 [batch, response].
+            Before the last chunk: activations [seq, batch, hidden]. Language head: float32
+            [2, batch, response], log-probs of the response tokens and entropies; [3, batch,
+            response] if `filtered`, with the log-probs over the whole vocabulary. Scalar head:
+            float32 [batch, response]; [2, batch, response] if `with_length`.
         """
         own = self._own_tokens(batch)
         if not self.post_process:
             return self._run_layers(own)
         is_language = self.head == "language"
-        rows, chosen = own.find(batch, -1 if is_language else shift)
-        states = self._states(own, rows, sum_gradients=is_language)
+        indices, chosen = own.find(batch, -1 if is_language else shift)
+        states = self._states(own, indices, sum_gradients=is_language)
         if is_language:
+            kept = batch.kept if filtered else None
+            assert kept is not None or not filtered, "the sampler's masks are not there"
             outputs = vocab_parallel_logprobs(
                 states,
                 self.head_weight(),
@@ -195,19 +219,38 @@ class StageModel(LanguageModule):
                 shard=self.vocab_shard,
                 temperature=temperature,
                 softcap=self.model.logits_softcap,
+                kept=kept if kept is None or isinstance(chosen, slice) else kept[chosen.cpu()],
             )
             grid = torch.stack([batch.to_grid(values, chosen) for values in outputs])
+        elif with_length:
+            assert isinstance(self.output_layer, ScalarHead)
+            both = self.output_layer.both(states).unbind(1)
+            grid = torch.stack([batch.to_grid(values, chosen) for values in both])
         else:
             grid = batch.to_grid(self.output_layer(states), chosen)
         return grid if own.share is None else own.share.sum(grid)
 
     @torch.no_grad()
-    def logits(self, batch: SequenceBatch) -> Tensor:
-        """Run the chunk for a look at all logits, as other programs give them; never to train.
+    def states(self, batch: SequenceBatch) -> Tensor:
+        """Return the last layer's states at the response tokens; never for training.
 
         Returns:
-            Not the last chunk: activations. Last: float32 [batch, seq, vocab/tp], padding of the
-            vocabulary included.
+            Before the last chunk: activations. Last chunk: [batch, response, hidden].
+        """
+        own = self._own_tokens(batch)
+        if not self.post_process:
+            return self._run_layers(own)
+        indices, chosen = own.find(batch, 0)
+        grid = batch.to_grid(self._states(own, indices, sum_gradients=False), chosen)
+        return grid if own.share is None else own.share.sum(grid)
+
+    @torch.no_grad()
+    def logits(self, batch: SequenceBatch) -> Tensor:
+        """Compute all logits, to compare them with those of other programs; never for training.
+
+        Returns:
+            Before the last chunk: activations. Last chunk: float32 [batch, seq, vocab/tp], padding
+            of the vocabulary included.
         """
         own = self._own_tokens(batch)
         hidden = self._run_layers(own)
@@ -228,8 +271,8 @@ class StageModel(LanguageModule):
         packing = Packing.of(lengths, width=width, device=device, context=self.context)
         if packing.share is None:
             return _OwnTokens(tokens, packing.positions, packing)
-        places = packing.share.places
-        return _OwnTokens(tokens[:, places], packing.positions[places], packing)
+        indices = packing.share.indices
+        return _OwnTokens(tokens[:, indices], packing.positions[indices], packing)
 
     def _run_layers(self, own: _OwnTokens) -> Tensor:
         angles = rotation_angles(self.rotary_speeds, own.positions)
@@ -241,29 +284,34 @@ class StageModel(LanguageModule):
         )
         return hidden
 
-    def _states(self, own: _OwnTokens, rows: Tensor, *, sum_gradients: bool) -> Tensor:
-        """Run the layers of the last chunk; return the states in some rows, [rows, hidden]."""
-        if not self._cuts_tail:
+    def _states(self, own: _OwnTokens, indices: Tensor, *, sum_gradients: bool) -> Tensor:
+        """Run the last chunk's layers; return the states at some indices, [indices, hidden]."""
+        if not self._prunes:
             whole = self._gather_sequence(self._run_layers(own), sum_gradients=sum_gradients)
-            return whole.flatten(0, 1).index_select(0, rows)
-        # Layers do not like to see nothing.
-        wanted = rows if len(rows) else rows.new_zeros(1)
+            return whole.flatten(0, 1).index_select(0, indices)
+        # Layers fail on empty inputs.
+        wanted = indices if len(indices) else indices.new_zeros(1)
         hidden = self._run_layers(replace(own, packing=replace(own.packing, wanted=wanted)))
-        return self._gather_sequence(hidden, sum_gradients=sum_gradients)[: len(rows), 0]
+        return self._gather_sequence(hidden, sum_gradients=sum_gradients)[: len(indices), 0]
 
     def _aligned(self, tokens: Tensor) -> Tensor:
-        """Pad [batch, seq] on the right to the rows that the products take; no token sees it."""
-        missing = -tokens.shape[1] % (self.row_multiple * self.context_multiple)
+        """Pad [batch, seq] on the right to a length that products and ranks need."""
+        missing = -tokens.shape[1] % (self.token_multiple * self.context_multiple)
         return torch.nn.functional.pad(tokens, (0, missing)) if missing else tokens
 
     def head_weight(self) -> Tensor:
-        """Return the language head's rows on this rank, [vocab/tp, hidden]."""
+        """Return this rank's shard of the language head's weight, [vocab/tp, hidden]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.get_parameter("weight")
 
     def _gather_sequence(self, hidden: Tensor, *, sum_gradients: bool) -> Tensor:
-        """Undo sequence parallelism; say whether ranks' gradients are parts of one sum."""
+        """Undo sequence parallelism.
+
+        Args:
+            hidden: [seq, batch, hidden] or, with sequence parallelism, [seq/tp, ...].
+            sum_gradients: the ranks' gradients are parts of a sum; else they are all equal.
+        """
         if self.config.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=sum_gradients, group=self.tp_group
@@ -275,24 +323,52 @@ class StageModel(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
-        """Describe this chunk's parameters for distributed checkpoints."""
+        """Describe this chunk's parameters for distributed checkpoints, or those that learn."""
+        if self.has_adapters:
+            return self._learning_state_dict(metadata)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
 
+    def _learning_state_dict(self, metadata: Any) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for index, layer in enumerate(self.decoder.layers):
+            state |= adapter_state_dict(
+                layer,
+                prefix=f"decoder.layers.{index}.",
+                key=f"decoder.layers.{layer.layer_number - 1}.",
+                data_group=metadata["dp_cp_group"],
+            )
+        if self.post_process and self.head == "scalar":
+            head: Any = self.output_layer
+            state |= head.sharded_state_dict("output_layer.", (), metadata)
+        return state
+
 
 class ScalarHead(torch.nn.Module):
-    """A linear map from a hidden state to one number; every tensor-parallel rank holds it whole."""
+    """A linear map from a hidden state to one number, replicated on the tensor-parallel ranks.
 
-    def __init__(self, config: Any, mesh: Mesh) -> None:
+    A reward model in training may have a second one, the length head, which learns what is to stay
+    out of the score. Checkpoints of the training run have it; exports, critics and the reward
+    models of ppo do not.
+    """
+
+    def __init__(self, config: Any, mesh: Mesh, *, length_head: bool) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=mesh.device)
-        )
+        shape, kind = (1, config.hidden_size), config.params_dtype
+        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=kind, device=mesh.device))
+        if length_head:
+            zeros = torch.zeros(shape, dtype=kind, device=mesh.device)
+            self.length_weight = torch.nn.Parameter(zeros)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return float32 [tokens] for [tokens, hidden]."""
         return torch.nn.functional.linear(hidden.float(), self.weight.float())[:, 0]
+
+    def both(self, hidden: Tensor) -> Tensor:
+        """Return float32 [tokens, 2], the score and that of the length head."""
+        weights = torch.cat((self.weight, self.length_weight)).float()
+        return torch.nn.functional.linear(hidden.float(), weights)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -304,10 +380,10 @@ class ScalarHead(torch.nn.Module):
 
 
 def _mark_sharded_weights(module: torch.nn.Module) -> None:
-    """Say which weights are shards or experts: Megatron 0.16 does not always do so.
+    """Mark which weights are shards or experts, since Megatron 0.16 does not always do so.
 
-    Unless marked, a shard counts as a copy, and its gradient is left out of the global norm;
-    Megatron marks it only where it also fills it.
+    A shard without the mark counts as a replica, so that its gradient is left out of the global
+    norm. Megatron marks it only where it also initialises it.
     """
     for layer in module.modules():
         if isinstance(layer, tensor_parallel.RowParallelLinear):
@@ -322,8 +398,8 @@ def _mark_sharded_weights(module: torch.nn.Module) -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
     for name, parameter in module.named_parameters():
         if ".mlp.experts." in name:
-            # Experts are not cut by tensor parallelism, so their gradients are summed over the
-            # expert-data group. Megatron takes them there only if `expert_size` > 1.
+            # Experts are not sharded by tensor parallelism, so their gradients are summed over the
+            # expert-data group. Megatron does so only if `expert_size` > 1.
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
@@ -334,13 +410,34 @@ def build_chunks(
     *,
     head: Head,
     memory: MemoryConfig | None = None,
+    frozen: bool = False,
+    length_head: bool = False,
+    adapters: bool = True,
 ) -> list[StageModel]:
-    """Build this rank's chunks of one model on its device, parameters not yet filled.
+    """Build this rank's chunks of one model on its device, with parameters not yet filled.
 
-    `memory` matters to models that learn only.
+    `memory` matters only to models that are trained. Without `adapters`, those of `model.lora` are
+    left to `attach_adapters`, for weights of a model that has none.
     """
-    memory = memory or MemoryConfig()
-    return [
-        StageModel(model, precision, mesh, head=head, chunk=chunk, memory=memory).to(mesh.device)
+    chunks = [
+        StageModel(
+            model,
+            precision,
+            mesh,
+            head=head,
+            chunk=chunk,
+            memory=memory or MemoryConfig(),
+            length_head=length_head,
+        ).to(mesh.device)
         for chunk in range(mesh.num_chunks)
     ]
+    if adapters and model.lora.is_on:
+        attach_adapters(chunks, mesh)
+    return [chunk.requires_grad_(False).eval() for chunk in chunks] if frozen else chunks
+
+
+def attach_adapters(chunks: list[StageModel], mesh: Mesh) -> None:
+    """Give a model its adapters, and let only these and a scalar head learn."""
+    for chunk in chunks:
+        attach(chunk, mesh)
+        freeze_others(chunk)

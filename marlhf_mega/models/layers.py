@@ -14,17 +14,18 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
-from marlhf_mega.models.cpu_kernels import LONGEST_SCORES, rms_norm, short_causal_attention
+from marlhf_mega.models.lora import adapted
 from marlhf_mega.models.packing import Packing
 from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.linear import linear
 from marlhf_mega.parallel.mesh import Group
+from marlhf_mega.platform.cpu.kernels import LONGEST_SCORES, rms_norm, short_causal_attention
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in float32, for sequence parallelism and zero-centred weights too.
+    """Root-mean-square norm in float32, also with sequence parallelism and zero-centred weights.
 
-    Megatron's own wrapper of the torch norm refuses both.
+    Megatron's own wrapper of the torch norm supports neither.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dim; the rounding order is that of each family's training code."""
+        """Normalise the last dim, rounding in the order of each family's training code."""
         if hidden.dtype == torch.float32 or not self.zero_centered:
             scale = 1 + self.weight if self.zero_centered else self.weight
             if hidden.device.type == "cpu":
@@ -55,26 +56,26 @@ class RMSNorm(torch.nn.Module):
         return normed.to(hidden.dtype) * self.weight
 
 
-class LocalColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's column-parallel projection with the products of `parallel.linear` on CPUs."""
+class _OwnProductOnCpu:
+    """A parallel projection of Megatron's that multiplies with `parallel.linear` on CPUs."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if input.device.type != "cpu":
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return _cpu_forward(input, weight, **kwargs)
+        if input.device.type == "cpu":
+            return _cpu_forward(input, weight, **kwargs)
+        output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+        return output
 
 
-class LocalRowParallelLinear(RowParallelLinear):
-    """Megatron's row-parallel projection with the products of `parallel.linear` on CPUs."""
+class LocalColumnParallelLinear(_OwnProductOnCpu, ColumnParallelLinear):
+    """A projection whose weight is sharded along the outputs."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if input.device.type != "cpu":
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return _cpu_forward(input, weight, **kwargs)
+
+class LocalRowParallelLinear(_OwnProductOnCpu, RowParallelLinear):
+    """A projection whose weight is sharded along the inputs."""
 
 
 def _cpu_forward(
-    rows: Tensor,
+    hidden: Tensor,
     weight: Tensor,
     *,
     bias: Tensor | None,
@@ -83,11 +84,11 @@ def _cpu_forward(
     tp_group: Group | None,
     **_: Any,
 ) -> Tensor:
-    """Take the arguments of Megatron's own product; the rest of them are about CUDA kernels."""
+    """Multiply as Megatron's own product does; arguments left out concern CUDA kernels."""
     if sequence_parallel:
-        # Unlike Megatron's, this keeps the whole sequence for backward instead of a share.
-        rows = gather_from_sequence_parallel_region(rows, group=tp_group)
-    output = linear(rows, weight, sum_over=tp_group if allreduce_dgrad else None)
+        # Unlike Megatron's, this keeps the whole sequence for the backward pass, not a shard of it.
+        hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
+    output = linear(hidden, weight, sum_over=tp_group if allreduce_dgrad else None)
     return output if bias is None else output + bias
 
 
@@ -99,14 +100,14 @@ class PostNormRowParallelLinear(LocalRowParallelLinear):
         self.post_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Project, sum over the tensor-parallel ranks, norm."""
+        """Project, sum over the tensor-parallel ranks, normalise."""
         output, bias = super().forward(hidden)
-        return self.post_norm(output), bias
+        return self.post_norm(adapted(self, output, hidden)), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
-        """Add the norm, which every rank holds whole."""
+        """Add the norm, which is replicated on every rank."""
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         norm = {"post_norm.weight": self.post_norm.weight}
         return own | make_sharded_tensors_for_checkpoint(norm, prefix, {}, sharded_offsets)
@@ -134,7 +135,7 @@ class SdpaAttention(torch.nn.Module):
         assert config.kv_channels is not None
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.softcap = softcap
-        # layer_number counts from 1: with window_every=2 layers 1, 3, 5, ... slide.
+        # layer_number counts from 1: with window_every=2 layers 1, 3, 5, ... have the window.
         self.window = window if (layer_number - 1) % window_every == 0 else None
 
     def forward(
@@ -149,27 +150,27 @@ class SdpaAttention(torch.nn.Module):
         """Attend causally.
 
         Args:
-            query: [seq, batch, heads, head_dim]; seq is this rank's share where ranks share rows.
+            query: [seq, batch, heads, head_dim], [seq/cp, ...] with context parallelism.
             key: [seq, batch, groups, head_dim].
             value: like key.
-            attention_mask: always none: the order of positions is the mask.
-            packed_seq_params: sequences that lie in one row (batch 1), or one in each; they do not
-                see each other.
+            attention_mask: always None; the mask follows from the order of positions.
+            packed_seq_params: where sequences that are packed in one row (batch 1) end. No token
+                attends to another sequence.
 
         Returns:
-            [seq, batch, heads * head_dim].
+            [seq, batch, heads * head_dim], [seq/cp, ...] with context parallelism.
         """
         assert attention_mask is None
         if packed_seq_params is None:
             return self._attend_last(query, key, value)
         if packed_seq_params.share is not None:
             return self._attend_shared(query, key, value, packed_seq_params.share)
-        return packed_seq_params.apart(self._attend_last, query, key, value)
+        return packed_seq_params.per_sequence(self._attend_last, query, key, value)
 
     def _attend_shared(
         self, query: Tensor, key: Tensor, value: Tensor, share: ContextShare
     ) -> Tensor:
-        """Let this rank's queries see the keys and values of all ranks."""
+        """Attend with this rank's queries to the keys and values of all context-parallel ranks."""
         keys, values = share.gather(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
         queries = query.split([piece.end - piece.first for piece in share.pieces])
         parts = [
@@ -179,12 +180,12 @@ class SdpaAttention(torch.nn.Module):
         return torch.cat(parts)
 
     def _attend_last(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend causally; the queries are the last of the positions that the keys have."""
+        """Attend causally, with queries for the last of the keys' positions."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         num_queries, num_keys = len(query), len(key)
-        slides = self.window is not None and self.window < num_keys
+        is_windowed = self.window is not None and self.window < num_keys
         mask = None
-        if slides or num_queries < num_keys:
+        if is_windowed or num_queries < num_keys:
             mask = causal_mask(
                 num_keys, window=self.window, device=query.device, num_queries=num_queries
             )
@@ -221,8 +222,7 @@ class SdpaAttention(torch.nn.Module):
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         scores = (q @ k.transpose(-1, -2)).mul_(self.scale)
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = torch.tanh(scores / self.softcap) * self.softcap
         probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
         return probabilities.to(q.dtype) @ v
 
@@ -238,13 +238,13 @@ class SdpaAttention(torch.nn.Module):
 def causal_mask(
     size: int, *, window: int | None, device: torch.device, num_queries: int | None = None
 ) -> Tensor:
-    """Return bool [queries, size], True where query row may see key column.
+    """Return bool [queries, size], True where a query attends to a key.
 
     Args:
         size: number of keys.
-        window: keys that a query sees at most, its own included; none: all before it.
-        device: where the mask goes.
-        num_queries: of the last positions; none: of all.
+        window: most keys that a query attends to, its own position included; None means all.
+        device: of the mask.
+        num_queries: queries, for the last positions; None means all positions.
     """
     positions = torch.arange(size, device=device)
     distance = positions[-(num_queries or size) :, None] - positions

@@ -1,7 +1,7 @@
-"""Sequences one after the other in one row, and attention that keeps them apart.
+"""Several sequences packed in one row, and attention that keeps them apart.
 
-Megatron-Core sees a batch of one: everything but the core attention works on single tokens, and
-rotary angles are given for every token. Only the core attention is told where sequences end.
+Megatron-Core sees a batch of one: everything but the core attention treats tokens independently,
+and rotary angles are passed for every token. Only the core attention is told where sequences end.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,19 @@ from marlhf_mega.parallel.mesh import Group
 
 @dataclass(frozen=True)
 class Packing:
-    """Where sequences lie in a row; Megatron-Core hands it through as its `packed_seq_params`."""
+    """Where sequences lie in a row; Megatron-Core passes it through as `packed_seq_params`."""
 
     lengths: tuple[int, ...]
-    """Tokens of each, in order; they fill the row."""
+    """Tokens of each sequence, in order; their sum is the width of the row."""
     ends: Tensor
-    """[sequences + 1] int32: where each begins, and the end of the row."""
+    """[sequences + 1] int32: where each sequence begins, then the end of the row."""
     share: ContextShare | None = None
-    """This rank's part of the row, where ranks share it."""
+    """This rank's tokens of the row with context parallelism, else None."""
     wanted: Tensor | None = None
-    """[chosen] int64, of [seq * batch]: the tokens that the head reads; none: all."""
+    """[wanted] int64, indices into [seq * batch]: tokens that the head reads; None means all."""
     qkv_format: str = "sbhd"
-    """What Megatron-Core asks for: for `thd` it would walk over the sequences in Python to rotate
-    queries and keys, and wait for the device at each."""
+    """What Megatron-Core looks at: for `thd` it would rotate queries and keys in a Python loop over
+    the sequences, and synchronise with the device for each."""
 
     @staticmethod
     def of(
@@ -41,13 +41,13 @@ class Packing:
         device: torch.device,
         context: Group | None = None,
     ) -> "Packing":
-        """Describe a row of `width` tokens; what is left at its end is a sequence of its own.
+        """Describe a row of `width` tokens; padding at its end becomes a sequence of its own.
 
         Args:
             lengths: tokens of each sequence.
             width: of the row.
             device: of the model.
-            context: ranks that share every sequence; none: this rank has them whole.
+            context: the context-parallel group; None means that this rank has all tokens.
         """
         rest = width - sum(lengths)
         whole = (*lengths, rest) if rest else tuple(lengths)
@@ -57,13 +57,13 @@ class Packing:
 
     @property
     def positions(self) -> Tensor:
-        """[width] int64: every token's place in its sequence."""
+        """[width] int64: every token's position in its sequence."""
         sizes = self.ends.diff()
         starts = self.ends[:-1].repeat_interleave(sizes, output_size=sum(self.lengths))
         return torch.arange(len(starts), device=starts.device) - starts
 
     def for_engine(self) -> PackedSeqParams:
-        """Say the same to Transformer Engine."""
+        """Return the same description for Transformer Engine."""
         longest = max(self.lengths)
         return PackedSeqParams(
             qkv_format="thd",
@@ -73,22 +73,22 @@ class Packing:
             max_seqlen_kv=longest,
         )
 
-    def apart(self, attend: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """Call `attend` on each sequence's part of [width, ...] tensors; join the results.
+    def per_sequence(self, attend: Callable[..., Tensor], *qkv: Tensor) -> Tensor:
+        """Call `attend` on each sequence's part of [width, ...] tensors and join the results.
 
-        On CPUs this takes less time than one call on padded sequences, which attends to padding.
+        On CPUs this is faster than one call on padded sequences, which attends to padding too.
         """
         if len(self.lengths) == 1:
-            return attend(*rows)
-        parts = zip(*(row.split(self.lengths) for row in rows), strict=True)
+            return attend(*qkv)
+        parts = zip(*(tensor.split(self.lengths) for tensor in qkv), strict=True)
         return torch.cat([attend(*part) for part in parts])
 
 
 def packing_engine(engine: Any) -> type:
-    """Return Transformer Engine's attention made to take a `Packing`.
+    """Return a subclass of Transformer Engine's attention that accepts a `Packing`.
 
     Args:
-        engine: Megatron-Core's module around it.
+        engine: Megatron-Core's wrapper of that attention.
     """
 
     class PackedAttention(engine):
@@ -105,13 +105,13 @@ def packing_engine(engine: Any) -> type:
                 output: Tensor = engine.forward(self, *qkv, attention_mask, **others, **packed)
                 return output
 
-            # One sequence in every row is what the engine takes for granted.
+            # By default the engine takes every row for one sequence.
             if packed_seq_params is None or len(packed_seq_params.lengths) == 1:
                 return attend(query, key, value)
-            if query.dtype == torch.float32:  # the engine's kernels for packed rows take 16 bits
-                return packed_seq_params.apart(attend, query, key, value)
-            rows = (row.squeeze(1) for row in (query, key, value))
-            output = attend(*rows, packed_seq_params=packed_seq_params.for_engine())
+            if query.dtype == torch.float32:  # the engine's kernels for packed rows are 16-bit only
+                return packed_seq_params.per_sequence(attend, query, key, value)
+            qkv = (tensor.squeeze(1) for tensor in (query, key, value))
+            output = attend(*qkv, packed_seq_params=packed_seq_params.for_engine())
             return output.reshape(len(output), 1, -1)
 
     return PackedAttention

@@ -1,4 +1,4 @@
-"""Rotary position frequencies, with the scalings that the supported families use."""
+"""Rotary position frequencies (RoPE), with the scalings that the supported families use."""
 
 import math
 
@@ -9,10 +9,10 @@ from marlhf_mega.config.model import ModelConfig
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:
-    """Return the rotation speed of every pair of head dimensions, float32 [head_dim / 2].
+    """Return the angle per position for every pair of head dims, float32 [head_dim / 2].
 
-    `llama3` divides slow frequencies by the factor, keeps fast ones, and blends in between
-    (Llama 3.1).
+    The `llama3` scaling (Llama 3.1) divides low frequencies by the factor, keeps high ones, and
+    interpolates in between.
     """
     exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float32) / model.kv_channels
     speeds = 1.0 / model.rope_theta**exponents
@@ -30,6 +30,6 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
 
 
 def rotation_angles(speeds: Tensor, positions: Tensor) -> Tensor:
-    """Return float32 [*positions, head_dim]: both halves of a head rotate by the same angles."""
+    """Return angles, float32 [*positions, head_dim], the same for both halves of a head."""
     angles = positions.to(torch.float32)[..., None] * speeds
     return torch.cat((angles, angles), dim=-1)

@@ -1,4 +1,4 @@
-"""From our model configuration to Megatron-Core's: the transformer config and the layer spec."""
+"""Translate our model configuration to Megatron-Core's transformer config and layer spec."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_mlp_module_spec_for_backend,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -44,9 +44,9 @@ def compute_dtype(precision: PrecisionConfig, mesh: Mesh) -> torch.dtype:
 
 
 def uses_transformer_engine(model: ModelConfig, mesh: Mesh) -> bool:
-    """Whether the layers come from Transformer Engine: it has neither softcaps nor post norms."""
+    """Whether Transformer Engine provides the layers: it has neither softcaps nor post norms."""
     return (
-        mesh.platform.has_transformer_engine
+        bool(mesh.platform.transformer_engine)
         and not model.post_norms
         and model.attention_softcap is None
     )
@@ -83,6 +83,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        attention_backend=AttnBackend[precision.attention_backend],
         # Weights are filled by marlhf_mega.checkpoint.weights, the same in every layout.
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
@@ -94,17 +95,17 @@ def transformer_config(
         expert_tensor_parallel_size=1,
         sequence_parallel=mesh.parallel.sequence_parallel,
         variable_seq_lengths=pipelined,
-        # The only dispatcher that takes sequences of different lengths; asked of dense models too.
+        # The only dispatcher that supports variable lengths; Megatron checks dense models as well.
         moe_token_dispatcher_type="alltoall",
-        # Batched exchanges give wrong gradients with virtual stages when there are two of them.
+        # With two virtual stages, batched communication gives wrong gradients.
         overlap_p2p_comm=mesh.num_chunks > 1,
         batch_p2p_comm=mesh.num_chunks == 1,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        # Keeps only the projections for the backward pass. On a GPU it would be compiled, and again
-        # for other lengths.
+        # Saves only the projections for the backward pass. On a GPU it would be compiled, and
+        # recompiled for other lengths.
         bias_activation_fusion=on_cpu and model.activation == "silu",
         apply_rope_fusion=False,
         persist_layer_norm=False,
@@ -115,7 +116,7 @@ def transformer_config(
 
 
 def engine_attends(model: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> bool:
-    """Whether Transformer Engine's attention suits: its ring has no float32 and no windows."""
+    """Whether Transformer Engine's attention fits: its ring has no float32 and no windows."""
     return mesh.cp_size == 1 or (dtype != torch.float32 and model.sliding_window is None)
 
 
@@ -124,22 +125,39 @@ def layer_spec(
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Choose the modules of a transformer layer for this platform, model and number format."""
     if uses_transformer_engine(model, mesh):
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
-        )
+        spec = _unfused_engine_spec(model) if model.lora.is_on else _engine_spec(model)
         attention = spec.submodules.self_attention.submodules
         if engine_attends(model, mesh, dtype):
             attention.core_attention = packing_engine(attention.core_attention)
         else:
             attention.core_attention = _own_attention(model)
         return spec
-    return _local_layer_spec(model)
+    return _layer_spec(model, _LocalBackend(model), RMSNorm, _own_attention(model))
+
+
+def _engine_spec(model: ModelConfig) -> ModuleSpec:
+    spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
+    )
+    return spec
+
+
+def _unfused_engine_spec(model: ModelConfig) -> ModuleSpec:
+    """Transformer Engine's layer with norms of their own: adapters read what these give."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    class Unfused(TESpecProvider):
+        def fuse_layernorm_and_linear(self) -> bool:
+            return False
+
+    backend = Unfused()
+    return _layer_spec(model, backend, backend.layer_norm(rms_norm=True), backend.core_attention())
 
 
 def block_spec(
     model: ModelConfig, mesh: Mesh, num_layers_here: int, dtype: torch.dtype
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """Spec of one stage chunk: its layers and the norm class that follows the last of them."""
+    """Return the spec of one stage chunk: its layers and the class of the final norm."""
     layer = layer_spec(model, mesh, dtype)
     if uses_transformer_engine(model, mesh):
         return layer
@@ -160,36 +178,35 @@ class _LocalBackend(LocalSpecProvider):
 
     def grouped_mlp_modules(self, *args: bool) -> Any:
         experts = super().grouped_mlp_modules(*args)
-        # Megatron 0.19 gives a partial, 0.16 the class and its submodules.
+        # Megatron 0.19 returns a partial, 0.16 the class and its submodules.
         parts = experts.keywords["submodules"] if isinstance(experts, partial) else experts[1]
         parts.linear_fc1, parts.linear_fc2 = LocalColumnParallelLinear, LocalRowParallelLinear
         return experts
 
 
-def _local_layer_spec(model: ModelConfig) -> ModuleSpec:
-    backend = _LocalBackend(model)
+def _layer_spec(model: ModelConfig, backend: Any, norm: Any, core_attention: Any) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
-            core_attention=_own_attention(model),
+            core_attention=core_attention,
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=RMSNorm if model.qk_norm else IdentityOp,
-            k_layernorm=RMSNorm if model.qk_norm else IdentityOp,
+            q_layernorm=norm if model.qk_norm else IdentityOp,
+            k_layernorm=norm if model.qk_norm else IdentityOp,
         ),
     )
-    # Checkpoints name these norms as Transformer Engine does, so that either side can read them.
+    # Checkpoints name these norms as Transformer Engine does, so that both kinds can read them.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if model.num_experts is None:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(
                 backend=backend, num_experts=model.num_experts, moe_grouped_gemm=False
             ),
@@ -249,7 +266,7 @@ def _recompute_settings(memory: MemoryConfig) -> dict[str, Any]:
             return {}
         case "selective":
             return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    # `block`: so many of a chunk's layers, each on its own; `uniform`: all, in groups of so many.
+    # `block`: that many of a chunk's layers, one by one; `uniform`: all, in groups of that many.
     return {
         "recompute_granularity": "full",
         "recompute_method": "block" if memory.recompute_num_layers else "uniform",

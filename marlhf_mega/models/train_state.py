@@ -1,6 +1,5 @@
-"""A model that learns: data-parallel chunks, optimizer and learning-rate schedule."""
+"""A model in training: data-parallel chunks, optimizer and learning-rate schedule."""
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,25 +21,23 @@ from torch.nn.utils import clip_grads_with_norm_
 from marlhf_mega.config.schema import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step reports, the same on every rank."""
+    """The outcome of one optimizer step, the same on every rank."""
 
     grad_norm: float
     """Global, before clipping."""
     lr: float
     """Learning rate of the step just taken."""
     skipped: bool = False
-    """The gradient was not finite: nothing has changed on any rank."""
+    """The gradient was not finite; nothing has changed on any rank."""
 
 
 def ddp_config(
     config: TransformerConfig, *, overlap: bool = False
 ) -> DistributedDataParallelConfig:
-    """Translate a model's number formats to those of its gradient and weight buffers."""
+    """Return the formats of the gradient and weight buffers that fit a model's number formats."""
     return DistributedDataParallelConfig(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
@@ -74,17 +71,17 @@ def optimizer_config(
 
 
 def _shares_buffer(config: TransformerConfig) -> bool:
-    """Whether weights travel through the gradients' memory: mxfp8 has no buffer for it."""
+    """Whether parameter gathers use the gradients' memory: mxfp8 has no buffer of its own."""
     return bool(config.fp8_param) and config.fp8_recipe == "mxfp8"
 
 
 class TrainState:
-    """Owns the weights that change. All ranks call every method.
+    """The trained weights and their optimizer. All ranks call every method.
 
-    With `overlap` gradients are reduced, bucket after bucket, while the last microbatch's backward
-    pass still runs, and a step returns while the new weights are still on their way between the
-    data-parallel ranks. Whoever asks for `chunks` waits for them; whoever has kept the chunks from
-    before the step calls `settle` before looking at a weight.
+    With `overlap`, gradients are reduced bucket by bucket during the last microbatch's backward
+    pass, and a step returns with parameter gathers still in flight between the data-parallel ranks.
+    Reading `chunks` waits for them; code that kept the chunks from before the step must call
+    `wait_params` before it reads a weight.
     """
 
     def __init__(
@@ -99,17 +96,18 @@ class TrainState:
         """Wrap the chunks and build optimizer state.
 
         Args:
-            chunks: this rank's chunks, filled.
+            chunks: this rank's chunks, with weights filled in.
             optimizer: AdamW and its schedule.
-            total_steps: optimizer steps of the whole run, which decide the decay.
-            overlap: data-parallel ranks exchange gradients and weights while passes compute.
-            bucket_size: elements that a bucket has at least, with `overlap`; none: Megatron's own.
+            total_steps: optimizer steps of the whole run, for the learning-rate decay.
+            overlap: overlap data-parallel communication with computation.
+            bucket_size: least number of elements in a bucket, with `overlap`; None means
+                Megatron's default.
         """
         config = chunks[0].config
         ddp = ddp_config(config, overlap=overlap)
         ddp.bucket_size = bucket_size
         self._chunks = [
-            # Gradients of a stage's other chunks travel while this one's are still computed.
+            # Gradients of a stage's other chunks are reduced while this one's are still computed.
             DistributedDataParallel(
                 config=config, ddp_config=ddp, module=chunk, disable_bucketing=overlap and i > 0
             )
@@ -117,8 +115,8 @@ class TrainState:
         ]
         if overlap:
             for chunk in self._chunks:
-                # Hooks that wait for a module's weights miss heads and decoders, which read them
-                # without calling the module.
+                # Megatron's hooks wait when a module is called. Heads and decoders read weights
+                # without calling the module, so `wait_params` does the waiting instead.
                 chunk.disable_forward_pre_hook(param_sync=False)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             optimizer_config(optimizer, config, overlap=overlap),
@@ -127,14 +125,14 @@ class TrainState:
         )
         self._overlap, self._is_gathering = overlap, False
         self.fused = True if config.use_cpu_initialization else None
-        """Whether torch's AdamW goes over memory once; on GPUs its default is as fast."""
-        self.schedule = _schedule(self.optimizer, optimizer, total_steps)
+        """Use torch's fused AdamW, which makes one pass over memory; GPUs gain nothing from it."""
+        self.schedule = lr_schedule(self.optimizer, optimizer, total_steps)
         self.num_skipped = 0
-        """Steps skipped in a row."""
+        """Consecutive skipped steps."""
         self._tell_schedule(config)
 
     def _tell_schedule(self, config: TransformerConfig) -> None:
-        """Fill in what Megatron's pipeline schedules find in the first chunk's config."""
+        """Set the callbacks that Megatron's pipeline schedules read from the chunks' configs."""
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = None
         if self._overlap:
@@ -146,12 +144,18 @@ class TrainState:
 
     @property
     def chunks(self) -> list[DistributedDataParallel]:
-        """This rank's chunks, with weights that have arrived."""
-        self.settle()
+        """This rank's chunks, after in-flight parameter gathers have finished."""
+        self.wait_params()
         return self._chunks
 
-    def settle(self) -> None:
-        """Wait for weights that a step has left on their way."""
+    @property
+    def base_digest(self) -> str | None:
+        """Hash of the weights that adapters leave as they are; None where all weights learn."""
+        digest: str | None = self._chunks[0].module.base_digest
+        return digest
+
+    def wait_params(self) -> None:
+        """Wait for in-flight parameter gathers."""
         if not self._is_gathering:
             return
         for chunk in self._chunks:
@@ -160,7 +164,7 @@ class TrainState:
         self._is_gathering = False
 
     def gradient_buffers(self) -> list[Tensor]:
-        """Return what all gradients of this rank lie in; zeros after `zero_grad`."""
+        """Return the buffers that hold all gradients of this rank; `zero_grad` zeroes them."""
         return [
             buffer.grad_data
             for chunk in self._chunks
@@ -168,26 +172,26 @@ class TrainState:
         ]
 
     def gradient_shards(self) -> list[Tensor]:
-        """Return this rank's part of the reduced gradient; no value of it is on two ranks."""
+        """Return this rank's part of the reduced gradient; no element is on two ranks."""
         self.optimizer.prepare_grads()
         # Called one way by Megatron-Core 0.16, the other by 0.19.
         names = ("get_main_grads_for_grad_norm", "get_grads_for_grad_norm")
         return [
             gradient
-            for part in self._optimizers()
+            for part in self.optimizers()
             for gradient in getattr(part, next(n for n in names if hasattr(part, n)))()
         ]
 
-    def _optimizers(self) -> list[Any]:
-        """Return the optimizers that hold parameters here: one, or two with experts."""
+    def optimizers(self) -> list[Any]:
+        """Return the optimizers that hold parameters on this rank: one, or two with experts."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if not part.is_stub_optimizer]
 
     def optimizer_tensors(self) -> list[Tensor]:
-        """Return master weights and moments, not those masters that are the weights themselves."""
+        """Return master weights and moments, except masters that are the weights themselves."""
         weights = {p.untyped_storage()._cdata for c in self._chunks for p in c.parameters()}
         found = []
-        for part in self._optimizers():
+        for part in self.optimizers():
             inner = part.optimizer
             found += [p for group in inner.param_groups for p in group["params"]]
             found += [x for state in inner.state.values() for x in state.values()]
@@ -201,16 +205,16 @@ class TrainState:
         ]
 
     def zero_grad(self) -> None:
-        """Forget gradients; call before the microbatches of every optimizer step."""
+        """Zero the gradients; call before the microbatches of every optimizer step."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self) -> StepResult:
-        """Move the schedule on, clip, update; do nothing if the gradient is not finite.
+        """Advance the schedule, clip, update; skip the step if the gradient is not finite.
 
-        The norm is a sum over all ranks, so one bad number anywhere is seen everywhere. With
-        `overlap` the new weights are still on their way when it returns.
+        The norm is summed over all ranks, so all of them skip together. With `overlap`, parameter
+        gathers are still in flight when it returns.
         """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -218,12 +222,12 @@ class TrainState:
             self.num_skipped += 1
             return StepResult(grad_norm=grad_norm, lr=0.0, skipped=True)
         self.num_skipped = 0
-        # The schedule moves first: warm-up step k of n uses lr * k / n, and no step is lost to 0.
+        # The schedule advances first: warm-up step k of n uses lr * k / n, so none has lr 0.
         self.schedule.step(increment=1)
         lr = float(self.optimizer.param_groups[0]["lr"])
         self._clip(grad_norm)
         for group in self.optimizer.param_groups:
-            group["fused"] = self.fused  # a checkpoint may bring another platform's choice
+            group["fused"] = self.fused  # a checkpoint may hold another platform's choice
         self.optimizer.step_with_ready_grads()
         if self._overlap:
             for chunk in self._chunks:
@@ -234,9 +238,9 @@ class TrainState:
     def _clip(self, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `grad_clip`.
 
-        Torch's fused AdamW divides by `grad_scale` in the pass that it makes over them anyway.
+        Torch's fused AdamW divides by `grad_scale` in the one pass that it makes over memory.
         """
-        for part in self._optimizers():
+        for part in self.optimizers():
             limit = part.config.clip_grad
             exceeds = 0 < limit < grad_norm
             if self.fused:
@@ -245,25 +249,21 @@ class TrainState:
                 clip_grads_with_norm_(part.get_parameters(), limit, torch.tensor(grad_norm))
 
 
-def _schedule(
-    optimizer: MegatronOptimizer, settings: OptimizerConfig, total_steps: int
+def lr_schedule(
+    optimizer: MegatronOptimizer | torch.optim.Optimizer,
+    settings: OptimizerConfig,
+    total_steps: int,
 ) -> OptimizerParamScheduler:
-    if 0 < total_steps < settings.warmup_steps:
-        logger.info(
-            "warmup_steps=%d: the run has %d optimizer steps, so the learning rate ends at %.3g of "
-            "%.3g",
-            settings.warmup_steps,
-            total_steps,
-            settings.lr * total_steps / settings.warmup_steps,
-            settings.lr,
-        )
+    """Return what sets the learning rate before each of an optimizer's steps."""
+    warmup = settings.num_warmup_steps(total_steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=min(settings.min_lr, settings.lr),
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
+        lr_warmup_steps=warmup,
+        # The end of the decay is one step behind the last, which would else change nothing.
+        lr_decay_steps=max(total_steps, warmup) + 1,
         lr_decay_style=settings.lr_schedule,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -1,4 +1,4 @@
-"""Ranks, groups and collectives: the only layer above platform that communicates."""
+"""Ranks, groups and collectives, and what is computed across them."""
 
 from marlhf_mega import platform
 

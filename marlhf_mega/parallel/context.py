@@ -1,8 +1,8 @@
-"""Sequences shared by context-parallel ranks: who holds which tokens, and how they meet.
+"""Zigzag sharding of sequences over context-parallel ranks.
 
-Every sequence is cut into two pieces for each rank; of 2n pieces rank r of n holds r and 2n-1-r. A
-late token attends to many keys and an early one to few, so these two together are the same work on
-every rank. The engine's attention expects this order, too.
+Each of n ranks holds two of a sequence's 2n pieces: rank r holds pieces r and 2n-1-r. Under a
+causal mask late tokens attend to many keys and early ones to few, so the two pieces together are
+the same amount of work on every rank. Transformer Engine's attention expects this order as well.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ from marlhf_mega.parallel.mesh import Group
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of one sequence, as places in the row."""
+class SequencePiece:
+    """Consecutive tokens of one sequence, as indices in the row."""
 
     start: int
-    """Where the sequence begins."""
+    """First token of the sequence."""
     first: int
-    """The piece's first token."""
+    """First token of the piece."""
     end: int
-    """Behind its last."""
+    """One past its last token."""
 
 
 @dataclass(frozen=True)
@@ -36,48 +36,48 @@ class ContextShare:
     """This rank's tokens of a row."""
 
     lengths: tuple[int, ...]
-    """Tokens of the row's sequences, in order; each a multiple of twice the ranks."""
+    """Tokens of the row's sequences, in order; each a multiple of twice the number of ranks."""
     group: Group
-    """The ranks that share them."""
+    """The context-parallel ranks."""
     device: torch.device
-    """Of the model."""
+    """The model's device."""
 
     @cached_property
-    def pieces(self) -> list[Piece]:
-        """What this rank holds, in its order."""
+    def pieces(self) -> list[SequencePiece]:
+        """The pieces that this rank holds, in order."""
         return list(self._pieces(self.group.rank()))
 
     @cached_property
-    def places(self) -> Tensor:
-        """[row / ranks] int64: where in the row this rank's tokens are."""
-        return self._places(self.pieces)
+    def indices(self) -> Tensor:
+        """[row/cp] int64: indices in the row of this rank's tokens."""
+        return self._indices(self.pieces)
 
     @cached_property
     def _order(self) -> Tensor:
-        """[row] int64: where in what all ranks hold, rank by rank, the row's tokens are."""
+        """[row] int64: where the row's tokens are in the concatenation of all ranks' tokens."""
         ranks = range(self.group.size())
-        return self._places([piece for rank in ranks for piece in self._pieces(rank)]).argsort()
+        return self._indices([piece for rank in ranks for piece in self._pieces(rank)]).argsort()
 
-    def find(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Look tokens of the row up among this rank's.
+    def find(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Find tokens of the row among those that this rank holds.
 
         Args:
-            places: [tokens] int64, where they are in the row.
+            indices: [tokens] int64, their indices in the row.
 
         Returns:
-            [found] int64, which of them this rank holds; [found] int64, where among its own.
+            [found] int64, which of them this rank holds; [found] int64, where among its tokens.
         """
-        number = self.places.new_full((sum(self.lengths),), -1)
-        number[self.places] = torch.arange(len(self.places), device=self.device)
-        here = number[places]
-        found = (here >= 0).nonzero()[:, 0]
-        return found, here[found]
+        local_index = self.indices.new_full((sum(self.lengths),), -1)
+        local_index[self.indices] = torch.arange(len(self.indices), device=self.device)
+        local = local_index[indices]
+        found = (local >= 0).nonzero()[:, 0]
+        return found, local[found]
 
     def gather(self, own: Tensor) -> Tensor:
-        """Collect the ranks' tokens in the row's order; gradients are summed on the way back.
+        """Gather the ranks' tokens in the order of the row; backward sums the gradients.
 
         Args:
-            own: [row / ranks, ...].
+            own: [row/cp, ...].
 
         Returns:
             [row, ...].
@@ -87,20 +87,20 @@ class ContextShare:
         return whole
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add what every rank knows of its tokens; each gets its own gradient back."""
+        """Sum over the ranks; backward passes the gradient through unchanged."""
         total: Tensor = reduce_from_tensor_model_parallel_region(values, self.group)
         return total
 
-    def _pieces(self, rank: int) -> Iterator[Piece]:
+    def _pieces(self, rank: int) -> Iterator[SequencePiece]:
         count, start = 2 * self.group.size(), 0
         for length in self.lengths:
             size, rest = divmod(length, count)
             assert not rest, (length, count)
             for number in (rank, count - 1 - rank):
                 first = start + number * size
-                yield Piece(start, first, first + size)
+                yield SequencePiece(start, first, first + size)
             start += length
 
-    def _places(self, pieces: list[Piece]) -> Tensor:
+    def _indices(self, pieces: list[SequencePiece]) -> Tensor:
         found = [torch.arange(piece.first, piece.end) for piece in pieces]
         return torch.cat(found).to(self.device)

@@ -1,4 +1,4 @@
-"""All ranks that were launched together, whether they are one world or two."""
+"""All ranks that were launched together, whether they form one world or two."""
 
 import pickle
 from dataclasses import dataclass
@@ -7,16 +7,29 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
 
+def of_first_rank(value: T) -> T:
+    """Return the first rank's picklable value on every rank, before they form a world.
+
+    For ranks of torchrun, whose agent holds the store through which they will meet.
+    """
+    store, rank, _ = next(rendezvous("env://"))
+    if rank == 0:
+        store.set("of_first_rank", pickle.dumps(value))
+    found: T = pickle.loads(store.get("of_first_rank"))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The ranks of all worlds of a launch, numbered anew. All of them call every method."""
+    """The ranks of all worlds of a launch, numbered together. All of them call every method."""
 
     group: Any
-    """What carries the messages: a process group, or a backend of its own that joins worlds."""
+    """What communicates: a process group, or a backend of its own that joins two worlds."""
     rank: int
     """This rank's number in the launch."""
     size: int
@@ -26,13 +39,16 @@ class Launch:
     def exchange(
         self, into: Tensor, out: Tensor, *, into_sizes: list[int], out_sizes: list[int]
     ) -> dist.Work:
-        """Start sending a part of `out` to every rank and receiving one of `into` from each.
+        """Start an all-to-all: a part of `out` goes to every rank, a part of `into` comes from it.
 
         Args:
-            into: [sum of into_sizes].
-            out: [sum of out_sizes].
-            into_sizes: elements from every rank.
-            out_sizes: elements for every rank.
+            into: [sum(into_sizes)], the buffer to receive into.
+            out: [sum(out_sizes)], the values to send.
+            into_sizes: number of elements from every rank.
+            out_sizes: number of elements for every rank.
+
+        Returns:
+            The work to wait for before `into` is read or `out` is changed.
         """
         work: dist.Work = self.group.alltoall_base(
             into, out, into_sizes, out_sizes, dist.AllToAllOptions()
@@ -40,11 +56,11 @@ class Launch:
         return work
 
     def broadcast(self, value: T | None, *, source: int) -> T:
-        """Give every rank the picklable value of one.
+        """Return one rank's picklable value on every rank.
 
         Args:
-            value: read at the source only.
-            source: its number in the launch.
+            value: the value at the source; ignored elsewhere.
+            source: that rank's number in the launch.
         """
         if self.size == 1:
             assert value is not None
@@ -59,7 +75,7 @@ class Launch:
         return received
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in their order."""
+        """Return the values of all ranks, in rank order."""
         return [
             self.broadcast(value if rank == self.rank else None, source=rank)
             for rank in range(self.size)

@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from marlhf_mega import platform
-from marlhf_mega.config.limits import context_multiple
+from marlhf_mega.config.limits import context_multiple, describe_layout
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.launch import Launch
 from marlhf_mega.platform import Platform
@@ -27,7 +27,7 @@ Group = dist.ProcessGroup
 
 
 def _globals_of_megatron() -> dict[str, Any]:
-    """Copy Megatron's record of the groups in force: constants that it rebinds."""
+    """Copy Megatron's record of the current groups: module constants that it rebinds."""
     return {n: v for n, v in vars(parallel_state).items() if n[0] == "_" and n.isupper()}
 
 
@@ -36,7 +36,10 @@ _NO_GROUPS = _globals_of_megatron()
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Where this rank stands. Axes: tp tensor, pp pipeline, cp context, ep expert, dp data."""
+    """This rank's mesh. Axes: tp tensor, pp pipeline, cp context, ep expert, dp data.
+
+    Data-parallel size = world / (TP x PP x CP).
+    """
 
     platform: Platform
     parallel: ParallelConfig
@@ -53,17 +56,17 @@ class Mesh:
     dp_rank: int
     dp_size: int
     launch: Launch
-    """The ranks of this world and, where some ranks only generate, of the other one."""
+    """The ranks of this world and, with disaggregated rollouts, of the other one."""
     only_generates: bool
-    """Whether this world is that of the ranks that only generate."""
+    """Whether this is the world of disaggregated rollout ranks."""
     groups: ProcessGroupCollection
     """Megatron-Core's groups: tp, pp, cp, ep, dp, dp_cp, embd, ..."""
     rollout_pp: Group
-    """The pipeline's ranks again: carries sampled tokens while `groups.pp` carries activations."""
+    """The same ranks as `groups.pp`: carries sampled tokens while that carries activations."""
     timeout_seconds: float
-    """How long a collective may take."""
+    """Longest time that a collective may take."""
     megatron_globals: Mapping[str, Any]
-    """Megatron's own record of the groups, which some of its modules read."""
+    """Megatron's own record of the groups, see `use_mesh`."""
 
     @property
     def device(self) -> torch.device:
@@ -82,41 +85,38 @@ class Mesh:
 
     @property
     def num_chunks(self) -> int:
-        """Model chunks on this rank (virtual pipeline stages)."""
+        """Number of model chunks on this rank (virtual pipeline stages)."""
         return self.parallel.virtual_pipeline_size
 
     @property
     def is_replica_leader(self) -> bool:
-        """Whether this rank does what one rank of a replica has to do: rules, parsing."""
+        """Whether this rank does work that one rank per replica does: rule rewards, parsing."""
         return self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0
 
     @property
-    def is_reporter(self) -> bool:
-        """Whether this rank's numbers stand for its replica's: one rank of the last stage."""
+    def reports_metrics(self) -> bool:
+        """Whether this rank reports its replica's metrics: one rank of the last stage does."""
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def context_multiple(self) -> int:
-        """Sequences are a multiple of this, so that context-parallel ranks hold two pieces each."""
+        """Sequence lengths are a multiple of this, for zigzag sharding."""
         return context_multiple(self.cp_size)
 
     @property
     def sequence_multiple(self) -> int:
-        """Rows are a multiple of this, so that ranks can share them evenly."""
+        """Lengths of `[batch, seq]` rows are a multiple of this, so that ranks get equal shards."""
         return self.context_multiple * (self.tp_size if self.parallel.sequence_parallel else 1)
 
     def describe(self) -> str:
-        """Say the layout in one line, such as `4 ranks: TP2 x PP2 x DP1 (gloo, cpu)`."""
-        parts = [f"TP{self.tp_size}", f"PP{self.pp_size}"]
-        parts += [f"VPP{self.num_chunks}"] if self.num_chunks > 1 else []
-        parts += [f"CP{self.cp_size}"] if self.cp_size > 1 else []
-        parts += [f"EP{self.ep_size}"] if self.ep_size > 1 else []
-        parts += [f"DP{self.dp_size}"]
-        sp = " + SP" if self.parallel.sequence_parallel else ""
+        """Describe the layout in one line, such as `4 ranks: TP2 x PP2 x DP1 (gloo, cpu)`."""
+        sizes = {"TP": self.tp_size, "PP": self.pp_size, "VPP": self.num_chunks}
+        sizes |= {"CP": self.cp_size, "EP": self.ep_size, "DP": self.dp_size}
+        layout = describe_layout(sizes, sequence_parallel=self.parallel.sequence_parallel)
         where = f"{self.platform.backend}, {self.platform.name}"
         others = self.launch.size - self.world_size
         more = f", {others} more that {'train' if self.only_generates else 'only generate'}"
-        ranks = f"{self.world_size} ranks: {' x '.join(parts)}{sp} ({where})"
+        ranks = f"{self.world_size} ranks: {layout} ({where})"
         return ranks + (more if others else "")
 
 
@@ -127,24 +127,27 @@ def create_mesh(
     rollout_parallel: ParallelConfig | None = None,
     timeout_seconds: float = 1800.0,
 ) -> Mesh:
-    """Join the world, unless joined already, and build every process group. All ranks call it.
+    """Join the world, unless joined already, and create every process group. All ranks call it.
 
     Without torchrun's environment the world is this one process.
 
     Args:
-        parallel: degrees; what is left of the world is data parallel.
-        num_rollout_ranks: so many ranks, the last ones, become a world of their own.
-        rollout_parallel: degrees of that world.
-        timeout_seconds: how long a collective may take.
+        parallel: degrees of parallelism; data-parallel size = world / (TP x PP x CP).
+        num_rollout_ranks: this many of the last ranks form a world of their own (disaggregated
+            rollouts).
+        rollout_parallel: degrees of that world; None means `parallel`.
+        timeout_seconds: longest time that a collective may take.
 
     Returns:
-        The mesh of this rank's world as this rank sees it.
+        This rank's mesh, of the world that it belongs to.
     """
     here = platform.current()
     timeout = timedelta(seconds=timeout_seconds)
     if not num_rollout_ranks:
         _join_world(here, timeout)
-        return _build_mesh(parallel, here, _whole_world(here), timeout_seconds=timeout_seconds)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        launch = Launch(group=dist.group.WORLD, rank=rank, size=size, device=here.device)
+        return _build_mesh(parallel, here, launch, timeout_seconds=timeout_seconds)
     launch, only_generates = _join_half(here, num_rollout_ranks, timeout)
     if only_generates and rollout_parallel is not None:
         parallel = rollout_parallel
@@ -162,19 +165,20 @@ def _build_mesh(
     timeout_seconds: float,
 ) -> Mesh:
     virtual = parallel.virtual_pipeline_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_size,
-        pipeline_model_parallel_size=parallel.pipeline_size,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=parallel.context_size,
-        expert_model_parallel_size=parallel.expert_size,
-        # Experts are spread whole: gloo cannot gather the uneven pieces of a tensor-split expert.
-        expert_tensor_parallel_size=1,
-        # Only checkpoint formats that are not ours would use them.
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
-    )
-    # Megatron forks this generator around the embedding; nothing of ours draws from it.
+    with _one_group_per_set_of_ranks():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_size,
+            pipeline_model_parallel_size=parallel.pipeline_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            context_parallel_size=parallel.context_size,
+            expert_model_parallel_size=parallel.expert_size,
+            # Experts are not sharded by tensor parallelism: gloo cannot gather the uneven shards.
+            expert_tensor_parallel_size=1,
+            # Only checkpoint formats that we do not use need them.
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
+        )
+    # Megatron forks this generator around the embedding; our code never draws from it.
     model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(
@@ -195,18 +199,40 @@ def _build_mesh(
         launch=launch,
         only_generates=only_generates,
         groups=groups,
-        rollout_pp=_copy_of_pipeline_groups(groups.pp),
+        rollout_pp=_copy_of_pipeline_groups(groups.pp, timedelta(seconds=timeout_seconds)),
         timeout_seconds=timeout_seconds,
         megatron_globals=_globals_of_megatron(),
     )
 
 
+@contextmanager
+def _one_group_per_set_of_ranks() -> Iterator[None]:
+    """Let Megatron's groups of the same ranks be one group; by itself it makes one for every use.
+
+    All ranks of the world take part in the creation of a group, so that its name is the same on
+    all of them; only of a group of one rank the others need not know.
+    """
+    create, made = parallel_state.create_group, dict[tuple[int, ...], Any]()
+
+    def create_once(ranks: list[int], **options: Any) -> Any:
+        key, alone = tuple(ranks), len(ranks) == 1
+        if key not in made and not (alone and ranks != [dist.get_rank()]):
+            made[key] = create(ranks, use_local_synchronization=alone, **options)
+        return made.get(key)
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
+
+
 def create_second_mesh(parallel: ParallelConfig, main: Mesh) -> Mesh:
-    """Build groups of another layout of the same world; `main` stays in force. All ranks call it.
+    """Create a mesh with another layout of the same world. All ranks call it.
 
     Args:
         parallel: degrees of the second layout.
-        main: the mesh in force.
+        main: the first mesh, which stays Megatron's current one.
     """
     vars(parallel_state).update(_NO_GROUPS)
     try:
@@ -218,8 +244,8 @@ def create_second_mesh(parallel: ParallelConfig, main: Mesh) -> Mesh:
 
 
 @contextmanager
-def in_force(mesh: Mesh) -> Iterator[None]:
-    """Let Megatron see this mesh's groups where it does not take them as arguments."""
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make this mesh Megatron's current one, for modules that do not take groups as arguments."""
     before = _globals_of_megatron()
     vars(parallel_state).update(mesh.megatron_globals)
     try:
@@ -229,10 +255,11 @@ def in_force(mesh: Mesh) -> Iterator[None]:
 
 
 def destroy_mesh(*, leave_world: bool = True) -> None:
-    """Give up all groups, so that the process ends without hanging peers or warnings.
+    """Destroy all groups, so that the process ends without warnings and no peer hangs.
 
     Args:
-        leave_world: a process cannot join a world again; keep it to create another mesh.
+        leave_world: leave the world too; False to create another mesh in it, since a process
+            cannot join a world again.
     """
     parallel_state.destroy_model_parallel()
     if leave_world:
@@ -240,16 +267,16 @@ def destroy_mesh(*, leave_world: bool = True) -> None:
 
 
 def world_size_from_environment() -> int:
-    """Number of ranks that torchrun started; 1 without torchrun. Does not communicate."""
+    """Return the number of ranks that torchrun started, 1 without torchrun. No communication."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _join_world(here: Platform, timeout: timedelta) -> None:
     if dist.is_initialized():
         return
-    device_id = here.device if here.name == "cuda" else None
+    # Without a device id, communicators are made at a group's first use: many have none.
     if "RANK" in os.environ:
-        dist.init_process_group(here.backend, timeout=timeout, device_id=device_id)
+        dist.init_process_group(here.backend, timeout=timeout)
         return
     dist.init_process_group(
         here.backend,
@@ -257,24 +284,17 @@ def _join_world(here: Platform, timeout: timedelta) -> None:
         rank=0,
         world_size=1,
         timeout=timeout,
-        device_id=device_id,
-    )
-
-
-def _whole_world(here: Platform) -> Launch:
-    return Launch(
-        group=dist.group.WORLD, rank=dist.get_rank(), size=dist.get_world_size(), device=here.device
     )
 
 
 def _join_half(here: Platform, num_rollout_ranks: int, timeout: timedelta) -> tuple[Launch, bool]:
-    """Make two worlds of the ranks, joined by one backend.
+    """Join one of two worlds, which together hold all ranks and are connected by one backend.
 
-    Everything that speaks of the world, Megatron's groups included, then means one half. No
-    ordinary process group could span both: torch numbers a group's ranks by the world's.
+    Torch's world, and so Megatron's groups, then cover one half only. An ordinary process group
+    cannot span both halves, because torch numbers a group's ranks by those of the world.
 
     Returns:
-        What joins them, and whether this rank is of the half that only generates.
+        The launch that spans both, and whether this rank belongs to the half that only generates.
     """
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     num_training = size - num_rollout_ranks
@@ -285,9 +305,8 @@ def _join_half(here: Platform, num_rollout_ranks: int, timeout: timedelta) -> tu
         rank=rank - num_training if generates else rank,
         world_size=num_rollout_ranks if generates else num_training,
         timeout=timeout,
-        device_id=here.device if here.name == "cuda" else None,
     )
-    # Between two messages the other half does a whole step, of which every phase has its limit.
+    # Between two messages the other half may do a whole step, whose phases have their own limits.
     patience, joining = timeout * 8, PrefixStore("launch", store)
     if here.name == "cuda":
         options = dist.ProcessGroupNCCL.Options()
@@ -298,15 +317,15 @@ def _join_half(here: Platform, num_rollout_ranks: int, timeout: timedelta) -> tu
     return Launch(group=backend, rank=rank, size=size, device=here.device), generates
 
 
-def _copy_of_pipeline_groups(pipeline: Group) -> Group:
-    """Every rank creates every copy, in the same order, as `new_group` demands."""
+def _copy_of_pipeline_groups(pipeline: Group, timeout: timedelta) -> Group:
+    """Return a second group of this pipeline's ranks; all ranks create all copies in one order."""
     if pipeline.size() == 1:
-        return pipeline  # no tokens travel
+        return pipeline  # nothing is sent
     stride = dist.get_world_size() // pipeline.size()
     mine: Group | None = None
     for first in range(stride):
         ranks = [first + stage * stride for stage in range(pipeline.size())]
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout, group_desc="rollout_pp")
         if dist.get_rank() in ranks:
             assert ranks == dist.get_process_group_ranks(pipeline), "pipeline is the slowest axis"
             mine = group

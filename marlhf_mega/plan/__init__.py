@@ -1,1 +1,1 @@
-"""What a run will need, from its configuration alone: memory, time, checkpoints. No torch."""
+"""Memory, time and checkpoints of a run, from its configuration alone. No torch."""

@@ -1,50 +1,49 @@
-"""Bytes that forward and backward passes hold, per token, by what each operator keeps.
+"""Bytes that forward and backward passes need, from what each operator saves.
 
-Three families of layers: those of CPUs, our local ones on GPUs (Gemma-2, or no Transformer Engine)
-and Transformer Engine's, which fuses norms into the matrix behind them. The CPU's are checked
-against autograd and the allocator by a test; the others are read from their source, not measured.
+There are three families of layers: ours on CPUs, ours on GPUs (Gemma-2, or no Transformer Engine)
+and those of Transformer Engine, which fuses norms into the following matrix product. A test checks
+the first against autograd and the allocator; the others are read from their source, not measured.
 """
 
 from dataclasses import dataclass, replace
 
 from marlhf_mega.config.limits import logits_chunk_tokens
-from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.schema import MemoryConfig
-from marlhf_mega.plan.layout import Layout
-from marlhf_mega.plan.parameters import Head
-from marlhf_mega.plan.workload import Microbatch, Role
+from marlhf_mega.plan.layout import WorldLayout
+from marlhf_mega.plan.workload import MicrobatchShape, Role
 
 _FLOAT32 = 4
 
 SHORT_ATTENTION = 512
-"""Longest sequence of the CPU's attention by batched products."""
+"""Longest sequence for which CPUs compute attention by batched matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formats:
-    """Number formats that decide sizes."""
+    """Number formats and kernels, as far as they affect sizes."""
 
     element: int
     """Bytes of a weight or activation: 4 or 2."""
     has_engine: bool
-    """Layers come from Transformer Engine."""
+    """Whether layers are those of Transformer Engine."""
     fp8: bool
-    """Inputs of matrix products are kept in one byte."""
+    """Whether inputs of matrix products are saved in one byte."""
     on_cpu: bool = False
-    """Norms and gated activations keep less, products keep the whole sequence, short bfloat16
-    attention keeps scores."""
+    """On CPUs norms and gated activations save less, products save the whole sequence, and short
+    bfloat16 attention saves its scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Widths on one rank of a layer that works on a microbatch."""
+    """Sizes of a layer on one rank for one microbatch."""
 
     model: ModelConfig
-    layout: Layout
-    microbatch: Microbatch
+    layout: WorldLayout
+    microbatch: MicrobatchShape
     formats: Formats
     only_selected: bool = False
-    """Behind the last attention: the tokens are those that the head sees."""
+    """Whether it is what follows the last attention, for the tokens of the head only."""
 
     @property
     def tokens(self) -> int:
@@ -65,31 +64,31 @@ class LayerShape:
 
     @property
     def key(self) -> int:
-        """Elements of the keys; as many values."""
+        """Elements of the keys; the values have as many."""
         groups = max(1, self.model.query_groups // self._tp)
         return self.tokens * groups * self.model.kv_channels
 
     @property
     def gathered(self) -> int:
-        """Elements of keys and values of all ranks that share sequences; the engine's travel."""
-        travels = self.formats.has_engine and self.model.sliding_window is None
-        if self.layout.context == 1 or travels:
+        """Elements of gathered keys and values under context parallelism; 0 if they circulate."""
+        circulates = self.formats.has_engine and self.model.sliding_window is None
+        if self.layout.context == 1 or circulates:
             return 0
         return 2 * self.key * self.layout.context
 
     @property
     def masks(self) -> int:
-        """Elements of the masks of this rank's pieces; rows of equal lengths have them together."""
+        """Elements of the attention masks of this rank's pieces; padded sequences share them."""
         if not self.gathered:
             return 0
         count, microbatch = 2 * self.layout.context, self.microbatch
         pairs = microbatch.pairs if microbatch.packed is not None else microbatch.seq**2
-        # Pieces r and count - 1 - r see (count + 1) pieces of keys together.
+        # Pieces r and count - 1 - r together attend to (count + 1) pieces of keys.
         return pairs * (count + 1) // count**2
 
     @property
     def selected(self) -> int:
-        """Response tokens that the head sees on the rank with most of them."""
+        """Response tokens that the head gets on the rank with the most of them."""
         microbatch, count = self.microbatch, 2 * self.layout.context
         piece = microbatch.seq // count
         before = microbatch.seq - microbatch.response
@@ -109,12 +108,12 @@ class LayerShape:
 
     @property
     def scores(self) -> int:
-        """Elements of the attention matrix, which only softcaps and `keeps_scores` need whole."""
+        """Elements of the attention matrix, materialised for softcaps and `keeps_scores` only."""
         return self.microbatch.pairs * self.heads // self.layout.context
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether it is the CPU's attention by batched products."""
+        """Whether attention is by batched matrix products on a CPU, which save the scores."""
         seq, window = self.microbatch.seq, self.model.sliding_window
         whole = seq <= SHORT_ATTENTION and (window is None or window >= seq)
         whole = whole and self.layout.context == 1
@@ -125,8 +124,10 @@ class LayerShape:
         return self.layout.tensor
 
 
-def layer_shape(role: Role, layout: Layout, microbatch: Microbatch, formats: Formats) -> LayerShape:
-    """Return the widths of a role's layers; softcaps and post norms rule the engine out."""
+def layer_shape(
+    role: Role, layout: WorldLayout, microbatch: MicrobatchShape, formats: Formats
+) -> LayerShape:
+    """Return the sizes of a role's layers; Transformer Engine has no softcaps or post norms."""
     model = role.model
     engine = formats.has_engine and not model.post_norms and model.attention_softcap is None
     own = replace(formats, has_engine=engine, fp8=formats.fp8 and engine)
@@ -134,29 +135,47 @@ def layer_shape(role: Role, layout: Layout, microbatch: Microbatch, formats: For
 
 
 def layer_kept(shape: LayerShape, memory: MemoryConfig) -> int:
-    """Return the bytes that one layer keeps for its backward pass, if it is not recomputed."""
+    """Return the bytes that one layer saves for its backward pass if it is not recomputed."""
     model, e = shape.model, shape.formats.element
     return (
         _normed_input(shape)
-        + (_post_norm(shape) if model.post_norms else 0)
+        + _post_norm(shape)
         + _attention_kept(shape, selective=memory.recompute == "selective")
         + (_head_norms(shape) if model.qk_norm else 0)
         + 4 * shape.microbatch.positions // shape.layout.context * (model.kv_channels * e)
         + _feed_forward_kept(shape)
+        + _adapters_kept(shape)
     )
+
+
+def _adapters_kept(shape: LayerShape) -> int:
+    """Return the bytes of the small products between A and B, and of B over all outputs of A."""
+    model, tensor, lora = shape.model, shape.layout.tensor, shape.model.lora
+    query, key = model.num_attention_heads * model.kv_channels, model.query_groups
+    rows = {
+        "self_attention.linear_qkv": (query + 2 * key * model.kv_channels) // tensor,
+        "self_attention.linear_proj": model.hidden_size,
+        "mlp.linear_fc1": 2 * model.ffn_hidden_size // tensor,
+        "mlp.linear_fc2": model.hidden_size,
+    }
+    kept = 0
+    for projection, count in rows.items():
+        if adapted := lora.adapted(projection):
+            kept += len(adapted) * lora.size * (shape.tokens + count) * shape.formats.element
+    return kept
 
 
 def chunk_kept(
     shape: LayerShape, memory: MemoryConfig, *, first: bool, last: bool, head: Head
 ) -> int:
-    """Return the bytes that one chunk keeps for one microbatch.
+    """Return the bytes that one chunk saves for one microbatch.
 
     Args:
-        shape: of its layers.
+        shape: sizes of its layers.
         memory: what is recomputed.
-        first: it embeds tokens; others keep what they were sent, as the first layer's input or,
-            where that layer works on a copy in float32, beside it.
-        last: it holds the final norm and the head; others keep what they send.
+        first: whether it embeds tokens; others keep the activations they receive, as the input of
+            their first layer or, if that layer works on a float32 copy, in addition to it.
+        last: whether it has the final norm and the head; others keep what they send.
         head: of the model.
     """
     model, layout, e = shape.model, shape.layout, shape.formats.element
@@ -181,13 +200,13 @@ def chunk_kept(
 
 
 def tail_shape(shape: LayerShape) -> LayerShape:
-    """Return the widths behind the last attention, which as a rule sees the head's tokens only."""
+    """Return the sizes after the last attention, usually for the tokens of the head only."""
     shared = shape.layout.sequence_parallel or shape.model.num_experts
     return replace(shape, only_selected=not (shared or shape.formats.fp8))
 
 
 def last_workspace(shape: LayerShape) -> int:
-    """Return the bytes that the last chunk's backward passes hold beside what was kept."""
+    """Return the bytes that the last chunk's backward pass needs besides saved activations."""
     layout = shape.layout
     if shape.model.num_layers > layout.pipeline * layout.chunks:
         return layer_workspace(shape)
@@ -197,17 +216,22 @@ def last_workspace(shape: LayerShape) -> int:
 
 
 def layer_workspace(shape: LayerShape, *, behind: LayerShape | None = None) -> int:
-    """Return the bytes that a layer's backward pass holds beside what was kept.
+    """Return the bytes that a layer's backward pass needs besides saved activations.
 
-    The gradients of the widest tensors and of the largest matrix, before it is added to the buffer.
+    These are gradients of the widest tensors, and that of the largest matrix before it is added to
+    the gradient buffer.
 
     Args:
-        shape: of attention.
-        behind: of what follows it; none: the same.
+        shape: sizes of attention.
+        behind: sizes of what follows attention. None means the same sizes.
     """
     e = shape.formats.element
     width, tokens = _ffn_width(shape), (behind or shape).tokens
-    inner = tokens * width * (2 if shape.model.num_experts is None else 2 * _top_k(shape))
+    inner = (
+        tokens
+        * width
+        * (2 if shape.model.num_experts is None else 2 * shape.model.experts_per_token)
+    )
     matrix = 2 * width * shape.model.hidden_size
     gathered = shape.tokens * shape.model.hidden_size
     attention = shape.query + 2 * shape.key + 2 * shape.gathered
@@ -216,8 +240,15 @@ def layer_workspace(shape: LayerShape, *, behind: LayerShape | None = None) -> i
     return (max(inner, attention) + gathered + matrix) * e
 
 
-def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:
-    """Return the bytes that log-probs hold beside their inputs: one chunk of logits at a time."""
+def head_workspace(shape: LayerShape, head: Head, *, backward: bool, filtered: bool = False) -> int:
+    """Return the bytes that log-probs need besides their inputs: one chunk of logits at a time.
+
+    Args:
+        shape: of the layer before it.
+        head: language or scalar.
+        backward: of a backward pass.
+        filtered: log-probs over the tokens that top-k and top-p kept, and over all of them.
+    """
     model, e = shape.model, shape.formats.element
     selected = shape.selected
     hidden = shape.tokens * model.hidden_size * e
@@ -225,21 +256,23 @@ def head_workspace(shape: LayerShape, head: Head, *, backward: bool) -> int:
         return hidden + selected * model.hidden_size * _FLOAT32
     assert model.vocab_size is not None
     columns = -(-model.vocab_size // shape.layout.tensor)
-    rows = min(selected, logits_chunk_tokens(columns, on_cpu=shape.formats.on_cpu))
-    capped = 2 if model.logits_softcap is not None else 0
+    chunk = min(selected, logits_chunk_tokens(columns, on_cpu=shape.formats.on_cpu))
+    copies = 4.0 if model.logits_softcap is not None else 2.0
+    if filtered:  # the logits again, and the mask in bytes while it is made
+        copies += 1.5
     if not backward:
-        return hidden + rows * columns * _FLOAT32 * (2 + capped)
-    # The matrix's gradient is summed over the chunks in float32 and rounded once.
+        return hidden + int(chunk * columns * _FLOAT32 * copies)
+    # The gradient of the output matrix is summed over chunks in float32 and rounded once.
     matrix = columns * model.hidden_size * (_FLOAT32 + e)
-    logits = rows * columns * _FLOAT32 * (2 + capped)
+    logits = int(chunk * columns * _FLOAT32 * copies)
     return hidden + selected * model.hidden_size * e + matrix + logits
 
 
 def forward_workspace(shape: LayerShape) -> int:
-    """Return the bytes that a layer holds when nothing is kept for a backward pass."""
+    """Return the bytes that a layer needs in a pass without a backward pass."""
     e, width = shape.formats.element, _ffn_width(shape)
     residual = 3 * shape.residual + shape.tokens * shape.model.hidden_size
-    factor = 1 if shape.model.num_experts is None else _top_k(shape)
+    factor = 1 if shape.model.num_experts is None else shape.model.experts_per_token
     feed_forward = 5 * shape.tokens * width * factor
     attention = 3 * shape.query + 3 * shape.key + 2 * shape.gathered
     if shape.model.attention_softcap is not None:
@@ -247,11 +280,11 @@ def forward_workspace(shape: LayerShape) -> int:
     return (residual + max(feed_forward, attention)) * e
 
 
-def in_flight(layout: Layout, *, stage: int, num_microbatches: int) -> int:
-    """Return for how many microbatches a stage keeps one chunk's activations at the same time.
+def in_flight(layout: WorldLayout, *, stage: int, num_microbatches: int) -> int:
+    """Return how many microbatches' activations of one chunk a stage keeps at a time.
 
-    One forward, one backward in turn: the first stage runs ahead by the stages behind it; with
-    several chunks by what the interleaved schedule warms up with.
+    In the 1F1B schedule a stage runs ahead by the number of stages after it; with several chunks,
+    by the warm-up of the interleaved schedule.
     """
     ahead = layout.pipeline - stage - 1
     if layout.chunks > 1:
@@ -260,13 +293,10 @@ def in_flight(layout: Layout, *, stage: int, num_microbatches: int) -> int:
 
 
 def _feed_forward_kept(shape: LayerShape) -> int:
-    inner = _experts_kept if shape.model.num_experts else _dense_kept
-    norms = _normed_input(shape) + (_post_norm(shape) if shape.model.post_norms else 0)
-    return norms + inner(shape)
-
-
-def _dense_kept(shape: LayerShape) -> int:
-    return _gated_kept(shape, _ffn_width(shape))
+    norms = _normed_input(shape) + _post_norm(shape)
+    if shape.model.num_experts:
+        return norms + _experts_kept(shape)
+    return norms + _gated_kept(shape, _ffn_width(shape))
 
 
 def _ffn_width(shape: LayerShape) -> int:
@@ -276,12 +306,8 @@ def _ffn_width(shape: LayerShape) -> int:
     return model.expert_ffn_hidden_size or model.ffn_hidden_size
 
 
-def _top_k(shape: LayerShape) -> int:
-    return shape.model.experts_per_token
-
-
 def _normed_input(shape: LayerShape, *, is_product_input: bool = True) -> int:
-    """Input, root mean square and output of a norm, and of the norm's two steps in between."""
+    """Input, root mean square and output of a norm, and its intermediate tensors."""
     e, zero_centered = shape.formats.element, shape.model.zero_centered_norm
     root = shape.tokens // shape.layout.sequence_share * _FLOAT32
     output = (1 if shape.formats.fp8 else e) * shape.residual * is_product_input
@@ -296,7 +322,7 @@ def _normed_input(shape: LayerShape, *, is_product_input: bool = True) -> int:
 
 
 def _post_norm(shape: LayerShape) -> int:
-    return _normed_input(shape, is_product_input=False)
+    return _normed_input(shape, is_product_input=False) if shape.model.post_norms else 0
 
 
 def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
@@ -304,12 +330,12 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
     projected = shape.query + 2 * shape.key
     rotated = shape.query + shape.key
     if shape.gathered and not selective:
-        # Copies of keys and values, so that nothing holds on to the rank's own.
+        # Gathered copies of keys and values replace the rank's own.
         projected, rotated = shape.gathered + shape.masks, shape.query
     output = shape.query * (e + (1 if shape.formats.fp8 else 0))
     in_parts = shape.microbatch.packed is not None or shape.layout.context > 1
     if in_parts and not shape.formats.has_engine:
-        output += shape.query * e  # each part's, and all in one row
+        output += shape.query * e  # outputs of the parts, and their concatenation
     if shape.keeps_scores and shape.model.attention_softcap is None:
         return (projected + rotated + (0 if selective else shape.scores)) * e + output
     if shape.model.attention_softcap is None:
@@ -317,7 +343,7 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
         return (projected + rotated) * e + output + statistics
     if selective:
         return (projected + rotated) * e + output
-    # Queries, keys and values with as many heads each, the squashed scores, the probabilities.
+    # Queries, keys and values expanded to all heads, capped scores, probabilities.
     rounded = e if e < _FLOAT32 else 0
     masks = shape.microbatch.seq**2 if shape.microbatch.packed is None else shape.microbatch.pairs
     matrices = shape.scores * (e + _FLOAT32 + rounded) + masks
@@ -325,19 +351,19 @@ def _attention_kept(shape: LayerShape, *, selective: bool) -> int:
 
 
 def _head_norms(shape: LayerShape) -> int:
-    """Norms of queries and keys in float32: input and normalised, per head one root."""
+    """Norms of queries and keys in float32: input, output and one root per head."""
     e = shape.formats.element
     elements = shape.query + shape.key
     roots = elements // shape.model.kv_channels * _FLOAT32
     zero_centered = shape.model.zero_centered_norm
     if shape.formats.on_cpu and (e == _FLOAT32 or not zero_centered):
-        return shape.query * e + roots  # keys are normed where the projection left them
+        return shape.query * e + roots  # keys are normalised in the output of the projection
     inside = _FLOAT32 if zero_centered else e
     return elements * (_FLOAT32 + inside) + roots
 
 
 def _gated_kept(shape: LayerShape, width: int, tokens: int | None = None) -> int:
-    """Gate and up projections and their product; unfused the activated gate and up again."""
+    """Gate and up projections and their product; unfused also the activated gate and a copy."""
     e = shape.formats.element
     product = 1 if shape.formats.fp8 else e
     kept = product + (2 if _is_fused(shape) else 4) * e

@@ -1,18 +1,19 @@
-"""What a model that learns holds besides activations: buffers of weights and gradients, Adam.
+"""Memory of a trained model besides activations: weight and gradient buffers, optimizer state.
 
-Megatron-Core's data-parallel wrapper lays the parameters of a chunk into one buffer in reverse
-order, each at a multiple of 64 elements, bucket after bucket, each bucket a multiple of
-lcm(replicas, 128) elements; dense and expert parameters have buffers of their own. With overlap the
-first stage's first chunk begins a new bucket whenever one is full; elsewhere gradients do not hold
-up a pipeline and stay in one. The distributed optimizer cuts every bucket into equal shares and
-keeps state for the real elements of its own.
+Megatron-Core's data-parallel wrapper puts the parameters of a chunk into one buffer in reverse
+order, each at a multiple of 64 elements. A buffer consists of buckets, each a multiple of
+lcm(replicas, 128) elements; dense and expert parameters have separate buffers. With overlap, the
+first chunk of the first stage starts a new bucket whenever one is full; other chunks have one
+bucket, as their gradients delay no pipeline. The distributed optimizer splits every bucket into
+equal shares and keeps state for the parameters in its own share.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from marlhf_mega.plan.layout import Layout, round_up
+from marlhf_mega.config.limits import round_up
+from marlhf_mega.plan.layout import WorldLayout
 from marlhf_mega.plan.parameters import Parameter
 
 _PARAMETER_MULTIPLE = 64
@@ -26,18 +27,18 @@ class Buffers:
     """Elements on one rank, padding included."""
 
     num_elements: int
-    """Of the weights' buffers, and of the gradients'."""
+    """Of the weight buffers, and of the gradient buffers."""
     owned: tuple[int, ...]
-    """Real elements whose optimizer state each rank of the pipeline stage keeps."""
+    """Parameters whose optimizer state each rank of the pipeline stage keeps."""
     owned_tensors: tuple[int, ...]
-    """Parameters that these elements are parts of."""
+    """Tensors that these parameters are parts of."""
     buckets: tuple[int, ...]
     """Elements of each bucket, dense ones first."""
 
 
 def buffers(
     chunks: Sequence[Sequence[Parameter]],
-    layout: Layout,
+    layout: WorldLayout,
     *,
     stage: int,
     bucket_size: int | None = None,
@@ -48,14 +49,15 @@ def buffers(
         chunks: the parameters of each of the rank's chunks.
         layout: of the world.
         stage: of the pipeline.
-        bucket_size: elements that fill a bucket, with overlap; none: Megatron's own.
+        bucket_size: elements that fill a bucket, with overlap. None means Megatron-Core's
+            default.
     """
     if bucket_size is None:
         bucket_size = max(_BUCKET_SIZE, _BUCKET_SIZE_PER_REPLICA * layout.data)
     ranks = layout.world // layout.pipeline
     owned, tensors = [0] * ranks, [0] * ranks
     buckets: list[int] = []
-    # Neighbouring ranks share every matrix, or hold different experts.
+    # Neighbouring ranks share every matrix, or have different experts.
     for is_expert, neighbours in ((False, layout.tensor), (True, layout.expert)):
         for number, chunk in enumerate(chunks):
             full = bucket_size if layout.overlap and stage == number == 0 else math.inf
@@ -74,7 +76,7 @@ def buffers(
 
 
 def _buckets(parameters: Sequence[Parameter], full: float) -> list[list[Parameter]]:
-    """Split as the wrapper does: after so many elements, shared embeddings on their own."""
+    """Split as the wrapper does: when a bucket is full, and around shared embeddings."""
     found: list[list[Parameter]] = [[]]
     end = 0
     for parameter in reversed(parameters):
@@ -91,7 +93,7 @@ def _buckets(parameters: Sequence[Parameter], full: float) -> list[list[Paramete
 
 
 def _shares(bucket: Sequence[Parameter], replicas: int) -> tuple[int, list[int], list[int]]:
-    """Return a bucket's length, and each replica's real elements and tensors in its share."""
+    """Return a bucket's length, and the parameters and tensors in each replica's share."""
     spans, start = [], 0
     for parameter in bucket:
         spans.append((start, start + parameter.size))

@@ -1,4 +1,4 @@
-"""Correct the planner's estimates by what a run has really used."""
+"""Corrects the planner's estimates with the memory that a run used."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,38 +7,38 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from marlhf_mega.config.checks import rollout_ranks
+from marlhf_mega.config.limits import GIB
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.jsonl import read_lines
-from marlhf_mega.plan.gpus import GIB
 from marlhf_mega.plan.memory import WORKING
 from marlhf_mega.plan.plan import Cluster, make_plan
 
 _PEAK, _UPDATE_PEAK = "perf/peak_memory_gib", "perf/update_peak_memory_gib"
-_TELLING = {"sft": "sft/loss", "reward": "reward/loss"}
-"""Metrics that only these jobs write."""
+_TELLING = {"sft": "sft/loss", "reward": "reward/loss", "preference": "preference/loss"}
+"""Metrics by which these jobs are recognised."""
 
 
 def activation_factor(run: Path, cluster: Cluster) -> float:
-    """Return measured over predicted bytes of what passes hold in an update.
+    """Return the ratio of measured to predicted activation bytes of an update.
 
-    What models hold is exact, so the rest of the measured peak is due to activations. Runs of ppo
-    have noted the update's peak of their worst rank, others that of the whole run on the first
-    rank. Runs on GPUs only: on a CPU the metric counts the whole process.
+    The memory of models is exact, so the rest of the measured peak is due to activations. Runs of
+    ppo record the peak of the update on the worst rank, other runs that of the whole run on the
+    first rank. The run must have used GPUs: on a CPU the metric is the memory of the process.
 
     Args:
         run: directory of a finished run.
-        cluster: device and assumptions; the run's own number of ranks counts.
+        cluster: device and assumptions; the number of ranks is that of the run.
 
     Raises:
-        ConfigError: the run has no peaks, or was not on GPUs.
+        ConfigError: the run recorded no peaks, or did not use GPUs.
     """
     values, metrics = _read(run)
     layout = str(values.get("layout", ""))
     if "cuda" not in layout:
         raise ConfigError(
             f"--calibrate={run}: must be a run on GPUs; its layout is {layout or 'not known'}. "
-            "Name another run."
+            "Use another run."
         )
     config = Config.model_validate({k: v for k, v in values.items() if k in Config.model_fields})
     seen = {name for line in metrics for name in line}
@@ -67,7 +67,7 @@ def _read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     metrics = list(read_lines(run / "metrics.jsonl"))
     if not any(_PEAK in line for line in metrics):
         raise ConfigError(
-            f"--calibrate={run}: must have measured its memory; no line of metrics.jsonl has "
+            f"--calibrate={run}: must have recorded its memory; no line of metrics.jsonl has "
             f"{_PEAK}. Let it take a step."
         )
     return {str(key): value for key, value in values.items()}, metrics

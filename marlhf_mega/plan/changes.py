@@ -1,21 +1,21 @@
-"""What to change about a job that does not fit."""
+"""Finds a change that makes a job fit."""
 
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.load import ConfigError, with_keys
 from marlhf_mega.plan.generation import Generation
-from marlhf_mega.plan.layout import Layout
-from marlhf_mega.plan.plan import Plan, make_plan, with_keys
+from marlhf_mega.plan.layout import WorldLayout
+from marlhf_mega.plan.plan import Plan, make_plan
 from marlhf_mega.plan.workload import microbatch_keys
 
-Change = dict[str, Any]
-"""Dotted keys and their values."""
+Overrides = dict[str, Any]
+"""Dotted keys and their new values."""
 
 
-def smallest_change(plan: Plan) -> tuple[Change, Plan] | None:
-    """Return the first change, from cheap to dear, after which the job fits; none: none does."""
+def smallest_change(plan: Plan) -> tuple[Overrides, Plan] | None:
+    """Return the cheapest change after which the job fits, and the new plan; None without one."""
     for keys in _changes(plan):
         try:
             config = with_keys(plan.work.config, keys)
@@ -27,11 +27,11 @@ def smallest_change(plan: Plan) -> tuple[Change, Plan] | None:
     return None
 
 
-def _changes(plan: Plan) -> Iterator[Change]:
-    """List changes that need no other machine: one key, then several, then another layout."""
+def _changes(plan: Plan) -> Iterator[Overrides]:
+    """Yield changes that need no other machines: one key, then several, then another layout."""
     singles = _of_those_in_need(_settings(plan), plan)
     yield from singles
-    everything: Change = {}
+    everything: Overrides = {}
     for change in singles:
         everything |= change
         yield dict(everything)
@@ -40,9 +40,9 @@ def _changes(plan: Plan) -> Iterator[Change]:
         yield everything | change
 
 
-def _settings(plan: Plan) -> list[Change]:
+def _settings(plan: Plan) -> list[Overrides]:
     config, layout = plan.work.config, plan.work.layout
-    singles: list[Change] = []
+    singles: list[Overrides] = []
     if layout.tensor > 1 and not layout.sequence_parallel:
         singles.append({"parallel.sequence_parallel": True})
     if config.memory.recompute == "none" and config.model.attention_softcap is not None:
@@ -51,11 +51,11 @@ def _settings(plan: Plan) -> list[Change]:
     while factor > 1:
         factor //= 2
         singles.append({"ppo.scoring_microbatch_factor": factor})
-    size = plan.work.microbatch.rows
+    size = plan.work.microbatch.sequences
     while size > 1:
         size //= 2
         seq = plan.work.microbatch.seq
-        singles.append(microbatch_keys(config, plan.work.job, rows=size, seq=seq))
+        singles.append(microbatch_keys(config, plan.work.job, sequences=size, seq=seq))
     if plan.work.job == "ppo":
         slots = Generation.of_rollout(plan.work).slots
         while slots > 8:
@@ -69,10 +69,10 @@ def _settings(plan: Plan) -> list[Change]:
     return singles
 
 
-def _layouts(plan: Plan) -> Iterator[Change]:
-    """Larger layouts of the ranks that train, of those that only generate, of both."""
+def _layouts(plan: Plan) -> Iterator[Overrides]:
+    """Yield larger layouts of the ranks that train, of those that only generate, of both."""
     most = plan.cluster.gpus_per_node
-    training: list[Change] = [
+    training: list[Overrides] = [
         {
             "parallel.tensor_size": tensor,
             "parallel.pipeline_size": pipeline,
@@ -80,7 +80,7 @@ def _layouts(plan: Plan) -> Iterator[Change]:
         }
         for tensor, pipeline in _larger(plan.work.layout, most)
     ]
-    generating: list[Change] = [
+    generating: list[Overrides] = [
         {"rollout.tensor_size": tensor, "rollout.pipeline_size": pipeline}
         for tensor, pipeline in _larger(Generation.of_rollout(plan.work).layout, most)
         if plan.rollout_stages
@@ -91,8 +91,8 @@ def _layouts(plan: Plan) -> Iterator[Change]:
     yield from (first | second for first, second in product(training, generating))
 
 
-def _of_those_in_need(changes: list[Change], plan: Plan) -> list[Change]:
-    """Leave out what changes ranks that have room, where ranks are of two kinds."""
+def _of_those_in_need(changes: list[Overrides], plan: Plan) -> list[Overrides]:
+    """Remove changes for ranks that fit, where there are two kinds of ranks."""
     if not plan.rollout_stages:
         return changes
     found = []
@@ -104,8 +104,8 @@ def _of_those_in_need(changes: list[Change], plan: Plan) -> list[Change]:
     return found
 
 
-def _larger(layout: Layout, most_tensor: int) -> list[tuple[int, int]]:
-    """Tensor and pipeline sizes that cut the model into more pieces, the fewest first."""
+def _larger(layout: WorldLayout, most_tensor: int) -> list[tuple[int, int]]:
+    """Tensor and pipeline sizes that split the model into more parts, fewest first."""
     found = [
         (tensor, pipeline)
         for tensor in (1, 2, 4, 8)

@@ -1,4 +1,4 @@
-"""Checkpoints: how large, how long to write, how often they pay off."""
+"""Checkpoints: size, time to write, best interval."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from marlhf_mega.plan.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """What saving costs and failures cost. All rates are assumptions."""
+    """Costs of saving and of failures. All rates are assumptions."""
 
     mtbf_hours: float = 50_000.0
-    """Mean time between failures of one GPU with its share of the machine; a 16 384-GPU run had
-    one interruption every 3 hours (Llama 3, arXiv 2407.21783), which is 50 000 hours a GPU."""
+    """Mean time between failures of one GPU and its share of the machine. A run on 16 384 GPUs had
+    an interruption every 3 hours (Llama 3, arXiv 2407.21783), which is 50 000 hours per GPU."""
     write_bytes: float = 2e9
     """Bytes per second that one machine writes."""
     restart_seconds: float = 300.0
@@ -22,37 +22,37 @@ class Reliability:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPlan:
-    """Young's and Daly's interval (Young 1974; Daly 2006, equation 37)."""
+    """Size, cost and best interval of checkpoints (Young 1974; Daly 2006, equation 37)."""
 
     num_bytes: int
     write_seconds: float
     world_mtbf_seconds: float
     interval_seconds: float
-    """Between saves, which loses least: sqrt(2 * write * MTBF) - write."""
+    """Time between saves that loses least: sqrt(2 * write * MTBF) - write."""
     interval_steps: int | None
-    """The same in steps; none where a step's time is not known."""
+    """The same in steps; None if the time of a step is not known."""
     lost_fraction: float
-    """Share of the time spent on saving, on redoing and on restarting."""
+    """Share of time spent on saving, on repeating lost steps and on restarting."""
 
     @property
     def failures_per_week(self) -> float:
-        """Expected interruptions."""
+        """Expected number of interruptions."""
         return 7 * 86400 / self.world_mtbf_seconds
 
 
 def checkpoint_plan(
     work: Workload, *, nodes: int, element: int, step_seconds: float | None, rates: Reliability
 ) -> CheckpointPlan:
-    """Size the checkpoints of a job: weights, float32 masters and two moments of what learns.
+    """Size the checkpoints of a job: weights that learn, their float32 masters and moments.
 
     Args:
         work: the job.
-        nodes: machines with ranks that train, which write together.
+        nodes: machines with ranks that train; they write in parallel.
         element: bytes of a weight.
         step_seconds: of one step, if known.
-        rates: of failures and of writing.
+        rates: failure and write rates.
     """
-    sizes = [whole_model_size(r.model, r.head) for r in work.roles if r.learns]
+    sizes = [whole_model_size(r.model, r.head, only_learning=True) for r in work.roles if r.learns]
     num_bytes = sum(sizes) * (element + 12)
     write = num_bytes / (rates.write_bytes * nodes)
     mtbf = rates.mtbf_hours * 3600 / work.world_size

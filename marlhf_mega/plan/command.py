@@ -1,4 +1,4 @@
-"""`marlhf plan`: options, and what it prints. Works without torch, in well under a second."""
+"""`marlhf plan`: its options and what it prints. Needs no torch and takes under a second."""
 
 import argparse
 import json
@@ -7,13 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.limits import GIB
+from marlhf_mega.config.load import ConfigError, with_keys
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.calibrate import activation_factor
 from marlhf_mega.plan.changes import smallest_change
 from marlhf_mega.plan.checkpoints import Reliability
 from marlhf_mega.plan.gpus import GPUS, find_gpu
-from marlhf_mega.plan.plan import Cluster, make_plan, with_keys
+from marlhf_mega.plan.plan import Cluster, make_plan
 from marlhf_mega.plan.report import as_json, as_text
 from marlhf_mega.plan.search import search
 from marlhf_mega.plan.timing import Efficiencies
@@ -21,39 +22,45 @@ from marlhf_mega.plan.timing import Efficiencies
 SHOWN_LAYOUTS = 10
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `plan` takes besides the configuration."""
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan` besides the configuration."""
     rates, reliability = Efficiencies(), Reliability()
     known = ", ".join(gpu.name for gpu in GPUS.values())
-    parser.add_argument("--job", default="ppo", help="sft, reward or ppo (default)")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a machine (8)")
-    parser.add_argument("--gpu", default="H100", help=f"{known} (H100)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
-    parser.add_argument("--search", action="store_true", help="rank layouts that fit")
     parser.add_argument(
-        "--calibrate", type=Path, metavar="RUN", help="correct activations by a run's peak memory"
+        "--job", default="ppo", help="sft, reward, preference or ppo (default: ppo)"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="number of machines (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default: 8)")
+    parser.add_argument("--gpu", default="H100", help=f"one of {known} (default: H100)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
+    parser.add_argument(
+        "--search", action="store_true", help="list the layouts that fit, the fastest first"
     )
     parser.add_argument(
-        "--no-engine", action="store_true", help="Transformer Engine is not installed"
+        "--calibrate",
+        type=Path,
+        metavar="RUN",
+        help="scale activations to the peak memory that this GPU run measured",
     )
+    parser.add_argument("--no-engine", action="store_true", help="plan without Transformer Engine")
     parser.add_argument(
         "--mfu",
         type=float,
         default=rates.training_flops,
-        help=f"share of the peak that training reaches ({rates.training_flops})",
+        help=f"share of the peak that training reaches (default: {rates.training_flops})",
     )
     parser.add_argument(
         "--mtbf-hours",
         type=float,
         default=reliability.mtbf_hours,
-        help=f"mean time between failures of one GPU ({reliability.mtbf_hours:.0f})",
+        help=f"mean time between failures of one GPU (default: {reliability.mtbf_hours:.0f})",
     )
     parser.add_argument(
         "--write-gb-per-second",
         type=float,
         default=reliability.write_bytes / 1e9,
-        help=f"what one machine writes to the run directory ({reliability.write_bytes / 1e9:.0f})",
+        help="rate at which one machine writes to the run directory "
+        f"(default: {reliability.write_bytes / 1e9:.0f})",
     )
 
 
@@ -61,15 +68,16 @@ def run_plan(config: Config, options: argparse.Namespace) -> int:
     """Print the plan; returns 0 if the job fits and 1 if not.
 
     Args:
-        config: as loaded, with the vocabulary size.
+        config: as loaded; a missing vocabulary size is taken from the tokenizer.
         options: of `add_options`.
 
     Raises:
-        ConfigError: something has no plan.
+        ConfigError: the job cannot be planned.
     """
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(
-            f"--json={options.json}: must be a file in a folder that is there. Make the folder."
+            f"--json={options.json}: must be in an existing folder; there is none. Create the "
+            "folder."
         )
     config, cluster = with_vocabulary(config), _cluster(options)
     if options.calibrate is not None:
@@ -103,7 +111,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         if not 0 < value < math.inf:
             raise ConfigError(f"{flag}: must be above 0 and finite. Give a number.")
         if key == "mfu" and value > 1:
-            raise ConfigError(f"{flag}: is a share, at most 1. Give for example 0.4.")
+            raise ConfigError(f"{flag}: must be a share of at most 1. Give for example 0.4.")
     return Cluster(
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
@@ -120,11 +128,11 @@ def _search(config: Config, options: argparse.Namespace, cluster: Cluster) -> in
     found = search(config, options.job, cluster)
     for keys, plan in found[:SHOWN_LAYOUTS]:
         shown = " ".join(f"{key}={value}" for key, value in keys.items() if value is not None)
-        spare = plan.spare / 2**30
+        spare = plan.spare / GIB
         sys.stdout.write(f"{plan.step_seconds:8.1f} s  {spare:6.1f} GiB to spare  {shown}\n")
     if not found:
-        sys.stdout.write("no layout fits on these machines; take more of them\n")
+        sys.stdout.write("no layout fits these machines; use more of them\n")
     if options.json is not None:
-        rows = [{"keys": keys, **as_json(plan, None)} for keys, plan in found]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        layouts = [{"keys": keys, **as_json(plan, None)} for keys, plan in found]
+        options.json.write_text(json.dumps(layouts, indent=1) + "\n")
     return 0 if found else 1

@@ -1,46 +1,48 @@
-"""Generation: who generates, how many sequences at a time, and what that holds beside weights."""
+"""Generation: its layout, sequences at a time, and memory besides weights."""
 
 from dataclasses import dataclass, replace
 
-from marlhf_mega.config.limits import PREFILL_TOKENS
+from marlhf_mega.config.limits import PREFILL_TOKENS, replay_mask_row_bytes, round_up
 from marlhf_mega.plan.activations import (
     Formats,
     forward_workspace,
     head_workspace,
     layer_shape,
 )
-from marlhf_mega.plan.layout import Layout, round_up
-from marlhf_mega.plan.workload import Microbatch, Workload
+from marlhf_mega.plan.layout import WorldLayout
+from marlhf_mega.plan.workload import MicrobatchShape, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How the replicas of a layout generate."""
+    """Layout and batch of generation."""
 
-    layout: Layout
+    layout: WorldLayout
     slots: int
     """Sequences that one replica decodes together."""
 
     @staticmethod
     def of_rollout(work: Workload) -> "Generation":
-        """Return where the samples of a step come from."""
+        """Return how the samples of a step are generated."""
         config = work.config
-        layout = Layout.of(config.rollout_parallel, work.num_rollout_ranks or work.layout.world)
-        rows = -(-config.rollout.batch_size // layout.data)
-        return Generation(layout=layout, slots=min(config.rollout.slots or rows, rows))
+        layout = WorldLayout.of(
+            config.rollout_parallel, work.num_rollout_ranks or work.layout.world
+        )
+        share = -(-config.rollout.batch_size // layout.data)
+        return Generation(layout=layout, slots=min(config.rollout.slots or share, share))
 
     @staticmethod
     def of_evaluation(work: Workload) -> "Generation":
-        """Return how ranks that train answer held-out prompts while others only generate."""
+        """Return how ranks that train evaluate while other ranks only generate."""
         settings, parallel = work.config.evaluate, work.config.parallel.generating
-        layout = Layout.of(parallel, work.layout.world)
-        rows = -(-settings.num_prompts // layout.data)
+        layout = WorldLayout.of(parallel, work.layout.world)
+        share = -(-settings.num_prompts * settings.samples_per_prompt // layout.data)
         slots = max(1, settings.batch_size // layout.data)
-        return Generation(layout=layout, slots=min(slots, rows))
+        return Generation(layout=layout, slots=min(slots, share))
 
     @property
     def groups(self) -> int:
-        """Groups of slots: as many as stages, which they go through one after the other."""
+        """Groups of slots: as many as stages, so that each stage works on one."""
         return max(1, min(self.layout.pipeline, self.slots))
 
     @property
@@ -50,7 +52,7 @@ class Generation:
 
 
 def kv_cache_bytes(work: Workload, generation: Generation, formats: Formats) -> int:
-    """Return the bytes of keys and values on every rank that generates."""
+    """Return the bytes of the key-value cache on every rank that generates."""
     model = work.policy.model
     multiple = work.config.precision.fp8_alignment * generation.layout.sequence_share
     slots = generation.groups * round_up(generation.group_slots, multiple)
@@ -61,17 +63,33 @@ def kv_cache_bytes(work: Workload, generation: Generation, formats: Formats) -> 
     return layers * 2 * slots * width * formats.element
 
 
+def replay_mask_bytes(work: Workload) -> int:
+    """Return the host memory of a training rank for what top-k and top-p kept; 0 without them.
+
+    With `rollout.staleness` the next step's samples wait beside those that are trained on.
+    """
+    settings, vocab_size = work.config.rollout, work.policy.model.vocab_size or 0
+    if work.job != "ppo" or not settings.is_filtered:
+        return 0
+    row = replay_mask_row_bytes(top_k=settings.top_k, vocab_size=vocab_size)
+    tokens = work.batch_sequences * settings.max_response_tokens
+    # Ranks get the whole batch of ranks that only generate, or to filter it, and keep their share.
+    whole = settings.ranks or settings.filter is not None
+    waiting = settings.batch_size * settings.max_response_tokens if whole else 0
+    return (tokens + waiting * (1 + settings.staleness)) * row
+
+
 def generation_memory(work: Workload, generation: Generation, formats: Formats) -> dict[str, int]:
-    """Return what generating holds on a rank beside the weights."""
+    """Return the memory of generation on a rank besides the weights."""
     prompt = work.config.data.max_prompt_tokens
-    rows = max(1, min(generation.group_slots, PREFILL_TOKENS // prompt))
+    prompts = max(1, min(generation.group_slots, PREFILL_TOKENS // prompt))
     shape = layer_shape(
         work.policy,
         replace(generation.layout, sequence_parallel=False),
-        Microbatch(rows=rows, seq=prompt, response=1),
+        MicrobatchShape(sequences=prompts, seq=prompt, response=1),
         replace(formats, has_engine=False),
     )
-    decode = Microbatch(rows=generation.group_slots, seq=1, response=1)
+    decode = MicrobatchShape(sequences=generation.group_slots, seq=1, response=1)
     logits = head_workspace(replace(shape, microbatch=decode), "language", backward=False) * 2
     return {
         "kv cache": kv_cache_bytes(work, generation, formats),

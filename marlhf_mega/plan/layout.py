@@ -1,14 +1,14 @@
-"""Degrees of parallelism with the size of the world: who shares what with how many."""
+"""Degrees of parallelism of a world of known size."""
 
 from dataclasses import dataclass
 
-from marlhf_mega.config.limits import context_multiple
+from marlhf_mega.config.limits import context_multiple, describe_layout
 from marlhf_mega.config.schema import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A layout of a world. Expert weights are spread whole: no tensor parallelism inside them."""
+class WorldLayout:
+    """Degrees of parallelism. Tensor parallelism does not split expert weights."""
 
     tensor: int
     pipeline: int
@@ -19,12 +19,12 @@ class Layout:
     data: int
     sequence_parallel: bool
     overlap: bool = False
-    """Gradients and new weights travel while passes compute."""
+    """Whether communication of gradients and weights overlaps with computation."""
 
     @staticmethod
-    def of(parallel: ParallelConfig, world_size: int) -> "Layout":
-        """Lay a world out; what is left of it is data parallel."""
-        return Layout(
+    def of(parallel: ParallelConfig, world_size: int) -> "WorldLayout":
+        """Return the layout; data-parallel size = world / (TP x PP x CP)."""
+        return WorldLayout(
             tensor=parallel.tensor_size,
             pipeline=parallel.pipeline_size,
             chunks=parallel.virtual_pipeline_size,
@@ -42,24 +42,16 @@ class Layout:
 
     @property
     def sequence_share(self) -> int:
-        """Tensor-parallel ranks among which norms and residuals are split along the sequence."""
+        """Ranks that norms and residuals are split over, along the sequence."""
         return self.tensor if self.sequence_parallel else 1
 
     @property
     def context_multiple(self) -> int:
-        """Sequences are a multiple of this: two pieces for each rank that shares them."""
+        """What sequence lengths must be a multiple of: two pieces per context-parallel rank."""
         return context_multiple(self.context)
 
     def describe(self) -> str:
-        """Say the layout, such as `TP8 x PP4 x DP4 + SP`."""
-        parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
-        parts += [f"VPP{self.chunks}"] if self.chunks > 1 else []
-        parts += [f"CP{self.context}"] if self.context > 1 else []
-        parts += [f"EP{self.expert}"] if self.expert > 1 else []
-        parts += [f"DP{self.data}"]
-        return " x ".join(parts) + (" + SP" if self.sequence_parallel else "")
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Round a count up to a multiple."""
-    return -(-value // multiple) * multiple
+        """Return the layout as text, such as `TP8 x PP4 x DP4 + SP`."""
+        sizes = {"TP": self.tensor, "PP": self.pipeline, "VPP": self.chunks, "CP": self.context}
+        sizes |= {"EP": self.expert, "DP": self.data}
+        return describe_layout(sizes, sequence_parallel=self.sequence_parallel)

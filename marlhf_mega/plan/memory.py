@@ -1,7 +1,8 @@
-"""Bytes of every model in every phase, on every pipeline stage; the worst rank decides."""
+"""Bytes of every model in every phase, on every pipeline stage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
 from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
@@ -19,48 +20,56 @@ from marlhf_mega.plan.activations import (
 )
 from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, generation_memory
-from marlhf_mega.plan.layout import Layout
-from marlhf_mega.plan.parameters import Parameter, count, largest_stage, stage_parameters
-from marlhf_mega.plan.workload import Microbatch, Role, Workload
+from marlhf_mega.plan.layout import WorldLayout
+from marlhf_mega.plan.parameters import Parameter, count, largest_stage, learning, stage_parameters
+from marlhf_mega.plan.workload import MicrobatchShape, Role, Workload
 
 WORKING = ("activations", "backward", "forward", "prefill and sampling")
-"""What passes hold: estimates, which a measured run corrects. All else is exact."""
+"""Memory of passes: estimates, which a measured run can correct. All else is exact."""
 
 _FLOAT32 = 4
 _MOMENTS = 2
 _STEP_COUNTER = 4
 _ONE_WAY = MOVE_BUCKET_BYTES // 2
-"""Buckets of a move on a rank that only sends, or only receives."""
+"""Resharding buckets on a rank that only sends, or only receives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoleMemory:
-    """What one model holds on a rank while it is on the device."""
+    """Bytes of one model on a rank while it is on the device."""
 
     num_parameters: int
     weights: int
     fp8_copies: int
-    """Products' weights in FP8 beside those in bfloat16."""
+    """FP8 copies of bfloat16 weights."""
     gradients: int
     optimizer: int
-    """Adam's moments and, beside bfloat16 weights, float32 masters: of the rank with the most."""
+    """Adam's moments and, with bfloat16 weights, float32 master weights: on the rank with most."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all."""
         return self.weights + self.fp8_copies + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """One rank of a pipeline stage."""
+    """Memory of one rank of a pipeline stage."""
 
     stage: int
     only_generates: bool = False
-    """The stage is of the ranks that do; all others train."""
+    """Whether it is a stage of the ranks that only generate; others train."""
     roles: Mapping[str, RoleMemory]
     phases: Mapping[str, Mapping[str, int]]
-    """Phase -> what it holds -> bytes."""
+    """Phase -> part -> bytes."""
+
+    def corrected(self, factor: float) -> Self:
+        """Return it with activations that are larger by a factor."""
+        phases = {
+            phase: {n: int(size * factor) if n in WORKING else size for n, size in held.items()}
+            for phase, held in self.phases.items()
+        }
+        return replace(self, phases=phases)
 
     def total(self, phase: str) -> int:
         """Bytes at the phase's peak."""
@@ -78,19 +87,19 @@ class StageMemory:
 
     @property
     def where(self) -> str:
-        """The stage and the phase that needs the most there."""
+        """The stage and its worst phase, as text."""
         if self.only_generates:
             return f"rollout rank of stage {self.stage}"
         return f"stage {self.stage}, {self.worst_phase}"
 
 
 def formats_of(precision: PrecisionConfig, *, on_gpu: bool, has_engine: bool) -> Formats:
-    """Say how large things are.
+    """Return the sizes of number formats.
 
     Args:
         precision: of the run.
-        on_gpu: what `auto` means.
-        has_engine: Transformer Engine is installed.
+        on_gpu: whether it runs on GPUs, for `auto`.
+        has_engine: whether Transformer Engine is installed.
     """
     single = precision.dtype == "float32" or (precision.dtype == "auto" and not on_gpu)
     return Formats(
@@ -101,16 +110,13 @@ def formats_of(precision: PrecisionConfig, *, on_gpu: bool, has_engine: bool) ->
     )
 
 
-def stage_memory(
-    work: Workload, stage: int, formats: Formats, *, activation_factor: float = 1.0
-) -> StageMemory:
-    """Return what the ranks of one stage that train hold in every phase.
+def stage_memory(work: Workload, stage: int, formats: Formats) -> StageMemory:
+    """Return the memory of the training ranks of one stage in every phase.
 
     Args:
         work: the job.
         stage: pipeline stage, from 0.
         formats: number formats.
-        activation_factor: corrects what passes hold, from a measured run.
     """
     precision = work.config.precision
     roles = {
@@ -123,51 +129,51 @@ def stage_memory(
             "experience": _experience(work, stage, formats, roles),
         } | phases
     if work.num_rollout_ranks and work.config.data.validation_path is not None:
-        phases["evaluate"] = _evaluate(work, formats, roles)
-    return StageMemory(stage=stage, roles=roles, phases=_corrected(phases, activation_factor))
+        # Ranks that train generate in no other phase.
+        resident = _resident(roles, work.config.memory, "rollout")
+        generation = Generation.of_evaluation(work)
+        phases["evaluate"] = resident | generation_memory(work, generation, formats)
+    if work.config.moves_weights and work.policy.model.lora.is_on:
+        # Only adapters travel in each rollout: the rest of the second copy stays.
+        kept = _second_policy(work, formats) - _second_policy(work, formats, only_learning=True)
+        for phase in phases.keys() - {"rollout"}:
+            phases[phase] = phases[phase] | {"policy in the rollout layout": kept}
+    return StageMemory(stage=stage, roles=roles, phases=phases)
 
 
-def rollout_rank_memory(
-    work: Workload, stage: int, formats: Formats, *, activation_factor: float = 1.0
-) -> StageMemory:
-    """Return what the ranks of one stage hold that only generate: the policy and its cache.
+def _second_policy(work: Workload, formats: Formats, *, only_learning: bool = False) -> int:
+    """Return the bytes of the policy at the rollout's layout; the largest stage counts."""
+    layout = Generation.of_rollout(work).layout
+    model = work.policy.model
+    return formats.element * largest_stage(model, layout, "language", only_learning=only_learning)
+
+
+def rollout_rank_memory(work: Workload, stage: int, formats: Formats) -> StageMemory:
+    """Return the memory of ranks that only generate: the policy and its cache.
 
     Args:
         work: a job with such ranks.
-        stage: of their own pipeline, from 0.
+        stage: stage of their own pipeline, from 0.
         formats: number formats.
-        activation_factor: as of `stage_memory`.
     """
     generation = Generation.of_rollout(work)
-    # It does not learn, but computes in the formats of the policy that does.
+    # It is not trained, but computes in the formats of the policy that is.
     precision = work.config.precision.model_copy(update={"fp8_frozen": True})
     still = replace(work.policy, learns=False)
     roles = {"policy": role_memory(still, generation.layout, stage, formats, precision)}
-    held = _resident(roles, work.config.memory, "rollout") | {"buckets of the move": _ONE_WAY}
+    held = _resident(roles, work.config.memory, "rollout") | {"resharding buckets": _ONE_WAY}
     phases = {"rollout": held | generation_memory(work, generation, formats)}
-    return StageMemory(
-        stage=stage,
-        only_generates=True,
-        roles=roles,
-        phases=_corrected(phases, activation_factor),
-    )
-
-
-def _corrected(phases: Mapping[str, Mapping[str, int]], factor: float) -> dict[str, dict[str, int]]:
-    return {
-        phase: {
-            name: int(size * factor) if name in WORKING else size for name, size in held.items()
-        }
-        for phase, held in phases.items()
-    }
+    return StageMemory(stage=stage, only_generates=True, roles=roles, phases=phases)
 
 
 def role_memory(
-    role: Role, layout: Layout, stage: int, formats: Formats, precision: PrecisionConfig
+    role: Role, layout: WorldLayout, stage: int, formats: Formats, precision: PrecisionConfig
 ) -> RoleMemory:
-    """Return what one model holds on a rank of a stage."""
+    """Return the memory of one model on a rank of a stage."""
     chunks = stage_parameters(role.model, layout, head=role.head, stage=stage)
     own = precision if role.learns else precision.frozen()
+    if role.is_policy:
+        return RoleMemory(num_parameters=0, weights=0, fp8_copies=0, gradients=0, optimizer=0)
     products = sum(p.size for chunk in chunks for p in chunk if p.is_product)
     if not role.learns:
         return RoleMemory(
@@ -177,7 +183,9 @@ def role_memory(
             gradients=0,
             optimizer=0,
         )
-    groups = _by_format(chunks, split=own.fp8_param_gather and own.fp8 != "off")
+    trained = learning(chunks)
+    still = (count(chunks) - count(trained)) * formats.element
+    groups = _by_format(trained, split=own.fp8_param_gather and own.fp8 != "off")
     laid_out = [(buffers(group, layout, stage=stage), size) for group, size in groups]
     masters = _FLOAT32 if formats.element < _FLOAT32 else 0
     counters = 0 if formats.has_engine else _STEP_COUNTER
@@ -190,8 +198,8 @@ def role_memory(
     ]
     return RoleMemory(
         num_parameters=count(chunks),
-        weights=sum(b.num_elements * (size or formats.element) for b, size in laid_out),
-        # For the forward pass and, turned, for the backward pass; one of them is the weight itself.
+        weights=still + sum(b.num_elements * (size or formats.element) for b, size in laid_out),
+        # One copy and its transpose; with FP8 weights the former is the weight itself.
         fp8_copies=products * (1 if own.fp8_param_gather else 2) if own.fp8 != "off" else 0,
         gradients=sum(b.num_elements for b, _ in laid_out) * _FLOAT32,
         optimizer=max(states),
@@ -199,11 +207,11 @@ def role_memory(
 
 
 def _resident(roles: Mapping[str, RoleMemory], memory: MemoryConfig, phase: str) -> dict[str, int]:
-    """Return what is on the device in a phase beside its own work."""
+    """Return the memory of models in a phase."""
     away = _idle(roles, phase) if memory.offload_idle else set()
     found: dict[str, int] = {}
     for name, role in roles.items():
-        # Copies in FP8 do not leave with the weights.
+        # FP8 copies are not offloaded with the weights.
         found[f"{name} weights"] = role.fp8_copies + (0 if name in away else role.weights)
         if role.optimizer and (phase == "update" or not memory.offload_optimizer):
             found[f"{name} gradients"] = role.gradients
@@ -212,15 +220,15 @@ def _resident(roles: Mapping[str, RoleMemory], memory: MemoryConfig, phase: str)
 
 
 def _idle(roles: Mapping[str, RoleMemory], phase: str) -> set[str]:
-    """Return the models that a phase can do without at its peak."""
+    """Return the models that are offloaded at the peak of a phase."""
     match phase:
         case "update":
             return {name for name, role in roles.items() if not role.optimizer}
         case "rollout":
             return {name for name in roles if name != "policy"}
     rewards = {name for name, role in roles.items() if not role.optimizer} - {"reference"}
-    groups = ({"reference"}, {"critic"}, rewards)
-    # They come one after the other, the reward models together: the largest counts.
+    groups = ({"reference"} & roles.keys(), {"critic"} & roles.keys(), rewards)
+    # They are loaded one after the other, the reward models together: the largest counts.
     largest = max(groups, key=lambda names: sum(roles[name].weights for name in names))
     return set(roles) - {"policy"} - largest
 
@@ -229,19 +237,12 @@ def _rollout(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) 
     config, generation = work.config, Generation.of_rollout(work)
     found = _resident(roles, config.memory, "rollout")
     if work.num_rollout_ranks:
-        return found | {"buckets of the move": _ONE_WAY}
-    # Ranks stand on other stages of a second layout than of the first: its largest stage counts.
+        return found | {"resharding buckets": _ONE_WAY}
+    # A rank's stage may differ between the two layouts: the largest stage counts.
     if config.moves_weights:
-        largest = largest_stage(work.policy.model, generation.layout, "language")
-        found["policy at rollout's layout"] = largest * formats.element
-        found["buckets of the move"] = MOVE_BUCKET_BYTES
+        found["policy in the rollout layout"] = _second_policy(work, formats)
+        found["resharding buckets"] = MOVE_BUCKET_BYTES
     return found | generation_memory(work, generation, formats)
-
-
-def _evaluate(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) -> dict[str, int]:
-    """Ranks that train answer held-out prompts themselves; no other phase of theirs generates."""
-    found = _resident(roles, work.config.memory, "rollout")
-    return found | generation_memory(work, Generation.of_evaluation(work), formats)
 
 
 def _experience(
@@ -252,11 +253,11 @@ def _experience(
     peaks = []
     for role in work.roles:
         shape = layer_shape(role, work.layout, work.scoring, formats)
-        head = head_workspace(shape, role.head, backward=False) if last else 0
+        filtered = role.name == "policy" and work.config.rollout.is_filtered
+        head = head_workspace(shape, role.head, backward=False, filtered=filtered) if last else 0
         peaks.append(max(forward_workspace(shape), head) + shape.residual * formats.element)
     found["forward"] = max(peaks)
-    rows = _FLOAT32 * work.batch_rows * work.microbatch.response
-    found["experience"] = 10 * rows
+    found["experience"] = 10 * _FLOAT32 * work.batch_sequences * work.microbatch.response
     found["messages"] = _messages(work, work.scoring, formats)
     return found
 
@@ -266,13 +267,13 @@ def _update(
 ) -> dict[str, int]:
     found = _resident(roles, work.config.memory, "update")
     if work.job == "ppo":
-        found["experience"] = 10 * _FLOAT32 * work.batch_rows * work.microbatch.response
+        found["experience"] = 10 * _FLOAT32 * work.batch_sequences * work.microbatch.response
     kept, extra = max(
         (update_activations(work, role, stage, formats) for role in work.roles if role.learns),
         key=sum,
     )
     if not (formats.has_engine or formats.on_cpu):
-        # Torch's Adam then holds another float32 value for each that it keeps state of.
+        # Torch's Adam needs another float32 value for each parameter that it keeps state of.
         states = max(role.optimizer for role in roles.values())
         extra = max(extra, states // (2 if formats.element == _FLOAT32 else 3) - kept)
     found["activations"] = kept
@@ -281,8 +282,8 @@ def _update(
     return found
 
 
-def _messages(work: Workload, microbatch: Microbatch, formats: Formats) -> int:
-    """What ranks receive: a sequence gathered from its parts, a neighbour stage's activations."""
+def _messages(work: Workload, microbatch: MicrobatchShape, formats: Formats) -> int:
+    """Received activations: gathered sequences, and those of the neighbouring stage."""
     layout, hidden = work.layout, work.policy.model.hidden_size
     whole = microbatch.tokens // layout.context * hidden * formats.element
     gathered = whole if layout.sequence_share > 1 else 0
@@ -290,11 +291,11 @@ def _messages(work: Workload, microbatch: Microbatch, formats: Formats) -> int:
 
 
 def update_activations(work: Workload, role: Role, stage: int, formats: Formats) -> tuple[int, int]:
-    """Return the bytes kept for backward passes at their peak, and what one of them needs beside.
+    """Return the peak bytes saved for backward passes, and what one such pass needs besides.
 
     Args:
         work: the job.
-        role: the model that learns.
+        role: the model that is trained.
         stage: pipeline stage.
         formats: number formats.
     """
@@ -315,18 +316,19 @@ def update_activations(work: Workload, role: Role, stage: int, formats: Formats)
         outer = chunk_kept(shape, memory, first=False, last=True, head=role.head)
         kept += outer - inner
     again = 0
-    if memory.recompute == "full":  # what a layer keeps, its output and the gradient of that
+    if memory.recompute == "full":  # what a layer saves, its output and that output's gradient
         again = layer_kept(shape, memory) + 2 * shape.residual * formats.element
     if not last:
         return kept, layer_workspace(shape) + again
-    head = head_workspace(tail_shape(shape), role.head, backward=True)
+    filtered = role.name == "policy" and work.config.rollout.is_filtered
+    head = head_workspace(tail_shape(shape), role.head, backward=True, filtered=filtered)
     return kept, max(head, last_workspace(shape) + again)
 
 
 def _by_format(
     chunks: list[tuple[Parameter, ...]], *, split: bool
 ) -> list[tuple[list[list[Parameter]], int | None]]:
-    """Split a rank's parameters by the bytes of an element; none: the run's."""
+    """Split a rank's parameters by bytes per element; None means the run's."""
     if not split:
         return [([list(chunk) for chunk in chunks], None)]
     return [

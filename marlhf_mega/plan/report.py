@@ -1,54 +1,45 @@
 """A plan as text and as JSON."""
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from marlhf_mega.plan.generation import Generation
-from marlhf_mega.plan.gpus import GIB
+from marlhf_mega.config.limits import GIB
+from marlhf_mega.plan.generation import Generation, replay_mask_bytes
 from marlhf_mega.plan.memory import StageMemory
 from marlhf_mega.plan.parameters import whole_model_size
 from marlhf_mega.plan.plan import Plan
-from marlhf_mega.plan.timing import GENERATING, MOVE, training_seconds
+from marlhf_mega.plan.timing import GENERATION_PARTS, MOVE, training_seconds
 
 
 def as_text(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
-    """Show a plan on a terminal.
+    """Format a plan for a terminal.
 
     Args:
         plan: of a job.
-        change: the smallest that makes it fit, where it does not.
+        change: from `smallest_change`, if the job does not fit.
     """
     lines = [*_head(plan), "", *_roles(plan), "", *_phases(plan), "", *_times(plan), ""]
-    return "\n".join([*lines, *_checkpoints(plan), "", verdict(plan, change)]) + "\n"
+    return "\n".join([*lines, *_checkpoints(plan), _host(plan), "", verdict(plan, change)]) + "\n"
 
 
 def verdict(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
-    """Say in one line whether it fits, and what to change if not."""
+    """Say in one line whether the job fits, and what to change if not."""
     where = plan.worst.where
     size = f"{plan.cluster.usable / GIB:.1f} GiB of {plan.cluster.gpu.name}"
     if plan.fits:
         return f"fits: {plan.spare / GIB:.1f} GiB to spare of {size} ({where})"
     over = f"does not fit: {-plan.spare / GIB:.1f} GiB over {size} ({where})"
     if change is None:
-        return f"{over}; no change of settings on these machines helps. Take more of them."
-    keys = " ".join(f"{key}={_value(value)}" for key, value in change[0].items())
-    return f"{over}; with {keys} {change[1].spare / GIB:.1f} GiB are to spare"
-
-
-def summary(plan: Plan) -> str:
-    """Say the most important numbers in one line, as shipped configurations state them."""
-    worst, cluster = plan.worst, plan.cluster
-    return (
-        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {worst.peak / GIB:.1f} GiB "
-        f"on the worst rank ({worst.where}), "
-        f"{plan.spare / GIB:.1f} to spare; step {plan.step_seconds:.0f} s; checkpoint "
-        f"{plan.checkpoints.num_bytes / GIB:.0f} GiB"
-    )
+        return f"{over}; no change of settings makes it fit. Use more machines."
+    keys = " ".join(f"{key}={_as_override(value)}" for key, value in change[0].items())
+    return f"{over}; with {keys} it fits, {change[1].spare / GIB:.1f} GiB to spare"
 
 
 def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[str, Any]:
-    """Return everything a plan knows, sizes in bytes and times in seconds."""
+    """Return the whole plan, with sizes in bytes and times in seconds."""
     work, cluster = plan.work, plan.cluster
     return {
         "job": work.job,
@@ -81,6 +72,7 @@ def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[s
         "pipeline_bubble": plan.bubble,
         "checkpoint": asdict(plan.checkpoints)
         | {"failures_per_week": plan.checkpoints.failures_per_week},
+        "host_memory": asdict(plan.host) | {"total": plan.host.total},
         "assumptions": asdict(cluster.rates)
         | asdict(cluster.reliability)
         | {
@@ -103,31 +95,33 @@ def _stage_as_json(stage: StageMemory) -> dict[str, Any]:
 
 def _head(plan: Plan) -> list[str]:
     work, cluster = plan.work, plan.cluster
-    rows, tensor = work.microbatch, work.layout.tensor
+    microbatch, tensor = work.microbatch, work.layout.tensor
     trains = f"{work.layout.world} ranks train at " if work.num_rollout_ranks else ""
     dtype = "float32" if plan.formats.element == 4 else "bfloat16"
     lines = [
         f"{work.job} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: "
         f"{trains}{work.layout.describe()}, {dtype}"
         + (f" + FP8 {work.config.precision.fp8_recipe}" if plan.formats.fp8 else ""),
-        f"microbatch {rows.describe()} tokens, {work.num_microbatches} per optimizer step, "
+        f"microbatch {microbatch.describe()} tokens, {work.num_microbatches} per optimizer step, "
         f"pipeline idle {plan.bubble:.0%}",
     ]
     if work.job == "ppo":
-        if work.scoring.tokens > rows.tokens:
+        if work.scoring.tokens > microbatch.tokens:
             lines.append(f"scoring microbatch {work.scoring.describe()} tokens")
-        generation, apart = Generation.of_rollout(work), work.num_rollout_ranks
+        generation, num_rollout_ranks = Generation.of_rollout(work), work.num_rollout_ranks
         tensor = max(tensor, generation.layout.tensor)
-        where = f"{apart} ranks only generate," if apart else "rollout"
+        where = f"{num_rollout_ranks} ranks only generate," if num_rollout_ranks else "rollout"
         lines.append(
             f"{where} at {generation.layout.describe()}: {generation.slots} sequences at "
             "a time on each replica"
         )
+        if masks := replay_mask_bytes(work):
+            lines.append(f"masks of top-k and top-p: {masks / GIB:.2f} GiB of host memory a rank")
     if tensor > cluster.gpus_per_node:
-        lines.append("tensor-parallel ranks are on several machines: far slower than estimated")
+        lines.append("tensor parallelism spans several machines: far slower than estimated")
     assumed = [role.name for role in work.roles if role.is_assumed]
     if assumed:
-        lines.append(f"taken to have the policy's shape: {', '.join(assumed)}")
+        lines.append(f"assumed to have the policy's shape: {', '.join(assumed)}")
     return lines
 
 
@@ -184,25 +178,38 @@ def _times(plan: Plan) -> list[str]:
 
 
 def _sides(plan: Plan) -> str:
-    """Say what either kind of ranks does in a step, and whether at the same time."""
+    """Describe the step of both kinds of ranks, and whether they overlap."""
     work, seconds = plan.work, plan.seconds
-    generating, training = sum(seconds[part] for part in GENERATING), training_seconds(seconds)
+    generating = sum(seconds[part] for part in GENERATION_PARTS)
+    training = training_seconds(seconds)
     order = "while" if work.config.rollout.staleness else "then"
     return (
-        f"weights move for {seconds[MOVE]:.1f} s; {work.num_rollout_ranks} ranks generate for "
+        f"resharding {seconds[MOVE]:.1f} s; {work.num_rollout_ranks} ranks generate for "
         f"{generating:.1f} s, {order} {work.layout.world} train for {training:.1f} s"
     )
 
 
 def _checkpoints(plan: Plan) -> list[str]:
     save = plan.checkpoints
+    grace = math.ceil(plan.step_seconds + save.write_seconds)
     return [
         f"checkpoint {save.num_bytes / GIB:.1f} GiB, written in {save.write_seconds:.0f} s; "
         f"{save.failures_per_week:.2g} failures a week",
         f"best save interval {save.interval_seconds / 60:.0f} minutes "
         f"(checkpoint.interval={save.interval_steps}); {save.lost_fraction:.1%} of time lost",
+        f"a run that is asked to stop needs {grace} s: a step and a save (sbatch "
+        f"--signal=B:USR1@{grace}, terminationGracePeriodSeconds)",
     ]
 
 
-def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+def _host(plan: Plan) -> str:
+    host = plan.host
+    data = "unknown, without the file" if host.data is None else f"{host.data / GIB:.1f}"
+    return (
+        f"host memory of a machine, GiB: save {host.save / GIB:.1f}, load {host.load / GIB:.1f}, "
+        f"offload {host.offload / GIB:.1f}, data {data}"
+    )
+
+
+def _as_override(value: Any) -> str:
+    return json.dumps(value).strip('"')

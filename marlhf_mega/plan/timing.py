@@ -1,52 +1,60 @@
-"""How long a step takes, from shapes and stated efficiencies: an estimate, not a measurement."""
+"""Time of a step, estimated from shapes and stated efficiencies; not measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.flops import forward_flops, training_flops
 from marlhf_mega.plan.activations import Formats
 from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, kv_cache_bytes
 from marlhf_mega.plan.gpus import Gpu
-from marlhf_mega.plan.layout import Layout
+from marlhf_mega.plan.layout import WorldLayout
 from marlhf_mega.plan.memory import role_memory
-from marlhf_mega.plan.parameters import largest_stage, stage_parameters
+from marlhf_mega.plan.parameters import largest_stage, learning, stage_parameters
 from marlhf_mega.plan.workload import Role, Workload
 
-GENERATING = ("rollout prefill", "rollout decode")
-"""Parts of a step that ranks which only generate do, where there are some."""
+GENERATION_PARTS = ("rollout prefill", "rollout decode")
+"""Parts of a step that ranks which only generate do, if there are any."""
 MOVE = "rollout move"
-"""The part of a step in which weights go to where they generate."""
+"""The part of a step that reshards weights for generation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiencies:
-    """What share of the data sheets' numbers a run reaches. All are assumptions."""
+    """Shares of the data sheets' numbers that a run reaches. All are assumptions."""
 
     training_flops: float = 0.40
-    """Of the bfloat16 peak in forward and backward; Megatron publishes 0.41 to 0.49 on H100."""
+    """Of the bfloat16 peak in training; Megatron-Core publishes 0.41 to 0.49 on H100."""
     forward_flops: float = 0.45
     """Of the bfloat16 peak in prefill and scoring."""
     fp8_speedup: float = 1.4
-    """Of the same passes with FP8 products."""
+    """Speed-up of these passes by FP8."""
     memory_bandwidth: float = 0.6
-    """Of the device memory's, while decoding."""
+    """Of the memory bandwidth, while decoding."""
     decode_layer_seconds: float = 3e-4
-    """Floor of one layer's decode step: launches and two small all-reduces."""
+    """Least time of one layer in a decode step: kernel launches and two small all-reduces."""
     network_bytes: float = 40e9
-    """Bytes per second and GPU between machines, one way."""
+    """Bytes per second per GPU between machines, one way."""
     host_bytes: float = 20e9
-    """Bytes per second between a GPU and its host's memory, all GPUs of a machine at once."""
+    """Bytes per second between each GPU and host memory, with all GPUs at once."""
 
 
 def step_seconds(
     work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies
 ) -> dict[str, float]:
-    """Return the seconds of every part of a step, sequences as long as they may be."""
+    """Return the seconds of every part of a step, for sequences of the greatest length."""
     found: dict[str, float] = {}
+    # A filter leaves so much of what is generated and rewarded.
+    rollout, kept = work.config.rollout, 1.0
     if work.job == "ppo":
-        found["rollout prefill"] = _prefill(work, gpu, rates)
-        found["rollout decode"] = _decode(work, gpu, formats, rates)
+        kept = rollout.trained_size / rollout.batch_size
+        # The baseline of remax is a second, greedy response to each prompt.
+        times = 2 if work.config.ppo.estimator == "remax" else 1
+        found["rollout prefill"] = times * _prefill(work, gpu, rates)
+        found["rollout decode"] = times * _decode(work, gpu, formats, rates)
+        if work.config.ppo.estimator == "vine":
+            found["experience continuations"] = kept * _continuations(work.config, found)
         if work.num_rollout_ranks or work.config.moves_weights:
             found[MOVE] = _move(work, gpu, formats, rates)
         offload = _offload(work, formats, rates)
@@ -54,8 +62,9 @@ def step_seconds(
             found["offload"] = offload
         again = work.config.ppo.old_logprobs == "trainer"
         for role in (r for r in work.roles if again or r.name != "policy"):
-            found[f"experience {role.name}"] = _forward(work, role, gpu, rates)
-    epochs = work.config.ppo.epochs if work.job == "ppo" else 1
+            share = 1.0 if role.name.startswith("reward") else kept
+            found[f"experience {role.name}"] = share * _forward(work, role, gpu, rates)
+    epochs = kept * (work.config.ppo.epochs if work.job == "ppo" else 1)
     for role in (r for r in work.roles if r.learns):
         found[f"update {role.name}"] = epochs * _train(work, role, gpu, rates)
         found[f"gradients {role.name}"] = epochs * _reduce(work, role, gpu, formats, rates)
@@ -63,8 +72,8 @@ def step_seconds(
 
 
 def whole_step(work: Workload, seconds: Mapping[str, float]) -> float:
-    """Return how long a step takes, given its parts: all of them, unless two of them overlap."""
-    generating = sum(seconds.get(part, 0.0) for part in GENERATING)
+    """Return the time of a step: the sum of its parts, unless generation and training overlap."""
+    generating = sum(seconds.get(part, 0.0) for part in GENERATION_PARTS)
     training = training_seconds(seconds)
     if work.num_rollout_ranks and work.config.rollout.staleness:
         return max(generating, training) + seconds[MOVE]
@@ -72,12 +81,24 @@ def whole_step(work: Workload, seconds: Mapping[str, float]) -> float:
 
 
 def training_seconds(seconds: Mapping[str, float]) -> float:
-    """Return how long a step's experience and update take."""
-    return sum(size for part, size in seconds.items() if part not in (*GENERATING, MOVE))
+    """Return the time of experience and update."""
+    return sum(size for part, size in seconds.items() if part not in (*GENERATION_PARTS, MOVE))
+
+
+def _continuations(config: Config, rollout: Mapping[str, float]) -> float:
+    """Time of generating on from every macro action, after half of a response on average.
+
+    Where the content decides where actions end, they are taken to have `macro.n` tokens.
+    """
+    longest = config.rollout.max_response_tokens
+    lengths = {"token": 1, "whole_response": longest}
+    number = config.ppo.vine_samples * -(-longest // lengths.get(config.macro.rule, config.macro.n))
+    prefill = (1 + longest / config.data.max_prompt_tokens / 2) * rollout["rollout prefill"]
+    return number * (prefill + rollout["rollout decode"] / 2)
 
 
 def _offload(work: Workload, formats: Formats, rates: Efficiencies) -> float:
-    """Moves of a step: what stays the same only comes, the critic comes and leaves twice."""
+    """Time of offloading: frozen models are only loaded, the critic comes and goes twice."""
     memory, precision, moved = work.config.memory, work.config.precision, []
     for stage in range(work.layout.pipeline):
         found = 0
@@ -91,15 +112,15 @@ def _offload(work: Workload, formats: Formats, rates: Efficiencies) -> float:
     return max(moved) / rates.host_bytes
 
 
-def bubble(layout: Layout, num_microbatches: int) -> float:
-    """Return the share by which a pipeline's idle time lengthens a pass (Narayanan et al. 2021)."""
+def bubble(layout: WorldLayout, num_microbatches: int) -> float:
+    """Return the idle time of a pipeline relative to its work (Narayanan et al. 2021)."""
     return (layout.pipeline - 1) / (num_microbatches * layout.chunks)
 
 
 def _forward(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
     flops = _flops(work, role, seq=work.microbatch.seq, outputs=work.microbatch.response)
     speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=role.learns)
-    count = -(-work.batch_rows // work.scoring.rows)
+    count = -(-work.batch_sequences // work.scoring.sequences)
     return flops / (speed * work.layout.world) * (1 + bubble(work.layout, count))
 
 
@@ -107,15 +128,16 @@ def _prefill(work: Workload, gpu: Gpu, rates: Efficiencies) -> float:
     layout = Generation.of_rollout(work).layout
     flops = _flops(work, work.policy, seq=work.config.data.max_prompt_tokens, outputs=1)
     speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=True)
-    rows = -(-work.config.rollout.batch_size // layout.data)
-    count = -(-rows // work.microbatch.rows)
+    share = -(-work.config.rollout.batch_size // layout.data)
+    count = -(-share // work.microbatch.sequences)
     return flops / (speed * layout.world) * (1 + bubble(layout, count))
 
 
 def _move(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
-    """All that a rank is to hold comes to it; ranks that train share the sending evenly."""
+    """Time of resharding: a rank receives all that learns; training ranks send equal shares."""
     layout = Generation.of_rollout(work).layout
-    into = largest_stage(work.policy.model, layout, "language") * formats.element
+    trained = largest_stage(work.policy.model, layout, "language", only_learning=True)
+    into = trained * formats.element
     out = into * layout.world / work.layout.world
     speed = gpu.link if work.world_size <= 8 else min(gpu.link, rates.network_bytes)
     return max(into, out) / speed
@@ -126,21 +148,21 @@ def _train(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
     again = forward if work.config.memory.recompute == "full" else 0.0
     speed = gpu.flops * rates.training_flops * _speedup(work, rates, learns=True)
     idle = 1 + bubble(work.layout, work.num_microbatches)
-    return (training_flops(forward) + again) / (speed * work.layout.world) * idle
+    return (training_flops(role.model, forward) + again) / (speed * work.layout.world) * idle
 
 
 def _flops(work: Workload, role: Role, *, seq: int, outputs: int) -> float:
-    rows = work.batch_rows * work.layout.data
+    count = work.batch_sequences * work.layout.data
     size = (role.model.vocab_size or 0) if role.head == "language" else 1
-    return forward_flops(role.model, [seq] * rows, output_size=size, output_tokens=outputs * rows)
+    return forward_flops(role.model, [seq] * count, output_size=size, output_tokens=outputs * count)
 
 
 def _decode(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
-    """Every new token reads a stage's weights once per group of slots, and the group's cache."""
+    """Each token of a group of slots reads the stage's weights and the group's cache."""
     generation, policy = Generation.of_rollout(work), work.policy
     layout = generation.layout
     weights = largest_stage(policy.model, layout, "language") * formats.element
-    # Half full on average.
+    # The cache is half full on average.
     cache = kv_cache_bytes(work, generation, formats) / generation.groups / 2
     speed = gpu.bandwidth * rates.memory_bandwidth
     layers = policy.model.num_layers // layout.pipeline
@@ -150,25 +172,25 @@ def _decode(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> 
 
 
 def _reduce(work: Workload, role: Role, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
-    """Gradients are reduced and weights gathered once per optimizer step, while nothing computes.
+    """Time to reduce gradients and gather weights, once per optimizer step.
 
-    With overlap, gradients that fit beside one microbatch's backward pass (two thirds of its time)
-    do not count, except for the first stage's largest bucket, the embeddings' as a rule; and in ppo
-    the weights do not, as far as they fit beside the other role's passes.
+    With overlap, the backward pass of one microbatch (two thirds of its time) hides gradients,
+    except for the first stage's largest bucket, usually that of the embeddings; and in ppo the
+    passes of the other trained model hide the gathering of weights.
     """
     layout = work.layout
     replicas = layout.data * layout.context
     if replicas == 1:
         return 0.0
-    largest = largest_stage(role.model, layout, role.head)
+    largest = largest_stage(role.model, layout, role.head, only_learning=True)
     within = layout.tensor * replicas <= 8 and layout.pipeline == 1
     speed = gpu.link if within else min(gpu.link, rates.network_bytes)
     element_seconds = (replicas - 1) / replicas / speed
     gradients, weights = (largest * size * element_seconds for size in (4, formats.element))
-    steps = work.batch_rows / work.minibatch_rows
+    steps = work.batch_sequences / work.minibatch_sequences
     if layout.overlap:
         first = stage_parameters(role.model, layout, head=role.head, stage=0)
-        bucket = max(buffers(first, layout, stage=0).buckets) * 4 * element_seconds
+        bucket = max(buffers(learning(first), layout, stage=0).buckets) * 4 * element_seconds
         backward = 2 / 3 * _train(work, role, gpu, rates) / steps / work.num_microbatches
         gradients = max(min(bucket, gradients), gradients - backward)
         others = [r for r in work.roles if r.learns and r is not role]

@@ -1,18 +1,18 @@
-"""What a job runs: its models and the sizes of its batches, at their longest."""
+"""What a job runs: its models, and the largest sizes of its batches."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from marlhf_mega.config.checks import check_other_model, check_world, rollout_ranks
+from marlhf_mega.config.checks import SECTIONS, check_other_model, check_world, rollout_ranks
+from marlhf_mega.config.limits import round_up
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
-from marlhf_mega.plan.layout import Layout, round_up
-from marlhf_mega.plan.parameters import Head
+from marlhf_mega.plan.layout import WorldLayout
 
-PlannedJob = Literal["sft", "reward", "ppo"]
+PlannedJob = Literal["sft", "reward", "preference", "ppo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +23,28 @@ class Role:
     model: ModelConfig
     head: Head
     learns: bool
+    is_policy: bool = False
+    """Whether it is the policy without its adapters, which takes no memory of its own."""
     is_assumed: bool = False
-    """Its origin is not on this disk: it is taken to have the policy's shape."""
+    """Its folder does not exist here, so it is assumed to have the policy's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Microbatch:
-    """One forward at its largest: every sequence as long as the configuration allows."""
+class MicrobatchShape:
+    """The largest forward pass: all sequences as long as the configuration allows."""
 
-    rows: int
+    sequences: int
     seq: int
-    """Tokens of a sequence, padding to the ranks that share it included."""
+    """Tokens of a sequence, with padding for context and sequence parallelism."""
     response: int
     """Response tokens of a sequence."""
     packed: int | None = None
-    """Tokens of a packed row: beside so many sequences a shorter one. None: each has its row."""
+    """Tokens when packed: the full sequences and a shorter one. None means padded."""
 
     @property
     def tokens(self) -> int:
         """Tokens, padding included."""
-        return self.rows * self.seq if self.packed is None else self.packed
+        return self.sequences * self.seq if self.packed is None else self.packed
 
     @property
     def response_tokens(self) -> int:
@@ -51,135 +53,132 @@ class Microbatch:
 
     @property
     def positions(self) -> int:
-        """Rotary angles: rows share them."""
+        """Positions with rotary angles, which padded sequences share."""
         return self.seq if self.packed is None else self.packed
 
     @property
     def pairs(self) -> int:
-        """Pairs of positions of a sequence, over all sequences."""
-        return self.rows * self.seq**2 + (self.tokens - self.rows * self.seq) ** 2
+        """Pairs of positions in the same sequence, over all sequences."""
+        return self.sequences * self.seq**2 + (self.tokens - self.sequences * self.seq) ** 2
 
     def describe(self) -> str:
-        """Say the sizes, such as `4 x 512 tokens`."""
-        return f"{self.rows} x {self.seq}" if self.packed is None else f"{self.packed} packed"
+        """Return the sizes as text, such as `4 x 512`."""
+        return f"{self.sequences} x {self.seq}" if self.packed is None else f"{self.packed} packed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A job on a world."""
+    """A job on a number of ranks."""
 
     config: Config
     job: PlannedJob
-    layout: Layout
+    layout: WorldLayout
     """Of the ranks that train."""
     num_rollout_ranks: int
-    """Ranks beside them that only generate; 0: those that train generate as well."""
+    """Number of ranks that only generate; 0 means that training ranks generate."""
     roles: tuple[Role, ...]
-    microbatch: Microbatch
-    """Of passes that train."""
-    scoring: Microbatch
-    """Of passes that keep nothing for a backward pass."""
+    microbatch: MicrobatchShape
+    """Of training passes."""
+    scoring: MicrobatchShape
+    """Of passes without a backward pass."""
     num_microbatches: int
     """Per optimizer step and data-parallel rank."""
-    minibatch_rows: int
+    minibatch_sequences: int
     """Sequences per optimizer step and data-parallel rank."""
-    batch_rows: int
+    batch_sequences: int
     """Sequences per step and data-parallel rank."""
 
     @property
     def policy(self) -> Role:
-        """The first model that learns."""
+        """The first model that is trained."""
         return self.roles[0]
 
     @property
     def world_size(self) -> int:
-        """Ranks of both kinds."""
+        """Number of ranks, of both kinds."""
         return self.layout.world + self.num_rollout_ranks
 
 
 def workload(config: Config, job: str, world_size: int) -> Workload:
-    """Size a job.
+    """Compute the sizes of a job.
 
     Args:
         config: with the vocabulary size.
-        job: sft, reward or ppo.
+        job: one of `PlannedJob`.
         world_size: number of ranks of both kinds.
 
     Raises:
-        ConfigError: the job has no plan, the vocabulary size is missing, or the layout does not
-            fit.
+        ConfigError: the job cannot be planned, the vocabulary size is missing, or the layout
+            does not fit.
     """
     if job not in get_args(PlannedJob):
         raise ConfigError(
-            f"--job={job}: must be one of {', '.join(get_args(PlannedJob))}; the others have no "
-            "plan. Plan ppo for what also generates."
+            f"--job={job}: must be one of {', '.join(get_args(PlannedJob))}; other jobs "
+            "cannot be planned. Use ppo for jobs that generate."
         )
     if config.model.vocab_size is None:
         raise ConfigError(
             "model.vocab_size: a plan needs it; it is not set. Set it, or model.hf_path or "
             "tokenizer.path."
         )
-    apart = rollout_ranks(config, job)
-    check_world(config, world_size, apart=apart)
+    num_rollout_ranks = rollout_ranks(config, job)
+    check_world(config, world_size, num_rollout_ranks=num_rollout_ranks)
     planned = cast(PlannedJob, job)
     roles = _roles(config, planned)
     for role in roles:
         if role.model != config.model:
-            num_ranks = world_size - apart
+            num_ranks = world_size - num_rollout_ranks
             check_other_model(config, role.model, num_ranks, what=role.name, learns=role.learns)
-    layout = Layout.of(config.parallel, world_size - apart)
-    rows, minibatch, batch = _rows(config, planned, layout)
-    microbatch = _microbatch(config, planned, layout, rows=rows, most=max(1, minibatch))
+    layout = WorldLayout.of(config.parallel, world_size - num_rollout_ranks)
+    size, minibatch, batch = _batch_sizes(config, planned, layout)
+    microbatch = _microbatch(config, planned, layout, size=size, most=max(1, minibatch))
     scoring = microbatch
     if planned == "ppo":
         factor = config.ppo.scoring_microbatch_factor
         most = _most_scored(config, layout, batch)
-        scoring = _microbatch(config, planned, layout, rows=rows, most=most, factor=factor)
-    count = -(-minibatch // microbatch.rows)
+        scoring = _microbatch(config, planned, layout, size=size, most=most, factor=factor)
+    count = -(-minibatch // microbatch.sequences)
     return Workload(
         config=config,
         job=planned,
         layout=layout,
-        num_rollout_ranks=apart,
+        num_rollout_ranks=num_rollout_ranks,
         roles=roles,
         microbatch=microbatch,
         scoring=scoring,
         num_microbatches=round_up(count, layout.pipeline if layout.chunks > 1 else 1),
-        minibatch_rows=minibatch,
-        batch_rows=batch,
+        minibatch_sequences=minibatch,
+        batch_sequences=batch,
     )
 
 
-def _most_scored(config: Config, layout: Layout, batch: int) -> int:
-    """Return the sequences that one replica scores in a microbatch, however many may go in one.
+def _most_scored(config: Config, layout: WorldLayout, batch: int) -> int:
+    """Return the most sequences that one replica can have in a scoring microbatch.
 
-    An interleaved pipeline cuts them to as many microbatches as it has stages.
+    An interleaved pipeline splits them into as many microbatches as it has stages.
     """
     if config.data.validation_path is not None:
-        batch = max(batch, -(-config.evaluate.num_prompts // layout.data))
+        settings = config.evaluate
+        answers = settings.num_prompts * settings.samples_per_prompt
+        batch = max(batch, -(-answers // layout.data))
     return max(1, -(-batch // (layout.pipeline if layout.chunks > 1 else 1)))
 
 
-def microbatch_keys(config: Config, job: str, *, rows: int, seq: int) -> dict[str, int]:
-    """Return the key that makes microbatches of `rows` sequences of `seq` tokens."""
+def microbatch_keys(config: Config, job: str, *, sequences: int, seq: int) -> dict[str, int]:
+    """Return the key and value for microbatches of so many sequences of `seq` tokens."""
     if job == "ppo" and config.ppo.microbatch_tokens is not None:
-        return {"ppo.microbatch_tokens": rows * seq}
-    section = {"sft": "sft", "reward": "reward_model"}.get(job, "ppo")
-    return {f"{section}.microbatch_size": rows}
+        return {"ppo.microbatch_tokens": sequences * seq}
+    return {f"{SECTIONS[job]}.microbatch_size": sequences}
 
 
 def _microbatch(
-    config: Config, job: PlannedJob, layout: Layout, *, rows: int, most: int, factor: int = 1
-) -> Microbatch:
-    """Size a forward of `rows` sequences, or of a number of tokens, times a factor.
+    config: Config, job: PlannedJob, layout: WorldLayout, *, size: int, most: int, factor: int = 1
+) -> MicrobatchShape:
+    """Size a forward pass of `size` sequences, or of `ppo.microbatch_tokens`, times a factor.
 
     It never has more than `most` sequences.
     """
-    packs = {
-        "sft": config.sft.packing,
-        "reward": config.reward_model.packing,
-        "ppo": config.ppo.packing,
-    }[job]
+    packs = getattr(config, SECTIONS[job]).packing
     new = config.rollout if job == "ppo" else config.data
     seq = config.data.max_prompt_tokens + new.max_response_tokens
     share = layout.sequence_share * layout.context_multiple
@@ -187,63 +186,81 @@ def _microbatch(
     budget = config.ppo.microbatch_tokens if job == "ppo" else None
     if budget is not None:
         budget *= factor
-        rows = max(1, budget // seq)
+        size = max(1, budget // seq)
     else:
-        rows *= factor
-    rows = min(rows, most)
-    tokens = rows * seq if budget is None else min(budget, most * seq)
-    return Microbatch(
-        rows=rows,
+        size *= factor
+    size = min(size, most)
+    tokens = size * seq if budget is None else min(budget, most * seq)
+    return MicrobatchShape(
+        sequences=size,
         seq=seq,
         response=new.max_response_tokens,
         packed=round_up(tokens, share) if packs else None,
     )
 
 
-def _rows(config: Config, job: PlannedJob, layout: Layout) -> tuple[int, int, int]:
-    """Return rows of a microbatch, of an optimizer step and of a step, on one replica."""
-    match job:
-        case "sft":
-            size = config.sft.microbatch_size
-            step = config.sft.batch_size // layout.data
-            return size, step, step
-        case "reward":  # both sides of a pair go through together
-            size = 2 * config.reward_model.microbatch_size
-            step = 2 * config.reward_model.batch_size // layout.data
-            return size, step, step
-    minibatch = config.ppo.minibatch_size // layout.data
-    return config.ppo.microbatch_size, minibatch, config.rollout.batch_size // layout.data
+def _batch_sizes(config: Config, job: PlannedJob, layout: WorldLayout) -> tuple[int, int, int]:
+    """Return the sequences of a microbatch, an optimizer step and a step, on one replica."""
+    if job == "ppo":
+        minibatch = config.ppo.minibatch_size // layout.data
+        return config.ppo.microbatch_size, minibatch, config.rollout.batch_size // layout.data
+    section = getattr(config, SECTIONS[job])
+    # The responses to a prompt are in one microbatch.
+    each = {"reward": 2, "preference": config.preference.num_responses}.get(job, 1)
+    step = each * section.batch_size // layout.data
+    return each * section.microbatch_size, step, step
 
 
 def _roles(config: Config, job: PlannedJob) -> tuple[Role, ...]:
     model = config.model
-    if job == "sft":
+    if job in ("sft", "preference"):
         return (Role(name="policy", model=model, head="language", learns=True),)
     if job == "reward":
         return (Role(name="reward", model=model, head="scalar", learns=True),)
-    terms = [term.source for term in config.reward.source if term.is_model]
-    shapes = [_shape(source, model) for source in terms]
-    match config.critic.init:
-        case "reward" if terms:
-            critic = shapes[0]
-        case "reward" | "policy":
-            critic = model, False
-        case path:
-            critic = _shape(path, model)
-    names = ["reward"] if len(terms) == 1 else [f"reward {n}" for n in range(1, len(terms) + 1)]
+    judges = config.reward.models
+    shapes = [_shape(judge.source, model) for judge in judges]
+    names = ["reward"] if len(judges) == 1 else [f"reward {n}" for n in range(1, len(judges) + 1)]
     return (
         Role(name="policy", model=model, head="language", learns=True),
-        Role(name="critic", model=critic[0], head="scalar", learns=True, is_assumed=critic[1]),
-        Role(name="reference", model=model, head="language", learns=False),
+        *([_critic(config, shapes)] if config.ppo.has_critic else []),
+        *([_reference(config)] if config.has_reference else []),
         *(
-            Role(name=name, model=shape, head="scalar", learns=False, is_assumed=assumed)
-            for name, (shape, assumed) in zip(names, shapes, strict=True)
+            Role(
+                name=name,
+                model=shape.plain,
+                head="language" if judge.is_language else "scalar",
+                learns=False,
+                is_assumed=assumed,
+            )
+            for name, judge, (shape, assumed) in zip(names, judges, shapes, strict=True)
         ),
     )
 
 
+def _reference(config: Config) -> Role:
+    return Role(
+        name="reference",
+        model=config.model.plain,
+        head="language",
+        learns=False,
+        is_policy=config.model.lora.is_on,
+    )
+
+
+def _critic(config: Config, rewards: list[tuple[ModelConfig, bool]]) -> Role:
+    match config.critic.init:
+        case "reward" if config.reward.critic_model is not None:
+            model, assumed = rewards[config.reward.critic_model]
+        case "reward" | "policy":
+            model, assumed = config.model, False
+        case path:
+            model, assumed = _shape(path, config.model)
+    model = model.adapted(config.model.lora)
+    return Role(name="critic", model=model, head="scalar", learns=True, is_assumed=assumed)
+
+
 def _shape(source: str, policy: ModelConfig) -> tuple[ModelConfig, bool]:
-    """Return a model's shape, and whether it is only assumed because it is not on this disk."""
+    """Return a model's shape, and whether it is an assumption because its folder is missing."""
     if not Path(source).exists():
         return policy, True
     return find_origin(Path(source), key="reward.source").model, False

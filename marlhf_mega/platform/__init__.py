@@ -1,9 +1,9 @@
 """What this process computes on: one CUDA device, or the CPU.
 
-Every entry point calls `prepare()` once, before anything imports Megatron. Everything else asks
-`current()`. This package is the only place that names torch.cuda.
+Every entry point calls `prepare()` before anything imports Megatron; other code calls `current()`.
+No other package uses torch.cuda.
 """
 
-from marlhf_mega.platform.device import Platform, Support, current, prepare
+from marlhf_mega.platform.device import Platform, Support, current, local_rank, prepare
 
-__all__ = ["Platform", "Support", "current", "prepare"]
+__all__ = ["Platform", "Support", "current", "local_rank", "prepare"]

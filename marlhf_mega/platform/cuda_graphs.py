@@ -1,4 +1,4 @@
-"""Kernels recorded once and launched together from then on."""
+"""CUDA graphs: kernels that are captured once and then launched together."""
 
 from collections.abc import Callable
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class GraphRecorder:
-    """Makes CUDA graphs that share their memory, so no two of them may run at once."""
+    """Captures CUDA graphs that share a memory pool, so no two of them may run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        """Record what a function launches.
+        """Capture the kernels that a function launches, without running them.
 
         Args:
-            step: has run before, so that libraries need not allocate; reads nothing back.
+            step: must have run before, so that libraries do not allocate, and must not synchronise.
 
         Returns:
-            Where the result will be, and what launches it all: the function itself only recorded.
+            The tensor that will hold the result, and a function that launches the graph.
         """
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that saves a checkpoint, may use the device meanwhile.
+        # Other threads, such as one that saves a checkpoint, may use the device during capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = step()
         return output, graph.replay

@@ -1,7 +1,8 @@
-"""The platform of this process: device, communication backend, number type, memory, seeds."""
+"""The platform of this process: device, communication backend, dtype, memory, seeds."""
 
 import ctypes
 import importlib.util
+import logging
 import os
 import random
 import resource
@@ -15,7 +16,10 @@ from typing import Literal
 import numpy
 import torch
 
-from marlhf_mega.platform import cpu_shim, without_engine
+from marlhf_mega.platform import no_transformer_engine
+from marlhf_mega.platform.cpu import shim
+
+logger = logging.getLogger(__name__)
 
 _PROC = Path("/proc/self")
 _C_LIBRARY = ctypes.CDLL(None)
@@ -24,7 +28,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @dataclass(frozen=True)
 class Support:
-    """Whether something is available, and in one clause why it is not."""
+    """Whether something is available, and if not, why, in one clause."""
 
     available: bool
     reason: str
@@ -33,9 +37,12 @@ class Support:
         return self.available
 
 
+_NOT_INSTALLED = Support(False, "not installed")
+
+
 @dataclass(frozen=True)
 class Platform:
-    """One process's device and what goes with it."""
+    """The device of one process, and what depends on it."""
 
     name: Literal["cuda", "cpu"]
     device: torch.device
@@ -43,56 +50,74 @@ class Platform:
     backend: Literal["nccl", "gloo"]
     """Communication backend of torch.distributed."""
     default_dtype: torch.dtype
-    """Parameter type where the config names none: bfloat16 on CUDA, float32 on the CPU."""
+    """Parameter dtype for `precision.dtype=auto`: bfloat16 on CUDA, float32 on the CPU."""
 
     @property
-    def has_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's torch layers can be used here."""
-        return self.name == "cuda" and _engine_imports()
+    def transformer_engine(self) -> Support:
+        """Whether Transformer Engine can be used, and if not, why."""
+        return _engine() if self.name == "cuda" else Support(False, "there is no CUDA device")
+
+    @property
+    def has_broken_engine(self) -> bool:
+        """Whether Transformer Engine is installed for this device and cannot be used."""
+        engine = self.transformer_engine
+        return self.name == "cuda" and not engine and engine is not _NOT_INSTALLED
 
     @property
     def device_name(self) -> str:
-        """The device's product name, `cpu` on the CPU."""
+        """The product name of the device, `cpu` on the CPU."""
         return torch.cuda.get_device_name(self.device) if self.name == "cuda" else "cpu"
 
+    @property
+    def num_devices(self) -> int:
+        """GPUs of this machine; 1 on the CPU, whose cores ranks share."""
+        return torch.cuda.device_count() if self.name == "cuda" else 1
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes of the device, or of this machine."""
+        if self.name == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
     def supports_fp8(self, recipe: str = "tensorwise") -> Support:
-        """Say whether an FP8 recipe can be used here, and what is missing if not."""
+        """Return whether an FP8 recipe can be used, and if not, what is missing."""
         if self.name == "cpu":
             return Support(False, "there is no CUDA device")
         return fp8_support(
             torch.cuda.get_device_capability(self.device),
-            self.has_transformer_engine,
+            self.transformer_engine,
             recipe,
             cuda=torch.version.cuda or "0.0",
         )
 
     def synchronize(self) -> None:
-        """Wait until the device has finished what was queued, before reading a clock."""
+        """Wait for everything queued on the device, for example before reading a clock."""
         if self.name == "cuda":
             torch.cuda.synchronize(self.device)
 
     def synchronize_computation(self) -> None:
-        """Wait until everything computed here is done; messages may still be on their way."""
+        """Wait for computation on the current stream; communication may still be in flight."""
         if self.name == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def memory_allocated(self) -> int:
-        """Return bytes in use now: by tensors on the GPU, or resident in this process.
+        """Return the bytes in use now: by tensors on the GPU, or resident in this process.
 
-        Resident are bytes that were freed, too, until `empty_cache`.
+        Resident bytes include freed ones until `empty_cache`.
         """
         if self.name == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return _resident_bytes("VmRSS")
 
     def memory_peak(self) -> int:
-        """Return the highest bytes in use since `reset_memory_peak` (CPU: see there)."""
+        """Return the most bytes in use since `reset_memory_peak`."""
         if self.name == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _resident_bytes("VmHWM")
 
     def reset_memory_peak(self) -> bool:
-        """Start a new peak; return False where the system forbids it and the peak is all-time."""
+        """Reset the peak; False if the system does not allow it and the peak is all-time."""
         if self.name == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return True
@@ -103,7 +128,7 @@ class Platform:
         return True
 
     def empty_cache(self) -> None:
-        """Give cached free memory back to the device, or to the system (where glibc can)."""
+        """Return cached free memory to the device, or to the system (with glibc)."""
         if self.name == "cuda":
             torch.cuda.empty_cache()
         elif hasattr(_C_LIBRARY, "malloc_trim"):
@@ -118,20 +143,24 @@ class Platform:
 
 @cache
 def current() -> Platform:
-    """Return this process's platform: CUDA where torch can use a device, else the CPU.
+    """Return this process's platform: CUDA if torch can use a device, else the CPU.
 
     Raises:
         RuntimeError: there are fewer visible GPUs than ranks on this machine.
     """
     if not torch.cuda.is_available():
         return Platform("cpu", torch.device("cpu"), "gloo", torch.float32)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    check_local_rank(local_rank, torch.cuda.device_count())
-    return Platform("cuda", torch.device("cuda", local_rank), "nccl", torch.bfloat16)
+    check_local_rank(local_rank(), torch.cuda.device_count())
+    return Platform("cuda", torch.device("cuda", local_rank()), "nccl", torch.bfloat16)
+
+
+def local_rank() -> int:
+    """Return this process's rank among those that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def check_local_rank(local_rank: int, num_gpus: int) -> None:
-    """Refuse a rank that has no GPU of its own on this machine.
+    """Raise if this rank has no GPU of its own on this machine.
 
     Raises:
         RuntimeError: there are fewer visible GPUs than ranks.
@@ -143,16 +172,14 @@ def check_local_rank(local_rank: int, num_gpus: int) -> None:
         )
 
 
-def fp8_support(
-    capability: tuple[int, int], has_transformer_engine: bool, recipe: str, *, cuda: str
-) -> Support:
-    """Say whether a GPU can use an FP8 recipe through Transformer Engine, by the engine's rules.
+def fp8_support(capability: tuple[int, int], engine: Support, recipe: str, *, cuda: str) -> Support:
+    """Return whether a GPU supports an FP8 recipe of Transformer Engine, and if not, why.
 
     Args:
-        capability: compute capability.
-        has_transformer_engine: whether it can be imported.
+        capability: compute capability of the GPU.
+        engine: whether it can be used.
         recipe: tensorwise, delayed, blockwise or mxfp8.
-        cuda: the CUDA version torch was built for.
+        cuda: the CUDA version that torch was built for.
     """
     least = {"blockwise": (9, 0), "mxfp8": (10, 0)}.get(recipe, (8, 9))
     here, needed = (".".join(map(str, x)) for x in (capability, least))
@@ -162,24 +189,24 @@ def fp8_support(
         reason = f"the GPU has compute capability {here}, mxfp8 FP8 needs one below 12.0"
     elif recipe == "blockwise" and tuple(map(int, cuda.split("."))) < (12, 9):
         reason = f"torch was built for CUDA {cuda}, blockwise FP8 needs at least 12.9"
-    elif not has_transformer_engine:
-        reason = "transformer_engine cannot be imported"
+    elif not engine:
+        reason = f"Transformer Engine is {engine.reason}"
     else:
         return Support(True, "")
     return Support(False, reason)
 
 
 def prepare() -> Platform:
-    """Make this process ready to import Megatron, and return its platform.
+    """Prepare this process for importing Megatron, and return its platform.
 
-    Every entry point calls it once, before anything imports Megatron; more calls do no harm.
-    On CUDA it selects this rank's device. Without CUDA it installs the CPU shim.
+    Every entry point calls it before anything imports Megatron; repeated calls are harmless. On
+    CUDA it selects this rank's device. Without CUDA it installs the CPU shim.
 
     Raises:
         RuntimeError: psutil is missing, Megatron was imported too early, Transformer Engine is
-            installed where there is no CUDA, or there are fewer visible GPUs than ranks.
+            installed without CUDA, or there are fewer visible GPUs than ranks.
     """
-    # What is missing beside Megatron is said by `marlhf doctor`, not at every import.
+    # `marlhf doctor` reports missing optional packages; Megatron would at every import.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if importlib.util.find_spec("psutil") is None:
         raise RuntimeError(
@@ -191,27 +218,44 @@ def prepare() -> Platform:
         torch.cuda.set_device(platform.device)
     else:
         _keep_freed_memory()
-        cpu_shim.install()
-    if not platform.has_transformer_engine:
-        without_engine.install()
+        _forget_products()
+        shim.install()
+    if not platform.transformer_engine:
+        no_transformer_engine.fill_gaps()
+        if platform.has_broken_engine and local_rank() == 0:
+            logger.warning(
+                "Transformer Engine is %s. Without it layers are slower and there is no FP8; "
+                "install a version that fits, or uninstall it.",
+                platform.transformer_engine.reason,
+            )
     return platform
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse what tensors free instead of giving it back; `empty_cache` does that.
+    """Let glibc keep freed memory for reuse until `empty_cache` returns it to the system.
 
-    Memory that is mapped anew costs a page fault for every 4 KiB that an operation writes. Larger
-    blocks than these go back as before: glibc does not find a freed one again when it has to align.
+    Newly mapped memory costs a page fault for every 4 KiB that an operation writes. Blocks above
+    the threshold are still returned: glibc would not find them again for aligned allocations.
     """
     if hasattr(_C_LIBRARY, "mallopt"):
         _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         _C_LIBRARY.mallopt(_M_TRIM_THRESHOLD, 1 << 29)
 
 
-def _resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """Return this process's resident bytes, now or at their peak, from the kernel's table.
+def _forget_products() -> None:
+    """Let oneDNN, and torch in front of it, keep the kernels of 64 products each, not of 1024.
 
-    Where there is no such table (macOS) both are the all-time peak.
+    There is one for every shape. Batches of many widths would keep about 400 KB for each, with
+    holes between them in the heap. A step of one width needs about 30.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "64")
+
+
+def _resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """Return this process's resident bytes, now or at the peak, from /proc.
+
+    Without /proc (macOS), both are the all-time peak.
     """
     status = _PROC / "status"
     if not status.exists():
@@ -221,14 +265,21 @@ def _resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
 
 
 @cache
-def _engine_imports() -> bool:
+def _engine() -> Support:
     if importlib.util.find_spec("transformer_engine") is None:
-        return False
+        return _NOT_INSTALLED
     try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (AssertionError, ImportError, OSError, RuntimeError):
-        # Installed, but in parts only, or its CUDA libraries are not found or were built for
-        # another torch. Megatron would fail on it, and does without one that is not there.
+        # Without these names Megatron takes the engine for missing and puts mocks in its place.
+        from transformer_engine.pytorch.fp8 import (  # noqa: F401
+            FP8GlobalStateManager,
+            fp8_autocast,
+        )
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        # Installed incompletely, or its CUDA libraries are missing or built for another torch.
+        # Megatron would fail on it, but works without it: pretend that it is not installed.
+        for module in [name for name in sys.modules if name.startswith("transformer_engine.")]:
+            del sys.modules[module]
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
-        return False
-    return True
+        first_line = str(error).partition("\n")[0]
+        return Support(False, f"installed, but cannot be imported: {first_line}")
+    return Support(True, "")

@@ -1,9 +1,8 @@
-"""Where bytes wait that have to leave a device's memory for a while."""
+"""Host memory for tensors that are offloaded from the device."""
 
 import ctypes
 import tempfile
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,33 +10,23 @@ from torch import Tensor
 from marlhf_mega.platform.device import Platform
 
 
-class HostBuffer(Protocol):
-    """Room for a number of bytes outside of the device's memory."""
-
-    def write(self, start: int, source: Tensor) -> None:
-        """Keep a uint8 vector of the device."""
-
-    def read(self, start: int, target: Tensor) -> None:
-        """Fill a uint8 vector of the device with what was kept."""
-
-
-def host_buffer(num_bytes: int, platform: Platform, folder: Path) -> HostBuffer:
-    """Make room beside the device: page-locked memory for a GPU, a file for the CPU.
+def host_buffer(num_bytes: int, platform: Platform, folder: Path) -> "HostBuffer":
+    """Allocate a buffer of uint8: page-locked memory for a GPU, a file for the CPU.
 
     Args:
-        num_bytes: how much.
-        platform: of this process.
-        folder: where the CPU's file goes, which has no name and ends with the process.
+        num_bytes: size of the buffer.
+        platform: this process's platform.
+        folder: where the CPU's file is created; it has no name and disappears with the process.
     """
     return _PinnedBuffer(num_bytes) if platform.name == "cuda" else _FileBuffer(folder)
 
 
 class _PinnedBuffer:
-    """Page-locked host memory; copies are queued on the current stream."""
+    """Page-locked host memory; copies run on the current stream."""
 
     def __init__(self, num_bytes: int) -> None:
         self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        # Torch's own allocator of such memory rounds sizes up to powers of two.
+        # Torch's own allocator for such memory rounds sizes up to powers of two.
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
 
@@ -52,11 +41,11 @@ class _PinnedBuffer:
 
 
 class _FileBuffer:
-    """A file: memory of another kind that a process without a GPU has."""
+    """An unnamed file, the only other memory that a process without a GPU has."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # It lives as long as this object, so no `with` block.
+        # It must stay open as long as this object, so no `with` block.
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def write(self, start: int, source: Tensor) -> None:
@@ -70,6 +59,10 @@ class _FileBuffer:
         assert got == len(target), (got, len(target))
 
 
+HostBuffer = _PinnedBuffer | _FileBuffer
+"""Takes and gives uint8 vectors on the device, from an offset on."""
+
+
 def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
-    # A tensor that was shown to numpy could not give its memory back any more.
+    # A view by numpy would keep the tensor's storage from being resized.
     return (ctypes.c_char * len(tensor)).from_address(tensor.data_ptr())

@@ -1,1 +1,1 @@
-"""Where the score of a response comes from: rules, tests in a sandbox, servers, and their sum."""
+"""Reward sources other than reward models: Python functions, code tests, HTTP servers."""

@@ -1,4 +1,4 @@
-"""From several sources' scores to the one score of each response."""
+"""Combine the scores of several sources to one score per response."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -6,76 +6,77 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from marlhf_mega.algorithm.masked import masked_moments
-from marlhf_mega.algorithm.rewards import RunningMoments, handle_missing_eos, shape_scores
+from marlhf_mega.algorithm.shaping import maxmin, robust
 from marlhf_mega.config.schema import RewardConfig
-from marlhf_mega.rewards.rule import Scores
+from marlhf_mega.rewards.scores import Scores
 
 
-def weighted_sum(parts: Sequence[tuple[float, Scores]]) -> Scores:
-    """Add the sources' scores by weight; a response counts if every source has scored it.
+def combine(
+    parts: Sequence[Scores], config: RewardConfig, *, sum_over_data: Callable[[Tensor], Tensor]
+) -> Scores:
+    """Combine the sources' scores as `reward.combine` says; valid where all sources are.
 
     Args:
-        parts: (weight, scores of the same batch) of each source; at least one.
+        parts: scores of the same batch by every source; at least one.
+        config: the `reward` section.
+        sum_over_data: sums a vector over the data-parallel ranks.
     """
-    total = torch.stack([weight * part.scores for weight, part in parts]).sum(0)
-    valid = torch.stack([part.valid for _, part in parts]).all(0)
-    errors = [error for _, part in parts for error in part.errors]
+    weights = [term.weight for term in config.source]
+    scores = torch.stack([w * part.scores for w, part in zip(weights, parts, strict=True)])
+    valid = torch.stack([part.valid for part in parts]).all(0)
+    match config.combine:
+        case "sum":
+            total = scores.sum(0)
+        case "robust":
+            total = robust(scores, mean_weight=config.robust_weight)
+        case "maxmin":
+            sums = torch.where(valid, scores, 0.0).double().sum(1)
+            *totals, count = sum_over_data(torch.cat((sums, valid.double().sum()[None])))
+            total = maxmin(scores, torch.stack(totals) / count.clamp(min=1))
+    errors = [error for part in parts for error in part.errors]
+    finite = total.isfinite()
+    errors += ["the weighted sum of the scores is too large"] * int((valid & ~finite).sum())
+    valid &= finite
     return Scores(torch.where(valid, total, 0.0), valid, errors)
 
 
-def shape(
-    scores: Scores,
-    ends_with_eos: Tensor,
-    *,
-    config: RewardConfig,
-    moments: RunningMoments,
-    sum_over_data: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, RunningMoments]:
-    """Normalise by all scores so far, clip, then treat responses that were cut off.
-
-    The treatment comes last, so that its value is in the units the policy is trained on and is
-    never clipped away. One collective, whatever the config says.
+def constrain(scores: Scores, judged: Sequence[tuple[float, Scores]]) -> Scores:
+    """Note which samples satisfy all constraints; one that a judge failed on has no score.
 
     Args:
-        scores: this rank's part of the batch.
-        ends_with_eos: [batch] bool.
-        config: the `reward` section.
-        moments: of every valid score of the run before this batch.
-        sum_over_data: adds a vector over the data-parallel ranks.
-
-    Returns:
-        [batch] float32, 0 where not valid; and the moments with this batch in.
+        scores: of the sources.
+        judged: threshold and scores of every constraint.
     """
-    moments = moments.update(sum_over_data(masked_moments(scores.scores, scores.valid)))
-    shaped = shape_scores(scores.scores, moments, normalize=config.normalize, clip=config.clip)
-    penalty = config.missing_eos_penalty
-    value = -penalty if config.missing_eos == "replace" else penalty
-    shaped = handle_missing_eos(shaped, ends_with_eos, mode=config.missing_eos, value=value)
-    return torch.where(scores.valid, shaped, 0.0), moments
+    if not judged:
+        return scores
+    valid = torch.stack([scores.valid, *(part.valid for _, part in judged)]).all(0)
+    holds = torch.stack([part.scores >= threshold for threshold, part in judged]).all(0)
+    errors = [*scores.errors, *(error for _, part in judged for error in part.errors)]
+    return Scores(torch.where(valid, scores.scores, 0.0), valid, errors, holds)
 
 
 def check_enough_valid(
-    *, num_invalid: int, num_samples: int, max_invalid_fraction: float, errors: Sequence[str]
+    scores: Scores, *, max_invalid_fraction: float, sum_over_data: Callable[[Tensor], Tensor]
 ) -> None:
-    """Stop the run if too many samples of a step have no score.
-
-    Every rank calls it with the counts of the global batch, so that all stop or none does.
+    """Stop the run if too many samples of a step have no score: all ranks, or none of them.
 
     Args:
-        num_invalid: samples without a score, over all ranks.
-        num_samples: samples of the step, over all ranks.
+        scores: of this replica; the message shows the most common of its reasons.
         max_invalid_fraction: the config's limit.
-        errors: this rank's reasons; the commonest is shown.
+        sum_over_data: sums a vector over the replicas.
 
     Raises:
         RuntimeError: the limit is exceeded.
     """
+    counts = torch.stack((scores.valid, torch.ones_like(scores.valid))).double().sum(1)
+    num_valid, num_samples = map(int, sum_over_data(counts).tolist())
+    num_invalid = num_samples - num_valid
     if num_invalid <= max_invalid_fraction * num_samples:
         return
-    commonest = Counter(errors).most_common(1)
+    commonest = Counter(scores.errors).most_common(1)
     reason = f", most often: {commonest[0][0]}" if commonest else ""
     raise RuntimeError(
-        f"reward.max_invalid_fraction={max_invalid_fraction:g}: no more samples of a step than "
-        f"this may fail; {num_invalid} of {num_samples} have no score{reason}. Mend reward.source."
+        f"reward.max_invalid_fraction={max_invalid_fraction:g}: at most this fraction of a "
+        f"step's samples may fail; {num_invalid} of {num_samples} have no score{reason}. Fix "
+        "reward.source."
     )

@@ -1,4 +1,4 @@
-"""A server as a reward: batches of responses go out, scores come back, failures mask samples."""
+"""A reward from an HTTP server. Samples that it fails to score are masked."""
 
 import json
 import os
@@ -14,43 +14,43 @@ from urllib.parse import urlsplit
 
 import torch
 
-from marlhf_mega.rewards.rule import Scores
+from marlhf_mega.rewards.scores import Scores, other_fields
 
 BATCH = 64
 """Responses per request."""
 
 NUM_CONNECTIONS = 4
-"""Requests under way at a time."""
+"""Concurrent requests."""
 
 NUM_TRIES = 3
-"""Of one request, the first included."""
+"""Attempts per request, including the first."""
 
 BACKOFF_SECONDS = 0.5
-"""Before the second try; twice as long before each further one."""
+"""Pause before the second attempt; it doubles before every further one."""
 
 MAX_ANSWER_BYTES = 16 << 20
 
 TOKEN_VARIABLE = "MARLHF_REWARD_TOKEN"
-"""Environment variable with the bearer token, if the server wants one."""
+"""Environment variable with the bearer token, if the server needs one."""
 
 
 class HttpReward:
     """Scores responses by POST requests to one address.
 
-    out  {"prompts": [text], "responses": [text], "rows": [the other fields of each row]}
-    in   {"scores": [number, or null where there is none]}, in order
+    request   {"prompts": [text], "responses": [text], "rows": [the other fields of each data row]}
+    response  {"scores": [number, or null for no score]}, in order
 
-    Refused connections, time-outs and the statuses 429 and 5xx are tried again, `NUM_TRIES` times
-    in all; whatever else is wrong leaves the samples of that request without a score. Redirects
-    are not followed: they would carry the token elsewhere.
+    Refused connections, time-outs and the statuses 429 and 5xx are retried, up to `NUM_TRIES`
+    attempts. Any other failure leaves the samples of that request without a score. Redirects are
+    not followed, since they could send the token to another server.
     """
 
     def __init__(self, source: str, *, timeout_seconds: float = 10.0) -> None:
-        """Remember the address; nothing is sent.
+        """Set the address; sends nothing.
 
         Args:
             source: `http://` or `https://` address.
-            timeout_seconds: for one request from its start to the end of its answer.
+            timeout_seconds: time limit for one request, until its answer has arrived completely.
         """
         self._source = source
         self._timeout = timeout_seconds
@@ -66,19 +66,16 @@ class HttpReward:
         Args:
             prompts: text of each prompt.
             responses: text of each response.
-            rows: fields of each prompt's row; what JSON cannot hold (dates, say) goes as text.
+            rows: data row of each prompt; values that JSON cannot represent (such as dates) are
+                sent as text.
         """
-        others = [
-            {name: value for name, value in row.items() if name not in ("prompt", "response")}
-            for row in rows
-        ]
         starts = range(0, len(responses), BATCH)
         bodies = [
             json.dumps(
                 {
                     "prompts": prompts[start : start + BATCH],
                     "responses": responses[start : start + BATCH],
-                    "rows": others[start : start + BATCH],
+                    "rows": [other_fields(row) for row in rows[start : start + BATCH]],
                 },
                 default=str,
             ).encode()
@@ -98,7 +95,7 @@ class HttpReward:
         return Scores(torch.where(valid, values, 0.0), valid, errors)
 
     def close(self) -> None:
-        """Nothing stays open between batches."""
+        """Do nothing: no connection stays open between batches."""
 
     def _answers(self, body: bytes, size: int) -> list[float | str]:
         """Return a score or a reason for each sample of one request."""
@@ -128,7 +125,7 @@ class HttpReward:
             headers["Authorization"] = f"Bearer {token}"
         deadline = time.monotonic() + self._timeout
         connection.connect()
-        # The connection's own limit is for one read: a server that drips would never reach it.
+        # The connection's own time limit applies to each read: a slow trickle never exceeds it.
         clock = threading.Timer(deadline - time.monotonic(), _hang_up, [connection.sock])
         clock.daemon = True
         clock.start()
@@ -146,27 +143,31 @@ class HttpReward:
 
 
 def _hang_up(connected: socket.socket) -> None:
-    """Wake up whoever reads from the connection."""
+    """Shut the connection down, which wakes up the thread that reads from it."""
     try:
         connected.shutdown(socket.SHUT_RDWR)
     except OSError:
-        return  # it has ended by itself
+        return  # it is closed already
 
 
 def _scores(answer: bytes, size: int) -> list[float | str]:
-    """Check the answer; a sample without a number gets the reason instead."""
+    """Parse the answer; a sample without a score gets the reason instead."""
     try:
         parsed = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):  # thousands of brackets
         return ["the server's answer is not JSON"] * size
     scores = parsed.get("scores") if isinstance(parsed, dict) else None
     if not isinstance(scores, list):
         return ['the server\'s answer has no list "scores"'] * size
     if len(scores) != size:
         return [f"the server sent {len(scores)} scores for {size} responses"] * size
-    return [
-        float(score)
-        if isinstance(score, Real) and not isinstance(score, bool)
-        else f"the server's score is {type(score).__name__}, not a number"
-        for score in scores
-    ]
+    return [_score(score) for score in scores]
+
+
+def _score(score: object) -> float | str:
+    if not isinstance(score, Real) or isinstance(score, bool):
+        return f"the server's score is {type(score).__name__}, not a number"
+    try:
+        return float(score)
+    except OverflowError:  # hundreds of digits
+        return "the server's score is too large"

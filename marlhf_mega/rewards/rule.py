@@ -1,4 +1,4 @@
-"""A Python function as a reward, run in a process of its own so that nothing it does hurts."""
+"""A Python function as a reward, run in a separate process so that it cannot harm the run."""
 
 import contextlib
 import json
@@ -11,37 +11,25 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from marlhf_mega.rewards.sandbox import SandboxMode, sandbox_problem
+from marlhf_mega.rewards.scores import Scores, other_fields
 
 START_SECONDS = 60.0
-"""Time for importing the function's module; heavy imports are slow on cold disks."""
+"""Time to import the function's module; heavy imports are slow on cold disks."""
 
 CHUNK = 64
-"""Rows sent at once: many enough to be cheap, few enough for the answers to fit into a pipe."""
-
-
-class Scores(NamedTuple):
-    """Scores of a batch and which of them exist."""
-
-    scores: Tensor
-    """[batch] float32, always finite; 0 where not valid."""
-    valid: Tensor
-    """[batch] bool; False: there is no score, the sample takes no part."""
-    errors: list[str]
-    """Why, one short reason per sample that is not valid."""
+"""Samples per request: enough to be cheap, few enough for the answers to fit into a pipe."""
 
 
 class RuleReward:
     """Scores responses by `function(prompt, response, **row_fields) -> number`.
 
-    A call that raises, runs longer than the limit, kills its process or returns anything but a
-    finite number leaves that one sample without a score. The process is started once and again
-    after each time-out.
+    A call that raises, exceeds the time limit, kills its process or returns anything but a finite
+    number leaves that one sample without a score. The process is restarted after a time-out.
     """
 
     def __init__(
@@ -54,17 +42,18 @@ class RuleReward:
     ) -> None:
         """Start the process and import the function there.
 
-        A function that takes `sandbox` runs untrusted programs: it is told the mode, and
-        `timeout_seconds` if it takes that.
+        A function with a parameter `sandbox` runs untrusted programs. It receives the mode, and
+        `timeout_seconds` if it has that parameter.
 
         Args:
-            source: `module:function`, found on Python's path or in the current folder.
-            timeout_seconds: for one response.
-            sandbox: the source's `sandbox` in the config.
-            key: the config key that error messages name.
+            source: `module:function`, on Python's path or in the current folder; or
+                `path/to/file.py:function`.
+            timeout_seconds: time limit for one response.
+            sandbox: the source's `sandbox` key.
+            key: the config key, for error messages.
 
         Raises:
-            ValueError: the function cannot be imported, or needs a sandbox that cannot be made.
+            ValueError: the function cannot be imported, or needs a sandbox that cannot be created.
         """
         self._source = source
         self._timeout = timeout_seconds
@@ -75,15 +64,15 @@ class RuleReward:
             self.close()
             raise ValueError(
                 f"{key}={source}: must name a function that can be imported; {problem}. "
-                "Mend the module, or add its folder to PYTHONPATH."
+                + _remedy(source)
             )
         if "sandbox" in self._accepted:
             if sandbox == "namespaces" and (missing := sandbox_problem()) is not None:
                 self.close()
                 raise ValueError(
-                    f"{key}={source}: runs untrusted programs in namespaces of their own; "
-                    f"{missing}. Allow user namespaces on this machine, or write sandbox: off "
-                    "beside the source to run those programs with all rights of this user."
+                    f"{key}={source}: needs user namespaces to isolate untrusted programs; "
+                    f"{missing}. Allow user namespaces on this machine, or add sandbox: off to the "
+                    "source to run these programs with all rights of this user."
                 )
             self._settings = {"sandbox": sandbox, "timeout_seconds": timeout_seconds}
 
@@ -98,15 +87,11 @@ class RuleReward:
         Args:
             prompts: text of each prompt.
             responses: text of each response.
-            rows: fields of each prompt's row; the function gets those it takes, and what JSON
-                cannot hold (dates, say) as text.
+            rows: data row of each prompt. The function receives the fields that are its
+                parameters; values that JSON cannot represent (such as dates) arrive as text.
         """
         requests = [
-            {
-                "prompt": prompt,
-                "response": response,
-                "fields": _other_fields(row) | self._settings,
-            }
+            {"prompt": prompt, "response": response, "fields": other_fields(row) | self._settings}
             for prompt, response, row in zip(prompts, responses, rows, strict=True)
         ]
         answers: list[dict[str, Any]] = []
@@ -123,21 +108,23 @@ class RuleReward:
         return Scores(torch.where(finite, values, 0.0), finite & scored, errors)
 
     def close(self) -> None:
-        """End the process; it also ends with this object and with this process."""
+        """End the process. It also ends with this object and with this process."""
         self._end()
 
     def _score_chunk(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return the answers up to the first call that gave none, which gets a reason instead."""
-        if self._process.poll() is not None:  # died between two batches: nobody's fault
+        """Return the answers up to the first call without one, whose answer is the reason."""
+        if self._process.poll() is not None:  # died between two batches: no sample's fault
             self._restart()
         assert self._process.stdin is not None
-        # A broken pipe means that it died just now; reading tells how.
+        # A broken pipe means that it has just died; reading returns the exit code.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(_encode(requests))
             self._process.stdin.flush()
         answers: list[dict[str, Any]] = []
         for _ in requests:
             answer = self._receive(self._timeout)
+            if "needs" in answer:
+                answer = self._receive(answer["needs"])
             answers.append(answer)
             if answer.get("lost"):
                 self._restart()
@@ -145,7 +132,7 @@ class RuleReward:
         return answers
 
     def _start(self) -> str | None:
-        """Start the process; return why that failed, none if it is ready."""
+        """Start the process; return why that failed, None if it is ready."""
         paths = [str(Path.cwd()), *filter(None, sys.path)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "marlhf_mega.rewards.worker", self._source, str(os.getpid())],
@@ -165,19 +152,19 @@ class RuleReward:
         problem = self._start()
         if problem is not None:
             raise RuntimeError(
-                f"{self._key}={self._source}: must be importable again after a failure; {problem}. "
-                "Mend the module and resume."
+                f"{self._key}={self._source}: must be importable after a restart; {problem}. "
+                "Fix it and resume."
             )
 
     def _receive(self, seconds: float) -> dict[str, Any]:
-        """Return the next answer, or a reason why there will be none, marked as `lost`."""
+        """Return the next answer, or why there will be none, marked as `lost`."""
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
-            # What has arrived counts, even if this process was held up beyond the deadline.
+            # Poll even after the deadline: what arrived counts if this process was held up.
             if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
                 return {"error": f"took longer than {seconds:g} s", "lost": True}
             data = os.read(pipe, 1 << 16)
@@ -192,25 +179,27 @@ class RuleReward:
 def check_importable(
     source: str, *, sandbox: SandboxMode = "namespaces", key: str = "reward.source"
 ) -> None:
-    """Check, before anything starts, that a rule can be imported and has the sandbox it needs.
+    """Check, before a run starts, that a rule can be imported and has the sandbox that it needs.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: see `RuleReward`.
     """
     RuleReward(source, sandbox=sandbox, key=key).close()
 
 
-def _other_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("prompt", "response")}
+def _remedy(source: str) -> str:
+    if source.rpartition(":")[0].endswith(".py"):
+        return "Fix the file, or its path."
+    return "Fix the module, or add its folder to PYTHONPATH."
 
 
 def _encode(requests: Sequence[Mapping[str, Any]]) -> bytes:
-    return json.dumps({"rows": requests}, default=str).encode() + b"\n"
+    return json.dumps({"samples": requests}, default=str).encode() + b"\n"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:
-        # The function may have started processes of its own: the whole session ends.
+        # The function may have started other processes, so end the whole session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

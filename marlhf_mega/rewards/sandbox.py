@@ -1,4 +1,4 @@
-"""Untrusted programs, run where they can read, reach and keep nothing, and only so much of it."""
+"""Run untrusted programs isolated from this machine and with limited resources."""
 
 import contextlib
 import json
@@ -19,24 +19,24 @@ MIB = 1 << 20
 
 SandboxMode = Literal["namespaces", "off"]
 
-START_SECONDS = 10.0
-"""Time for making the sandbox, on top of the program's own."""
+SETUP_SECONDS = 10.0
+"""Time to create the sandbox, in addition to the program's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use."""
+    """The resources that one program may use."""
 
     wall_seconds: float = 4.0
-    """From its start to its end."""
+    """Wall-clock time from start to end."""
     cpu_seconds: int = 4
-    """Processor time of each of its processes."""
+    """CPU time of each process."""
     memory_bytes: int = 512 * MIB
-    """Address space of each of its processes."""
+    """Address space of each process."""
     file_bytes: int = 8 * MIB
-    """Largest file, its output included."""
+    """Size of a file, including its output."""
     disk_bytes: int = 32 * MIB
-    """All of /tmp, which is in memory."""
+    """Size of /tmp, which is in memory."""
     processes: int = 16
     """Processes and threads at a time."""
 
@@ -46,11 +46,11 @@ class Outcome:
     """How a program ended."""
 
     code: int | None
-    """Exit code; 124 after a signal; none: the clock ran out."""
+    """Exit code; 124 after a signal; None after a time-out."""
     stdout: str = field(default="")
-    """What it printed, up to `Limits.file_bytes`."""
+    """Standard output, up to `Limits.file_bytes`."""
     stderr: str = field(default="")
-    """What it printed as errors, up to `Limits.file_bytes`."""
+    """Standard error, up to `Limits.file_bytes`."""
 
 
 def run_python(
@@ -60,19 +60,19 @@ def run_python(
     limits: Limits | None = None,
     mode: SandboxMode = "namespaces",
 ) -> Outcome:
-    """Run `main.py` of `files` with this Python's standard library, in a process of its own.
+    """Run `main.py` of `files` in a separate process, with the standard library of this Python.
 
-    It starts in a folder with these files and sees no other of this machine but the system's and
-    Python's, no network, no process, no environment variable of the caller.
+    It starts in a folder with these files. Of this machine it sees only the files of the system and
+    of Python: no network, no processes, no environment variables of the caller.
 
     Args:
-        files: name and text of each file; one is `main.py`.
-        stdin: what it can read.
-        limits: what it may use; none: the defaults.
-        mode: `off` keeps the limits but not the isolation: for programs that are trusted.
+        files: name and text of every file; one must be `main.py`.
+        stdin: its standard input.
+        limits: the resources it may use; None means the defaults.
+        mode: `off` applies the limits without the isolation, for trusted programs.
 
     Raises:
-        RuntimeError: namespaces cannot be made here.
+        RuntimeError: namespaces cannot be created here.
     """
     base = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, contextlib.ExitStack() as stack:
@@ -97,9 +97,9 @@ def run_python(
 
 @cache
 def sandbox_problem() -> str | None:
-    """Say why programs cannot be isolated here; none: they can."""
+    """Return why programs cannot be isolated here; None if they can."""
     try:
-        outcome = run_python({"main.py": ""}, limits=Limits(wall_seconds=START_SECONDS))
+        outcome = run_python({"main.py": ""}, limits=Limits(wall_seconds=SETUP_SECONDS))
     except RuntimeError as error:
         return str(error)
     return (
@@ -124,11 +124,11 @@ def _run_child(
     finally:
         os.close(answers_end)
     try:
-        child.wait(START_SECONDS + settings["wall_seconds"])
+        child.wait(SETUP_SECONDS + settings["wall_seconds"])
     except subprocess.TimeoutExpired:
-        return {"problem": f"did not start within {START_SECONDS:g} s"}
+        return {"problem": f"did not start within {SETUP_SECONDS:g} s"}
     finally:
-        # What is left of its session, if the isolation is off.
+        # Without isolation, other processes of its session may be left.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -1,10 +1,10 @@
-"""The process between a sandbox and this machine; started by `sandbox.py`, standard library only.
+"""The process that creates a sandbox; started by `sandbox.py`, standard library only.
 
-    this process    new user, mount, network, process, ipc and host-name namespaces; keeps the clock
-      first         process 1 of the sandbox: a root of its own, read-only but for a small /tmp
+    this process    new user, mount, network, process, ipc and host-name namespaces; time limit
+      first         process 1 of the sandbox: its own root, read-only except for a small /tmp
         program     no capabilities, another user where possible, resource limits
 
-When the clock runs out, the first process is killed and the kernel ends all that it began.
+After a time-out the first process is killed, and the kernel ends all its descendants.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(settings_path: str, answers: int) -> None:
-    """Run one program as the settings file says; report how it ended as JSON on `answers`."""
+    """Run one program according to the settings file; report its end as JSON on `answers`."""
     settings = json.loads(Path(settings_path).read_text())
     try:
         is_other_user = _enter_namespaces() if settings["isolate"] else False
@@ -50,7 +50,7 @@ def main(settings_path: str, answers: int) -> None:
 def _run_first_process(
     settings: dict[str, Any], answers: int, is_other_user: bool
 ) -> dict[str, Any] | None:
-    """Fork process 1 and wait for it; none: it has reported a problem itself."""
+    """Fork process 1 and wait for it; None if it has reported a problem itself."""
     first = os.fork()
     if first == 0:
         try:
@@ -61,7 +61,7 @@ def _run_first_process(
     handle = os.pidfd_open(first)
     ended = select.select([handle], [], [], settings["wall_seconds"])[0]
     if not ended:
-        # The program's session too, should there be no namespace that ends with its first process.
+        # Without a namespace this leaves the program, which `sandbox.py` ends with its session.
         os.kill(first, signal.SIGKILL)
     _, status = os.waitpid(first, 0)
     if not ended:
@@ -71,12 +71,12 @@ def _run_first_process(
 
 
 def _enter_namespaces() -> bool:
-    """Leave everything of this machine but its files; return whether a second user is mapped."""
+    """Enter new namespaces for all but files; return whether a second user is mapped."""
     outside_read, inside_write = os.pipe()
     inside_read, outside_write = os.pipe()
     target, uid, gid = os.getpid(), os.geteuid(), os.getegid()
     helper = os.fork()
-    if helper == 0:  # stays outside: only there may more than one user be mapped
+    if helper == 0:  # stays outside, since only from there more than one user can be mapped
         os.read(outside_read, 1)
         os.write(outside_write, _map_users(Path(f"/proc/{target}"), uid, gid))
         os._exit(0)
@@ -89,14 +89,14 @@ def _enter_namespaces() -> bool:
         os.waitpid(helper, 0)
     if answer not in (b"one", b"two"):
         raise OSError(f"user map: {answer.decode()}")
-    # A namespace within gives the program capabilities again, if only over what is its own.
+    # Nested namespaces would give the program capabilities again, if only over its own resources.
     with contextlib.suppress(OSError):
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
     return answer == b"two"
 
 
 def _map_users(process: Path, uid: int, gid: int) -> bytes:
-    """Map root of the namespace to the caller, and user 1 to nobody where that is allowed."""
+    """Map the namespace's root to the caller, and its user 1 to nobody if that is allowed."""
     try:
         try:
             (process / "uid_map").write_text(f"0 {uid} 1\n1 {NOBODY} 1\n")
@@ -112,7 +112,7 @@ def _map_users(process: Path, uid: int, gid: int) -> bytes:
 
 
 def _first_process(settings: dict[str, Any], is_other_user: bool, answers: int) -> None:
-    """Build the new root, start the program, wait for it; ends this process."""
+    """Set up the root, run the program, wait for it, and end this process."""
     _check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if settings["isolate"]:
         _new_root(Path(settings["root"]), settings)
@@ -131,14 +131,14 @@ def _first_process(settings: dict[str, Any], is_other_user: bool, answers: int) 
         environment = {"HOME": str(folder), "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
         os.execve(settings["command"][0], settings["command"], environment)
     while True:
-        ended, status = os.wait()  # also of orphans, which fall to process 1
+        ended, status = os.wait()  # also for orphans, which become children of process 1
         if ended == program:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if 0 <= code < 125 else 124)
 
 
 def _new_root(root: Path, settings: dict[str, Any]) -> None:
-    """Make `root` the root: the system and Python read-only, a /tmp in memory, nothing else."""
+    """Make `root` the root: system and Python read-only, /tmp in memory, nothing else."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", str(root), "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for name in (*SYSTEM_FOLDERS, *settings["folders"]):
@@ -156,7 +156,7 @@ def _new_root(root: Path, settings: dict[str, Any]) -> None:
             _mount(name, str(inside), None, MS_BIND)
     for name in ("proc", "tmp"):
         (root / name).mkdir()
-    # Containers that hide parts of /proc do not let anybody mount a whole one.
+    # Containers that hide parts of /proc do not allow mounting a complete one.
     with contextlib.suppress(OSError):
         _mount("proc", str(root / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.chdir(root)
@@ -175,11 +175,11 @@ def _new_root(root: Path, settings: dict[str, Any]) -> None:
 
 
 def _drop_privileges(is_other_user: bool) -> None:
-    """Give up what a root of its own namespace may do; no program gives it back."""
+    """Give up all privileges of the namespace's root for good."""
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text()) if _has_proc() else 40
     for capability in range(last + 1):
         _check(libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0), "prctl")
-    if is_other_user:  # limits on processes do not hold for the machine's root
+    if is_other_user:  # the limit on processes does not apply to the machine's root
         os.setgroups([])
         os.setresgid(1, 1, 1)
         os.setresuid(1, 1, 1)
@@ -198,7 +198,7 @@ def _limit(settings: dict[str, Any]) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
     }
-    if settings["isolate"]:  # outside it would count all processes of the user
+    if settings["isolate"]:  # elsewhere it would count all processes of the user
         limits[resource.RLIMIT_NPROC] = settings["processes"]
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))

@@ -1,54 +1,66 @@
-"""The process that runs a user's reward function; started by `rule.py`, imports no torch.
+"""The process that runs a user's reward function; started by `rule.py`, does not import torch.
 
-It speaks JSON, one object per line, over the descriptors that were its standard input and output:
-the function's own prints go to standard error.
+It exchanges JSON, one object per line, over its original standard input and output. The function's
+own prints go to standard error.
 
-    out  {"ready": fields it takes} or {"error": reason} once, after the import; null: all fields
-    in   {"rows": [{"prompt", "response", "fields"}]}    a chunk
-    out  {"score": number} or {"error": reason}          one per row, as soon as it is known
+    out  {"ready": parameters, null for all} or {"error": reason}    once, after the import
+    in   {"samples": [{"prompt", "response", "fields"}]}             a chunk
+    out  {"score": number} or {"error": reason}                      one per sample, immediately
+
+A function with an attribute `seconds_needed(fields) -> float` says how long a sample may take; then
+`{"needs": seconds}` comes before the sample's answer.
 """
 
-import ctypes
-import importlib
 import inspect
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, TextIO
 
-MAX_REASON = 200
-"""Characters of a reason; with it the answers to a chunk fit into a pipe."""
+from marlhf_mega.lifeline import die_with_parent
+from marlhf_mega.user_code import load_function
 
-PR_SET_PDEATHSIG = 1
+MAX_REASON = 200
+"""Characters of a reason, so that the answers to a chunk fit into a pipe."""
 
 
 def main(source: str, parent: int) -> None:
     """Import the function, then answer chunks until the input ends."""
-    _die_with(parent)
+    die_with_parent(parent)
     requests, answers = _take_over_standard_streams()
     try:
-        function = _import(source)
+        function: Callable[..., Any] = load_function(source)
     except BaseException as error:  # noqa: BLE001 the user's module may raise anything
         _send(answers, {"error": _reason(error)})
         return
     accepted = _accepted_fields(function)
     _send(answers, {"ready": None if accepted is None else sorted(accepted)})
     for line in requests:
-        for row in json.loads(line)["rows"]:
-            _send(answers, _score(function, accepted, row))
+        for sample in json.loads(line)["samples"]:
+            needed = _seconds_needed(function, sample["fields"])
+            if needed is not None:
+                _send(answers, {"needs": needed})
+            _send(answers, _score(function, accepted, sample))
+
+
+def _seconds_needed(function: Callable[..., Any], fields: dict[str, Any]) -> float | None:
+    needed = getattr(function, "seconds_needed", None)
+    try:
+        return None if needed is None else float(needed(fields))
+    except Exception:  # noqa: BLE001 the row is wrong, which the function itself will say
+        return None
 
 
 def _score(
-    function: Callable[..., Any], accepted: set[str] | None, row: dict[str, Any]
+    function: Callable[..., Any], accepted: set[str] | None, sample: dict[str, Any]
 ) -> dict[str, Any]:
-    fields = row["fields"]
+    fields = sample["fields"]
     if accepted is not None:
         fields = {name: value for name, value in fields.items() if name in accepted}
     try:
-        score = function(row["prompt"], row["response"], **fields)
+        score = function(sample["prompt"], sample["response"], **fields)
         if not isinstance(score, Real):
             return {"error": f"returned {type(score).__name__}, not a number"}
         return {"score": float(score)}
@@ -56,19 +68,11 @@ def _score(
         return {"error": f"raised {_reason(error)}"}
 
 
-def _import(source: str) -> Callable[..., Any]:
-    module, _, name = source.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    if not callable(function):
-        raise TypeError(f"{name} is {type(function).__name__}, not a function")
-    return function
-
-
 def _accepted_fields(function: Callable[..., Any]) -> set[str] | None:
-    """Names of the row's fields the function takes; none: all of them, by `**fields`."""
+    """Return the fields that are parameters of the function; None means all, by `**fields`."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some functions written in C do not tell
+    except ValueError:  # some functions written in C have no signature
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -93,14 +97,6 @@ def _take_over_standard_streams() -> tuple[TextIO, TextIO]:
 def _send(answers: TextIO, message: dict[str, Any]) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
-
-
-def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process with its parent, even in the middle of an endless loop."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # the parent was gone before the line above
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from marlhf_mega.data.microbatch import round_up
+from marlhf_mega.config.limits import round_up
 from marlhf_mega.models.layers import SdpaAttention, causal_mask
 from marlhf_mega.rollout.work import Decode, Prefill, Work
 

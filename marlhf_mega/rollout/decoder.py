@@ -9,13 +9,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn import functional as F
 
-from marlhf_mega.data.microbatch import round_up
+from marlhf_mega.config.limits import round_up
+from marlhf_mega.models.fp8 import configs_of
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.layers import SdpaAttention
+from marlhf_mega.models.prepacked import prepacked_projections
 from marlhf_mega.models.rope import rotation_angles
 from marlhf_mega.rollout.cache import KeyValueCache
 from marlhf_mega.rollout.layers import decoder_layer
-from marlhf_mega.rollout.products import packed_projections
 from marlhf_mega.rollout.work import Prefill, Work
 
 
@@ -48,7 +49,7 @@ class ChunkDecoder:
             for layer in chunk.decoder.layers
         ]
         # Room for the rows that only fill a matrix product up; see `_aligned`.
-        sizes = (round_up(n, chunk.row_multiple) for n in (num_slots, max_tokens))
+        sizes = (round_up(n, chunk.token_multiple) for n in (num_slots, max_tokens))
         num_slots, max_tokens = sizes
         groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
         device = chunk.rotary_speeds.device
@@ -77,7 +78,7 @@ class ChunkDecoder:
             the next tokens follow, [slots, hidden].
         """
         seq, batch = work.tokens.shape[1], len(work.tokens)
-        work = _aligned(work, self.chunk.row_multiple)
+        work = _aligned(work, self.chunk.token_multiple)
         more = (work.tokens.shape[1] - seq, len(work.tokens) - batch)
         if hidden is None:
             hidden = self.chunk.embed(work.tokens)
@@ -150,15 +151,13 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
         for name in ("sequence_parallel", "reduce_scatter_embeddings")
         if getattr(module, name, False) is True
     ]
-    configs = {
-        id(c): c for c in (m.config for ch in chunks for m in ch.modules() if hasattr(m, "config"))
-    }
+    configs = configs_of(chunks)
     sequence_parallel = chunks[0].config.sequence_parallel
     was_training = chunks[0].training
     try:
         for module, name in switched:
             setattr(module, name, False)
-        for config in configs.values():
+        for config in configs:
             config.sequence_parallel = False
         _make_quantizers_anew(chunks)
         for chunk in chunks:
@@ -167,12 +166,12 @@ def generating(chunks: list[StageModel]) -> Iterator[None]:
             chunk.set_is_first_microbatch()
         # Training could not use the weights in FP8 that inference mode leaves behind.
         no_gradients = torch.no_grad() if chunks[0].config.fp8 else torch.inference_mode()
-        with no_gradients, packed_projections(chunks):
+        with no_gradients, prepacked_projections(chunks):
             yield
     finally:
         for module, name in switched:
             setattr(module, name, True)
-        for config in configs.values():
+        for config in configs:
             config.sequence_parallel = sequence_parallel
         _make_quantizers_anew(chunks)
         for chunk in chunks:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.counter_rng import fold, uniform
+from marlhf_mega.algorithm.replay_mask import mask_width
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.collectives import (
-    any_over_group,
+    any_rank,
     receive_hidden,
     send_hidden,
     share_sampled,
@@ -23,9 +24,10 @@ from marlhf_mega.parallel.collectives import (
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.recorded import RecordedSteps
-from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
+from marlhf_mega.rollout.sampling import sample_tokens
 from marlhf_mega.rollout.slots import Response, SlotGroup
-from marlhf_mega.rollout.types import Rollout
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import Rollout, RolloutOptions
 from marlhf_mega.rollout.work import Decode, Prefill, Work
 
 
@@ -37,33 +39,27 @@ class Generator:
         chunks: Sequence[StageModel],
         mesh: Mesh,
         *,
-        eos_id: int,
+        stop: StopRule,
         cuda_graphs: bool = False,
     ) -> None:
         """Take the model; nothing is allocated before a call.
 
         Args:
             chunks: this rank's part of the policy.
-            mesh: where this rank stands.
-            eos_id: ends a response.
+            mesh: this rank's mesh.
+            stop: ends a response.
             cuda_graphs: launch a decode step as one; on CUDA devices only.
         """
         self.chunks = list(chunks)
         self.mesh = mesh
-        self.eos_id = eos_id
+        self.stop = stop
         self.cuda_graphs = cuda_graphs
 
     def generate(
         self,
         prompts: Sequence[list[int]],
         sample_indices: Sequence[int],
-        *,
-        rule: SamplingRule,
-        max_response_tokens: int | Sequence[int],
-        seed: int,
-        step: int,
-        slots: int | None = None,
-        stop_at_eos: bool = True,
+        options: RolloutOptions,
     ) -> Rollout:
         """Generate one response to each of this replica's prompts.
 
@@ -72,35 +68,31 @@ class Generator:
         Args:
             prompts: token ids, none empty.
             sample_indices: global index of every sample within the step.
-            rule: temperature and filters.
-            max_response_tokens: longest response, the end token included; or each one's limit.
-            seed: of the run.
-            step: of the run; (seed, step, sample index, position) decide every draw.
-            slots: responses decoded together; none: all.
-            stop_at_eos: benchmarks switch it off to generate exactly the asked length.
+            options: how they are drawn.
 
         Returns:
             The responses in the order of the prompts, the same on every rank of the replica.
         """
-        limits = max_response_tokens
-        if isinstance(limits, int):
-            limits = [limits] * len(prompts)
         responses = [
-            Response(i, list(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))
+            Response(i, list(prompt), options.limit_of(sample))
+            for i, (prompt, sample) in enumerate(zip(prompts, sample_indices, strict=True))
         ]
         order = sorted(responses, key=lambda r: (-len(r.prompt), r.sample))
-        keys = fold(seed, step, torch.tensor(list(sample_indices), dtype=torch.int64))
-        run = _Run(
-            self,
-            deque(order),
-            keys,
-            rule=rule,
-            slots=min(slots or len(prompts), len(prompts)),
-            eos_id=self.eos_id if stop_at_eos else -1,
-        )
+        indices = torch.tensor(list(sample_indices), dtype=torch.int64)
+        run = _Run(self, deque(order), fold(options.seed, options.step, indices), options)
         with generating(self.chunks):
             run.complete()
-        return _to_rollout(responses, list(sample_indices), self.mesh.device)
+        return _to_rollout(
+            responses,
+            list(sample_indices),
+            self.mesh.device,
+            run.kept_row,
+            is_filtered=options.rule.is_filtered,
+        )
+
+
+_Sampled = tuple[Tensor, Tensor | None]
+"""What `SlotGroup.record` takes, [3, slots] and [slots, width]."""
 
 
 class _Run:
@@ -111,13 +103,11 @@ class _Run:
         generator: Generator,
         waiting: deque[Response],
         keys: Tensor,
-        *,
-        rule: SamplingRule,
-        slots: int,
-        eos_id: int,
+        options: RolloutOptions,
     ) -> None:
-        self.mesh, self.rule, self.keys = generator.mesh, rule, keys
-        self.eos_id = eos_id
+        self.mesh, self.stop = generator.mesh, generator.stop
+        self.rule, self.keys = options.rule, keys
+        slots = min(options.slots or len(waiting), len(waiting))
         longest = max((len(r.prompt) + r.max_tokens for r in waiting), default=1)
         # Replicas that share experts pass through them equally often, however few their prompts.
         most_groups = self.mesh.pp_size if self.mesh.ep_size > 1 else slots
@@ -136,10 +126,15 @@ class _Run:
         self.hidden_size = generator.chunks[0].config.hidden_size
         self.dtype = generator.chunks[0].config.params_dtype
         self.sends: deque[tuple[Tensor, object]] = deque()
+        self.kept_row: tuple[int, torch.dtype] | None = None
+        """Width and format of the record of what filters kept; None: there is none."""
+        if self.rule.records_kept:
+            vocab_size = generator.chunks[0].model.vocab_size or 0
+            self.kept_row = mask_width(top_k=self.rule.top_k, vocab_size=vocab_size)
 
     def complete(self) -> None:
         """Run until every response has ended."""
-        busy: dict[int, Tensor] = {}
+        busy: dict[int, _Sampled] = {}
         while self._anyone_left(busy):
             for index, group in enumerate(self.groups):
                 if index in busy:
@@ -152,22 +147,27 @@ class _Run:
         while self.sends:
             self._finish_oldest_send()
 
-    def _anyone_left(self, busy: dict[int, Tensor]) -> bool:
+    def _anyone_left(self, busy: dict[int, _Sampled]) -> bool:
         mine = bool(busy or self.groups[0].waiting or any(g.active for g in self.groups))
         if self.mesh.ep_size == 1:
             return mine
         # Experts are shared by replicas: nobody stops before all of them have finished.
-        return any_over_group(mine, self.mesh.groups.tp_ep_pp, self.mesh.device)
+        return any_rank(mine, self.mesh.device, self.mesh.groups.tp_ep_pp)
 
     def _idle_work(self) -> Work:
         """One token of no response, for a rank whose experts others still need."""
         zero = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
         return Decode(tokens=zero[None], positions=zero, longest=1)
 
-    def _pass(self, index: int, group: SlotGroup, work: Work) -> Tensor:
-        """Send one piece of work through all chunks; returns the last stage's sample [2, slots]."""
-        mesh = self.mesh
-        sampled = torch.zeros(2, len(group.in_flight), dtype=torch.float64, device=mesh.device)
+    def _pass(self, index: int, group: SlotGroup, work: Work) -> _Sampled:
+        """Send one piece of work through all chunks; returns what the last stage samples."""
+        mesh, count = self.mesh, len(group.in_flight)
+        sampled: _Sampled = (
+            torch.zeros(3, count, dtype=torch.float64, device=mesh.device),
+            None
+            if self.kept_row is None
+            else torch.zeros(count, self.kept_row[0], dtype=self.kept_row[1], device=mesh.device),
+        )
         for number, decoder in enumerate(self.decoders[index]):
             hidden = None if decoder.chunk.pre_process else self._receive(work)
             output = self.passes[index][number](work, hidden)
@@ -178,23 +178,23 @@ class _Run:
             assert number < mesh.num_chunks
         return sampled
 
-    def _sample(self, decoder: ChunkDecoder, hidden: Tensor, group: SlotGroup) -> Tensor:
+    def _sample(self, decoder: ChunkDecoder, hidden: Tensor, group: SlotGroup) -> _Sampled:
         samples = torch.tensor([r.sample for r in group.in_flight])
         positions = torch.tensor([len(r.tokens) for r in group.in_flight])
         numbers = uniform(fold(self.keys[samples], positions)).to(self.mesh.device)
-        tokens, logprobs = sample_tokens(
+        found = sample_tokens(
             decoder.logits(hidden), numbers, rule=self.rule, shard=decoder.chunk.vocab_shard
         )
-        # One message carries both: ids are exact in float64.
-        return torch.stack((tokens.double(), logprobs.double()))
+        # One message carries all three: ids are exact in float64.
+        columns = (found.tokens, found.logprobs, found.full_logprobs)
+        return torch.stack([column.double() for column in columns]), found.kept
 
-    def _collect(self, index: int, group: SlotGroup, sampled: Tensor) -> None:
-        tokens, logprobs = share_sampled(sampled, self.mesh).tolist()
-        moves = group.record(
-            [int(token) for token in tokens],
-            logprobs,
-            eos_id=self.eos_id,
-        )
+    def _collect(self, index: int, group: SlotGroup, sampled: _Sampled) -> None:
+        columns, kept = sampled
+        columns = share_sampled(columns, self.mesh)
+        if kept is not None:
+            kept = share_sampled(kept, self.mesh).cpu()
+        moves = group.record(columns, kept, stop=self.stop)
         for source, target in moves:
             for decoder in self.decoders[index]:
                 decoder.cache.move_slot(source, target)
@@ -220,14 +220,30 @@ class _Run:
 
 
 def _to_rollout(
-    responses: list[Response], sample_indices: list[int], device: torch.device
+    responses: list[Response],
+    sample_indices: list[int],
+    device: torch.device,
+    kept_row: tuple[int, torch.dtype] | None,
+    *,
+    is_filtered: bool,
 ) -> Rollout:
     width = max((len(r.tokens) for r in responses), default=1)
-    logprobs = [r.logprobs + [0.0] * (width - len(r.tokens)) for r in responses]
+
+    def grid(rows: list[list[float]]) -> Tensor:
+        padded = [row + [0.0] * (width - len(row)) for row in rows]
+        return torch.tensor(padded, device=device).view(len(responses), width)
+
+    kept = None
+    if kept_row is not None:
+        kept = torch.zeros(len(responses), width, kept_row[0], dtype=kept_row[1])
+        for number, response in enumerate(responses):
+            kept[number, : len(response.tokens)] = torch.stack(response.kept)
     return Rollout(
         prompts=[r.prompt for r in responses],
         responses=[r.tokens for r in responses],
         finished=[r.finished for r in responses],
         sample_indices=sample_indices,
-        logprobs=torch.tensor(logprobs, device=device).view(len(responses), width),
+        logprobs=grid([r.logprobs for r in responses]),
+        full_logprobs=grid([r.full_logprobs for r in responses]) if is_filtered else None,
+        kept=kept,
     )

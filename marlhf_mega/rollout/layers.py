@@ -6,7 +6,7 @@ what they compute.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
@@ -16,13 +16,32 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from marlhf_mega.models.layers import PostNormRowParallelLinear
+from marlhf_mega.models.lora import adapted
 
 Rotation = Callable[[Tensor], Tensor]
 """Turns heads [seq, batch, groups, heads, head_dim] by the angles of their positions."""
 
 
-class DecoderLayer(Protocol):
-    """Everything but attention. Hidden states are [seq, batch, hidden]."""
+def decoder_layer(layer: Any, config: TransformerConfig) -> "ModuleLayer | DirectLayer":
+    """Choose how to run a layer of the model; inside `generating` only."""
+    on_cpu = layer.self_attention.linear_qkv.weight.device.type == "cpu"
+    groups = config.num_query_groups
+    assert groups is not None
+    # With fewer groups than ranks a rank's rows are not those of whole groups.
+    if on_cpu and groups >= config.tensor_model_parallel_size:
+        return DirectLayer(layer, config)
+    return ModuleLayer(layer, config)
+
+
+class ModuleLayer:
+    """All of a layer but attention, by the modules that train.
+
+    Hidden states are [seq, batch, hidden].
+    """
+
+    def __init__(self, layer: Any, config: TransformerConfig) -> None:
+        """Take a layer of the model."""
+        self.layer, self.config = layer, config
 
     def query_key_value(self, hidden: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, project, rotate.
@@ -31,32 +50,6 @@ class DecoderLayer(Protocol):
             query [seq, batch, groups, heads per group, head_dim]; key and value [seq, batch,
             groups, head_dim].
         """
-
-    def add_attention(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Add the projection of what attention read, [seq, batch, heads * head_dim]."""
-
-    def add_mlp(self, hidden: Tensor) -> Tensor:
-        """Add the feed-forward part."""
-
-
-def decoder_layer(layer: Any, config: TransformerConfig) -> DecoderLayer:
-    """Choose how to run a layer of the model; inside `generating` only."""
-    on_cpu = layer.self_attention.linear_qkv.weight.device.type == "cpu"
-    groups = config.num_query_groups
-    assert groups is not None
-    # With fewer groups than ranks a rank's rows are not those of whole groups.
-    if on_cpu and groups >= config.tensor_model_parallel_size:
-        return _DirectLayer(layer, config)
-    return _ModuleLayer(layer, config)
-
-
-class _ModuleLayer:
-    """A layer by the modules that train."""
-
-    def __init__(self, layer: Any, config: TransformerConfig) -> None:
-        self.layer, self.config = layer, config
-
-    def query_key_value(self, hidden: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         with self._precision():
             normed = self.layer.input_layernorm(hidden)
             query, key, value = self.layer.self_attention.get_query_key_value_tensors(normed, None)
@@ -64,10 +57,12 @@ class _ModuleLayer:
         return rotate(query), rotate(key[..., None, :])[..., 0, :], value
 
     def add_attention(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """Add the projection of what attention read, [seq, batch, heads * head_dim]."""
         with self._precision():
             return hidden + self.layer.self_attention.linear_proj(context)[0]
 
     def add_mlp(self, hidden: Tensor) -> Tensor:
+        """Add the feed-forward part."""
         with self._precision():
             return hidden + self.layer.mlp(self.layer.pre_mlp_layernorm(hidden))[0]
 
@@ -81,10 +76,11 @@ class _ModuleLayer:
         return context
 
 
-class _DirectLayer:
-    """A layer by the products that `packed_projections` gave its modules, without their calls."""
+class DirectLayer:
+    """A `ModuleLayer` by the products that `prepacked_projections` gave it, with fewer calls."""
 
     def __init__(self, layer: Any, config: TransformerConfig) -> None:
+        """Take a layer of the model."""
         assert config.kv_channels is not None
         attention, self.mlp = layer.self_attention, layer.mlp
         self.norm, self.mlp_norm = layer.input_layernorm, layer.pre_mlp_layernorm
@@ -95,8 +91,9 @@ class _DirectLayer:
         self.is_dense = isinstance(self.mlp, MLP)
 
     def query_key_value(self, hidden: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ModuleLayer`."""
         # Every group's rows are those of its queries, its key, its value.
-        mixed = _product(self.qkv, self.norm(hidden)).unflatten(2, self.heads_shape)
+        mixed = _adapted_product(self.qkv, self.norm(hidden)).unflatten(2, self.heads_shape)
         turning = mixed[..., :-1, :]
         if self.query_norm is not None:
             query, key = turning[..., :-1, :], turning[..., -1:, :]
@@ -105,14 +102,16 @@ class _DirectLayer:
         return turned[..., :-1, :], turned[..., -1, :], mixed[..., -1, :]
 
     def add_attention(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """See `ModuleLayer`."""
         return _sum_over_ranks(self.projection, context).add_(hidden)
 
     def add_mlp(self, hidden: Tensor) -> Tensor:
+        """See `ModuleLayer`."""
         normed = self.mlp_norm(hidden)
         if not self.is_dense:
             mixed: Tensor = self.mlp(normed)[0]
             return mixed + hidden
-        gate, up = _product(self.mlp.linear_fc1, normed).chunk(2, dim=-1)
+        gate, up = _adapted_product(self.mlp.linear_fc1, normed).chunk(2, dim=-1)
         return _sum_over_ranks(self.mlp.linear_fc2, self.activation(gate).mul_(up)).add_(hidden)
 
 
@@ -121,10 +120,15 @@ def _product(linear: Any, rows: Tensor) -> Tensor:
     return product
 
 
+def _adapted_product(linear: Any, rows: Tensor) -> Tensor:
+    return adapted(linear, _product(linear, rows), rows)
+
+
 def _sum_over_ranks(linear: Any, rows: Tensor) -> Tensor:
     output = _product(linear, rows)
     if linear.tp_group.size() > 1:
         output = reduce_from_tensor_model_parallel_region(output, linear.tp_group)
+    output = adapted(linear, output, rows)
     if isinstance(linear, PostNormRowParallelLinear):
         output = linear.post_norm(output)
     return output

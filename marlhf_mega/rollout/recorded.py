@@ -11,13 +11,13 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
-from marlhf_mega.data.microbatch import round_up
+from marlhf_mega.config.limits import round_up
 from marlhf_mega.platform.cuda_graphs import GraphRecorder
 from marlhf_mega.rollout.decoder import ChunkDecoder
 from marlhf_mega.rollout.work import Decode, Work
 
 SLOT_STEP = 8
-LENGTH_STEP = 128
+GRAPH_LENGTH_STEP = 128
 """Sizes are rounded up to these, so that one graph serves some hundred steps."""
 
 Step = Callable[[], Tensor]
@@ -64,7 +64,8 @@ class RecordedSteps:
         if size in self._recorded:
             output = self._repeat(self._recorded[size], work, hidden)
         elif size in self._seen:
-            self._recorded[size] = recorded = self._new(work, hidden)
+            output, repeat = self._record(partial(self._decoder.run, work, hidden))
+            self._recorded[size] = recorded = _Recorded(work, hidden, output, repeat)
             output = self._repeat(recorded, work, hidden)
         else:
             # Libraries allocate what they need in a first, plain step.
@@ -82,13 +83,9 @@ class RecordedSteps:
         work = Decode(
             tokens=F.pad(work.tokens, (0, 0, 0, missing)),
             positions=F.pad(work.positions, (0, missing)),
-            longest=min(round_up(work.longest, LENGTH_STEP), cache.max_tokens),
+            longest=min(round_up(work.longest, GRAPH_LENGTH_STEP), cache.max_tokens),
         )
         return work, None if hidden is None else F.pad(hidden, (0, 0, 0, missing))
-
-    def _new(self, work: Decode, hidden: Tensor | None) -> _Recorded:
-        output, repeat = self._record(partial(self._decoder.run, work, hidden))
-        return _Recorded(work, hidden, output, repeat)
 
     def _repeat(self, recorded: _Recorded, work: Decode, hidden: Tensor | None) -> Tensor:
         recorded.work.tokens.copy_(work.tokens)

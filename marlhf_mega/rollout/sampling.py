@@ -5,11 +5,13 @@ One uniform number decides a token by inverting the cumulative distribution, so 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from marlhf_mega.parallel.collectives import gather_over_tensor, sum_over_tensor
+from marlhf_mega.algorithm.replay_mask import write_mask
+from marlhf_mega.parallel.collectives import gather_tensors, reduce_over_tensor
 from marlhf_mega.parallel.vocab import VocabShard
 
 
@@ -23,11 +25,36 @@ class SamplingRule:
     """Keep the k most likely tokens; 0: all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens that has this probability."""
+    record_kept: bool = False
+    """Write down which tokens the filters kept, for training on the samples."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether tokens are drawn from some of the vocabulary only."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
+
+    @property
+    def records_kept(self) -> bool:
+        """Whether there is something to write down, and it is wanted."""
+        return self.record_kept and self.is_filtered
+
+
+class SampledTokens(NamedTuple):
+    """One token for every row, the same on all tensor-parallel ranks."""
+
+    tokens: Tensor
+    """[batch] int64."""
+    logprobs: Tensor
+    """[batch] float32, under the distribution that the tokens were drawn from."""
+    full_logprobs: Tensor
+    """[batch] float32, under softmax(logits / temperature) over the whole vocabulary."""
+    kept: Tensor | None
+    """[batch, width] rows of `read_mask`; None where nothing is recorded."""
 
 
 def sample_tokens(
     logits: Tensor, uniform: Tensor, *, rule: SamplingRule, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
+) -> SampledTokens:
     """Choose a token for every row. All tensor-parallel ranks call it and get the same answer.
 
     Args:
@@ -37,21 +64,20 @@ def sample_tokens(
         shard: which columns `logits` holds.
 
     Returns:
-        tokens [batch] int64 and their log-probs [batch] float32 under softmax(logits /
-        temperature), unfiltered; greedy choices are scored at temperature 1.
+        The tokens; greedy choices are scored at temperature 1.
     """
     if rule.temperature not in (0.0, 1.0):
         logits = logits / rule.temperature
-    if rule.temperature > 0 and rule.top_k == 0 and rule.top_p == 1.0:
-        return _invert_cumulative(logits, uniform, shard)
+    if rule.temperature > 0 and not rule.is_filtered:
+        tokens, logprobs = _invert_cumulative(logits, uniform, shard)
+        return SampledTokens(tokens, logprobs, logprobs, None)
     own = torch.logsumexp(logits, -1, keepdim=True)
-    log_z = torch.logsumexp(gather_over_tensor(own, shard.group), -1)
+    log_z = torch.logsumexp(_gather(own, shard), -1)
     if rule.temperature == 0:
         best, values = _top(logits, 1, shard)
-        tokens, chosen = best[:, 0], values[:, 0]
-    else:
-        tokens, chosen = _sample_filtered(logits, uniform, log_z, rule, shard)
-    return tokens, chosen - log_z
+        logprobs = values[:, 0] - log_z
+        return SampledTokens(best[:, 0], logprobs, logprobs, None)
+    return _sample_filtered(logits, uniform, log_z, rule, shard)
 
 
 def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -61,7 +87,7 @@ def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tu
     # Sums in float64, so that the order of summation never decides a token.
     weights = (logits - highest).exp_().cumsum(-1, dtype=torch.float64)
     own = highest + weights[:, -1:].log()
-    every = gather_over_tensor(own, shard.group)
+    every = _gather(own, shard)
     log_z = torch.logsumexp(every, -1)
     bounds = (every - log_z[:, None]).exp_().cumsum(-1)
     target = uniform * bounds[:, -1]
@@ -76,13 +102,13 @@ def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tu
     logprobs = logits.gather(1, local)[:, 0] - log_z
     # One sum carries both: ids are exact in float64, and only the owner adds anything.
     answer = torch.stack((local[:, 0] + shard.start, logprobs))
-    answer = sum_over_tensor(torch.where(owner == rank, answer, 0.0), shard.group)
+    answer = reduce_over_tensor(torch.where(owner == rank, answer, 0.0), shard.group)
     return answer[0].long(), answer[1].float()
 
 
 def _sample_filtered(
     logits: Tensor, uniform: Tensor, log_z: Tensor, rule: SamplingRule, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
+) -> SampledTokens:
     """Draw among the kept tokens, most likely first."""
     limit = rule.top_k if rule.top_k > 0 else shard.num_total
     tokens, values = _top(logits, limit, shard)
@@ -91,10 +117,21 @@ def _sample_filtered(
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     # A token stays while those before it have not reached top_p, so the first always stays.
     before = probabilities.cumsum(-1) - probabilities
-    kept = torch.where(before < rule.top_p, probabilities, 0.0).cumsum(-1)
-    place = torch.searchsorted(kept, (uniform * kept[:, -1])[:, None], right=True)
-    place = place.clamp(max=tokens.shape[1] - 1)
-    return tokens.gather(1, place)[:, 0], values.gather(1, place)[:, 0]
+    kept = before < rule.top_p
+    cumulative = torch.where(kept, probabilities, 0.0).cumsum(-1)
+    target = (uniform * cumulative[:, -1])[:, None]
+    place = torch.searchsorted(cumulative, target, right=True).clamp(max=tokens.shape[1] - 1)
+    chosen = values.gather(1, place)[:, 0]
+    kept_log_z = torch.where(kept, values.double(), -torch.inf).logsumexp(-1)
+    rows = None
+    if rule.record_kept:
+        rows = write_mask(tokens, kept, top_k=rule.top_k, vocab_size=shard.num_total)
+    return SampledTokens(
+        tokens=tokens.gather(1, place)[:, 0],
+        logprobs=(chosen.double() - kept_log_z).float(),
+        full_logprobs=chosen - log_z,
+        kept=rows,
+    )
 
 
 def _top(logits: Tensor, count: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -108,8 +145,8 @@ def _top(logits: Tensor, count: int, shard: VocabShard) -> tuple[Tensor, Tensor]
     if missing:
         values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
         ids = torch.nn.functional.pad(ids, (0, missing))
-    every_value = gather_over_tensor(values, shard.group)
-    every_id = gather_over_tensor(ids + shard.start, shard.group)
+    every_value = _gather(values, shard)
+    every_id = _gather(ids + shard.start, shard)
     ranked, order = every_value.sort(dim=-1, descending=True, stable=True)
     return every_id.gather(1, order)[:, :count], ranked[:, :count]
 
@@ -125,3 +162,8 @@ def _best_ids(logits: Tensor, count: int) -> Tensor:
     order = torch.where(logits == edge, -columns.float(), -torch.inf)
     order.scatter_(1, ids, torch.where(values > edge, 1.0, order.gather(1, ids)))
     return order.topk(count, -1).indices.sort(-1).values
+
+
+def _gather(columns: Tensor, shard: VocabShard) -> Tensor:
+    """Concatenate the tensor-parallel ranks' [batch, n] along the last dim, in rank order."""
+    return torch.cat(gather_tensors(columns, shard.group), dim=-1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.config.limits import PREFILL_TOKENS
+from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.work import Decode, Prefill, Work
 
 
@@ -21,6 +22,10 @@ class Response:
     """Longest it may grow."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    full_logprobs: list[float] = field(default_factory=list)
+    """Before top-k and top-p."""
+    kept: list[Tensor] = field(default_factory=list)
+    """[width] row of every token on the CPU, if they are recorded."""
     finished: bool = False
 
 
@@ -56,17 +61,26 @@ class SlotGroup:
         )
 
     def record(
-        self, tokens: list[int], logprobs: list[float], *, eos_id: int
+        self, sampled: Tensor, kept: Tensor | None, *, stop: StopRule
     ) -> list[tuple[int, int]]:
         """Add the sampled tokens, retire what has ended, close the gaps.
+
+        Args:
+            sampled: [3, in flight] float64: tokens, log-probs, and log-probs before filters.
+            kept: [in flight, width] which tokens the filters kept; None where it is not recorded.
+            stop: ends a response.
 
         Returns:
             (source, target) slots whose caches have to be copied, in this order.
         """
-        for response, token, logprob in zip(self.in_flight, tokens, logprobs, strict=True):
-            response.tokens.append(token)
-            response.logprobs.append(logprob)
-            response.finished = token == eos_id
+        tokens, logprobs, full_logprobs = sampled.tolist()
+        for index, response in enumerate(self.in_flight):
+            response.tokens.append(int(tokens[index]))
+            response.logprobs.append(logprobs[index])
+            response.full_logprobs.append(full_logprobs[index])
+            if kept is not None:
+                response.kept.append(kept[index])
+            response.finished = stop.is_met(response.tokens)
         self.in_flight = []
         moves = []
         for slot in range(len(self.active) - 1, -1, -1):

@@ -1,9 +1,60 @@
-"""What generation returns."""
+"""What generation takes and returns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from marlhf_mega.config.schema import Config
+from marlhf_mega.rollout.sampling import SamplingRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """How the samples of a step are drawn."""
+
+    rule: SamplingRule
+    max_response_tokens: int | Mapping[int, int]
+    """Longest response, the end token included; a mapping gives it by global sample index."""
+    seed: int
+    step: int
+    """(seed, step, sample index, position) decide every draw."""
+    slots: int | None = None
+    """Responses decoded together on a replica that generates; None means all."""
+
+    @classmethod
+    def of(
+        cls, config: Config, *, step: int, slots: int | None = None, record_kept: bool = False
+    ) -> Self:
+        """Return what the configuration says of the rollout.
+
+        Args:
+            config: of the run.
+            step: PPO step, from 0.
+            slots: None means `rollout.slots`.
+            record_kept: write down what top-k and top-p keep, for training on the samples.
+        """
+        settings = config.rollout
+        rule = SamplingRule(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            record_kept=record_kept,
+        )
+        return cls(
+            rule=rule,
+            max_response_tokens=settings.max_response_tokens,
+            seed=config.run.seed,
+            step=step,
+            slots=slots or settings.slots,
+        )
+
+    def limit_of(self, sample: int) -> int:
+        """Return the longest response of a sample, by its global index."""
+        limits = self.max_response_tokens
+        return limits if isinstance(limits, int) else limits[sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +70,19 @@ class Rollout:
     sample_indices: list[int]
     """Global index of every sample within its step: the key of its random draws."""
     logprobs: Tensor
-    """[batch, response] float32, zero on padding: log p of each sampled token under
-    softmax(logits / temperature) over the whole vocabulary, before top-k and top-p."""
+    """[batch, response] float32, zero on padding: log p of each token under the distribution that
+    it was drawn from, after temperature, top-k and top-p."""
+    full_logprobs: Tensor | None = None
+    """The same under softmax(logits / temperature) over the whole vocabulary; None where nothing
+    was filtered: then they are `logprobs`."""
+    kept: Tensor | None = None
+    """[batch, response, width] on the CPU: which tokens top-k and top-p kept at every position, see
+    algorithm/replay_mask.py; None where nothing was filtered, or nothing is to be learned."""
+
+    @property
+    def unfiltered_logprobs(self) -> Tensor:
+        """[batch, response] float32, under softmax(logits / temperature)."""
+        return self.logprobs if self.full_logprobs is None else self.full_logprobs
 
     def response_mask(self, device: torch.device) -> Tensor:
         """Return bool [batch, response], True at real tokens."""

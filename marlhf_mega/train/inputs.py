@@ -1,7 +1,9 @@
 """Everything a job reads before ranks meet: tokenizer, data, origins. User mistakes end here."""
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,24 +15,46 @@ from marlhf_mega.config.checks import (
     Job,
     check_job,
     check_world,
+    read_sections,
     rollout_ranks,
 )
 from marlhf_mega.config.hf_write import hf_config_from_model
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.origin import Origin, find_origin
-from marlhf_mega.config.schema import Config
-from marlhf_mega.data.datasets import ExampleBuilder
-from marlhf_mega.data.files import Row, RowKind, content_hash, read_rows
+from marlhf_mega.config.schema import Config, DataSource
+from marlhf_mega.data.datasets import ExampleBuilder, Prompt
+from marlhf_mega.data.files import RowKind, data_hash
+from marlhf_mega.data.stream import SampleStream, SourcePart, epoch_size
+from marlhf_mega.data.token_cache import Build, examples_of, joined
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.segmentation import load_parser
+from marlhf_mega.metrics.diversity import check_self_bleu
 from marlhf_mega.metrics.writers import check_wandb
+from marlhf_mega.plan.parameters import whole_model_size
 from marlhf_mega.rewards.rule import check_importable
-from marlhf_mega.train.resume import check_resume
+from marlhf_mega.train.best import check_best
+from marlhf_mega.train.origins import check_origins, check_same_tokenizer, policy_origin
+from marlhf_mega.train.resume import check_resume, check_same_held_out
 
 logger = logging.getLogger(__name__)
 
 Example = TypeVar("Example")
-Build = Callable[[ExampleBuilder, Sequence[Row]], Sequence[Example]]
+
+_Reading = tuple[RowKind, Build[Any]]
+_PROMPTS: _Reading = ("prompts", ExampleBuilder.prompts)
+_PAIRS: _Reading = ("preferences", ExampleBuilder.preferences)
+_EXAMPLES: dict[Job, _Reading] = {
+    "sft": ("sft", ExampleBuilder.supervised),
+    "reward": _PAIRS,
+    "preference": _PAIRS,
+    "ppo": _PROMPTS,
+    "offline": ("offline", ExampleBuilder.offline),
+    "evaluate": _PROMPTS,
+    "generate": _PROMPTS,
+}
+"""What the rows of a job's training file are made into."""
+
+SLOWEST_BYTES = 250e6
+"""Bytes per second at which all ranks together must be able to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,71 +67,176 @@ class Inputs(Generic[Example]):
     tokenizer_path: Path
     train: Sequence[Example]
     """Empty for jobs that do not train."""
+    parts: Sequence[SourcePart]
+    """Of `train`, one for each file."""
     validation: Sequence[Any]
     """Empty where no file is given."""
+    validation_sources: Sequence[str] = ()
+    """The path that each of them is from, as `data.validation_path` gives it."""
     data_hash: str
-    """sha256 of the training file."""
+    """sha256 of the training data."""
+    validation_hash: str = ""
+    """sha256 of the held-out data; empty for jobs that do not train."""
+
+    @property
+    def epoch_size(self) -> int:
+        """Training examples of one epoch."""
+        return epoch_size(self.parts)
+
+    def references(self, prompts: Sequence[Prompt]) -> list[list[list[int]]] | None:
+        """Tokenise the responses that `reward.shaping` compares with, if it does.
+
+        Raises:
+            ValueError: a row holds something else.
+        """
+        reward, longest = self.config.reward, self.config.rollout.max_response_tokens
+        if not reward.compares_references:
+            return None
+        reader = _reader(self.config, self.tokenizer, source="", max_response_tokens=longest)
+        return [reader.references(prompt, reward.reference_field) for prompt in prompts]
+
+    def stream(self, batch_size: int) -> SampleStream:
+        """Return the order of the training examples, epoch after epoch."""
+        return SampleStream(
+            self.parts,
+            batch_size=batch_size,
+            seed=self.config.run.seed,
+            shuffle=self.config.data.shuffle,
+            data_hash=self.data_hash,
+        )
 
 
-def read_inputs(
-    config: Config,
-    job: Job,
-    *,
-    world_size: int,
-    kind: RowKind,
-    build: Build[Example],
-    validation: tuple[RowKind, Build[Any]] | None = None,
-) -> Inputs[Example]:
-    """Check the configuration and read all files. Does not communicate.
+def read_inputs(config: Config, job: Job, world_size: int) -> Inputs[Any]:
+    """Check the configuration, models and machine, and read all files. Does not communicate.
 
     Args:
-        config: as loaded.
-        job: which command runs.
-        world_size: number of ranks.
-        kind: rows of the data files.
-        build: turns checked rows into examples.
-        validation: both for the validation file, where they differ.
+        config: of the run.
+        job: the command.
+        world_size: ranks that are started.
 
     Raises:
-        ValueError: anything that the user has to mend.
+        ValueError: anything the user has to fix.
     """
-    data_size = check_world(config, world_size, apart=rollout_ranks(config, job))
+    num_rollout_ranks = rollout_ranks(config, job)
+    data_size = check_world(config, world_size, num_rollout_ranks=num_rollout_ranks)
     check_job(config, job, data_size)
     check_machine(config, job)
     tokenizer_path = _tokenizer_path(config)
-    tokenizer = Tokenizer.load(tokenizer_path)
-    config = _with_vocabulary(config, tokenizer)
-    assert config.model.vocab_size is not None
-    tokenizer.extend(config.model.vocab_size)
-
-    def examples(path: Path | None, kind: RowKind, build: Build[Any]) -> Sequence[Any]:
-        if path is None:
-            return []
-        builder = ExampleBuilder(
-            tokenizer=tokenizer,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_response_tokens=config.data.max_response_tokens,
-            long_prompts=config.data.long_prompts,
-            source=str(path),
-        )
-        found = build(builder, read_rows(path, kind))
-        if builder.report.has_changes:
-            logger.info("%s: %s", path, builder.report)
-        return found
-
-    train_path = None if job in WITHOUT_TRAINING else config.data.train_path
-    data_hash = content_hash(train_path) if train_path else ""
+    tokenizer = Tokenizer.load(
+        tokenizer_path,
+        model=config.model.hf_path,
+        stop=config.rollout.stop,
+        keep_special=config.rollout.keep_special_tokens,
+    )
+    config = with_time_to_write(_with_vocabulary(config, tokenizer), job)
+    sources = () if job in WITHOUT_TRAINING else config.data.train_path or ()
+    train_hash = data_hash(sources) if sources else ""
+    validation_hash = ""
     if job not in WITHOUT_TRAINING:
         _check_export(config)
-        check_resume(config, job, data_hash, tokenizer.fingerprint())
-    return Inputs(
+        check_best(config)
+        check_resume(
+            config, job, train_hash, tokenizer.fingerprint(), tokenizer.prompt_fingerprint()
+        )
+        if config.data.validation_path:
+            validation_hash = data_hash(config.data.validation_path)
+            check_same_held_out(config, validation_hash)
+    check_origins(config, job, tokenizer, world_size - num_rollout_ranks)
+    held_out: Job = "ppo" if job in GENERATING else job
+    train = list(_examples(config, tokenizer, sources, job))
+    validation = list(_examples(config, tokenizer, config.data.validation_path or (), held_out))
+    found: Inputs[Any] = Inputs(
         config=config,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
-        train=examples(train_path, kind, build),
-        validation=examples(config.data.validation_path, *(validation or (kind, build))),
-        data_hash=data_hash,
+        train=joined([examples for _, examples in train]),
+        parts=[SourcePart(len(examples), source.weight) for source, examples in train],
+        validation=joined([examples for _, examples in validation]),
+        validation_sources=[source.path for source, examples in validation for _ in examples],
+        data_hash=train_hash,
+        validation_hash=validation_hash,
     )
+    if job in GENERATING:
+        _check_first_rows(found, job)
+    return found
+
+
+def _check_first_rows(inputs: Inputs[Any], job: Job) -> None:
+    """Refuse data without the fields that rewards read, judged by the first rows."""
+    reward = inputs.config.reward
+    trained = inputs.train[:1] if job == "ppo" else []
+    if inputs.references(trained) == [[]]:
+        raise ConfigError(
+            f"reward.reference_field={reward.reference_field}: must name a field of the data rows, "
+            "a text or a list of texts, for reward.shaping to compare with; the first row has "
+            "none. Add it, or name another field."
+        )
+    for prompt in (*trained, *inputs.validation[:1]):
+        for judge in reward.models:
+            known = {"prompt", "response", *prompt.row}
+            missing = [name for name in judge.template_fields if name not in known]
+            if missing:
+                raise ConfigError(
+                    f"{judge.key}={judge.source}: its template names {missing[0]}, which must be a "
+                    "field of the data rows; the first row has none. Add it, or change the "
+                    "template."
+                )
+
+
+def _examples(
+    config: Config, tokenizer: Tokenizer, sources: Sequence[DataSource], job: Job
+) -> Iterator[tuple[DataSource, Sequence[Any]]]:
+    """Yield the examples of every file, with the source that names it."""
+    kind, build = _EXAMPLES[job]
+    if job == "offline" and config.offline.sampling == "all_priority":
+        kind, build = "offline_pairs", ExampleBuilder.offline_pairs
+    if job == "preference" and config.preference.loss == "pro":
+        kind, build = "ranked", ExampleBuilder.ranked
+    for source, path in [(each, path) for each in sources for path in each.files()]:
+        longest = config.data.max_response_tokens
+        builder = _reader(config, tokenizer, source=path, max_response_tokens=longest)
+        found = examples_of(path, kind, build, builder, fields=config.data.fields)
+        if builder.report.has_changes:
+            level = logging.WARNING if builder.report.num_control_tokens else logging.INFO
+            logger.log(level, "%s: %s", path, builder.report)
+        yield source, found
+
+
+def _reader(
+    config: Config, tokenizer: Tokenizer, *, source: str, max_response_tokens: int
+) -> ExampleBuilder:
+    return ExampleBuilder(
+        tokenizer=tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        long_prompts=config.data.long_prompts,
+        control_tokens=config.data.control_tokens,
+        turns=config.sft.turns,
+        source=source,
+    )
+
+
+def with_time_to_write(config: Config, job: Job) -> Config:
+    """Return limits of saves and exports that large models can keep, where no key sets them.
+
+    A checkpoint has a parameter, its float32 master weight and two moments.
+    """
+    watchdog = config.watchdog
+    if watchdog.seconds is None or job in WITHOUT_TRAINING:
+        return config
+    element = 4 if config.precision.dtype == "float32" else 2
+    num_models = 2 if job == "ppo" else 1  # the critic is taken to be as large as the policy
+    parameters = num_models * whole_model_size(config.model, "language")
+    seconds = {
+        "checkpoint_seconds": math.ceil(parameters * (element + 12) / SLOWEST_BYTES),
+        "export_seconds": math.ceil(parameters * element / SLOWEST_BYTES),
+    }
+    longer = {
+        name: float(needed)
+        for name, needed in seconds.items()
+        if getattr(watchdog, name) is None and needed > watchdog.seconds
+    }
+    return config.model_copy(update={"watchdog": watchdog.model_copy(update=longer)})
 
 
 def check_machine(config: Config, job: Job) -> None:
@@ -118,46 +247,16 @@ def check_machine(config: Config, job: Job) -> None:
     """
     check_wandb(config.logging.wandb)
     _check_device(config)
+    if config.macro.rule == "parsing" and "macro" in read_sections(config, job):
+        load_parser(config.macro.parser)
     if job not in GENERATING:
         return
-    for term in config.reward.source:
-        if term.is_rule:
-            check_importable(term.source, sandbox=term.sandbox)
+    check_self_bleu(config.evaluate.self_bleu)
+    for judge in config.reward.judges:
+        if judge.is_rule:
+            check_importable(judge.source, sandbox=judge.sandbox, key=judge.key)
     if config.evaluate.gold is not None and job != "generate":
         check_importable(config.evaluate.gold, key="evaluate.gold")
-    if config.macro.rule == "parsing" and job == "ppo":
-        load_parser(config.macro.parser)
-
-
-def check_same_tokenizer(origin: Origin, tokenizer: Tokenizer, *, key: str) -> None:
-    """Refuse a model that was trained with another vocabulary.
-
-    Raises:
-        ValueError: the vocabularies differ.
-    """
-    theirs, ours = origin.tokenizer_fingerprint, tokenizer.fingerprint()
-    if theirs is not None and theirs != ours:
-        raise ValueError(
-            f"{key}={origin.path}: must have been trained with the tokenizer of this run "
-            f"({ours[:12]}); its own is {theirs[:12]}. Use the same tokenizer.path."
-        )
-    size = origin.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        raise ValueError(
-            f"{key}={origin.path}: its vocabulary of {size} must hold the tokenizer's "
-            f"{tokenizer.vocab_size} tokens. Use the tokenizer that belongs to the model."
-        )
-
-
-def origin_of(path: str, tokenizer: Tokenizer, *, key: str) -> Origin:
-    """Find a model on disk and check that it speaks the run's vocabulary.
-
-    Raises:
-        ValueError: it is missing or does not fit.
-    """
-    origin = find_origin(Path(path), key=key)
-    check_same_tokenizer(origin, tokenizer, key=key)
-    return origin
 
 
 def _check_device(config: Config) -> None:
@@ -165,6 +264,7 @@ def _check_device(config: Config) -> None:
         raise ConfigError(
             "rollout.cuda_graphs=true: needs a CUDA device; there is none. Set it to false."
         )
+    _check_attention(config)
     if config.precision.fp8 == "off":
         return
     support = platform.current().supports_fp8(config.precision.fp8_recipe)
@@ -173,6 +273,24 @@ def _check_device(config: Config) -> None:
             f"precision.fp8={config.precision.fp8}: cannot be used here; {support.reason}. "
             "Set it to off, or choose another precision.fp8_recipe."
         )
+
+
+def _check_attention(config: Config) -> None:
+    """Refuse a choice of kernels that is ignored, or that Megatron-Core would contradict."""
+    backend, engine = config.precision.attention_backend, platform.current().transformer_engine
+    if backend != "auto" and not engine:
+        raise ConfigError(
+            f"precision.attention_backend={backend}: chooses a kernel of Transformer Engine, which "
+            f"cannot be used here; {engine.reason}. Set it to auto."
+        )
+    wanted = {name: str(int(backend in ("auto", name))) for name in ("flash", "fused", "unfused")}
+    for name, value in wanted.items():
+        variable = f"NVTE_{name.upper()}_ATTN"
+        if os.environ.get(variable, value) != value:
+            raise ConfigError(
+                f"precision.attention_backend={backend}: needs {variable}={value}; the environment "
+                f"has {os.environ[variable]}. Unset it, and choose the kernel by this key."
+            )
 
 
 def _check_export(config: Config) -> None:
@@ -209,12 +327,23 @@ def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     model, size = config.model, tokenizer.vocab_size
     if model.vocab_size is None:
         return config.model_copy(update={"model": model.model_copy(update={"vocab_size": size})})
-    if model.vocab_size < size:
+    is_random = model.init == "random" or (model.init == "auto" and model.hf_path is None)
+    if model.vocab_size < size and is_random:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size}: must hold the tokenizer's {size} tokens. "
             "Raise it, or use the tokenizer that belongs to the model."
         )
-    if model.init not in ("auto", "random"):
-        origin = find_origin(Path(model.init), key="model.init")
-        check_same_tokenizer(origin, tokenizer, key="model.init")
+    # Trained models may lack tokens that no text needs; those of every text must be there.
+    largest = max(tokenizer.eos_id, tokenizer.turn_end.id, *tokenizer.prompt_prefix)
+    if model.vocab_size <= largest:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size}: must hold the tokens that begin and end texts; "
+            f"{tokenizer.piece(largest)!r} is id {largest}. Use the tokenizer that belongs to the "
+            "model."
+        )
+    tokenizer.fit(model.vocab_size)
+    origin = policy_origin(config)
+    if origin is not None and origin.path != _tokenizer_path(config):
+        key = "model.hf_path" if model.init == "auto" else "model.init"
+        check_same_tokenizer(origin, tokenizer, key=key)
     return config

@@ -1,66 +1,74 @@
-"""What a run writes: its directory, metrics per step, samples, progress on the terminal."""
+"""What a run writes: run directory, metrics, samples, progress, report."""
 
 import json
 import logging
-import platform as machine
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from omegaconf import OmegaConf
 
+from marlhf_mega import durable
+from marlhf_mega.checkpoint import manifest
+from marlhf_mega.checkpoint.hf.side_files import copy_side_files
+from marlhf_mega.config.checks import TrainingJob
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.metrics.jsonl import JsonLines
+from marlhf_mega.metrics.macro_actions import describe_actions
 from marlhf_mega.metrics.memory import PhasePeaks
-from marlhf_mega.metrics.progress import Job, Progress, batch_arithmetic, show_batch_arithmetic
+from marlhf_mega.metrics.progress import Progress
 from marlhf_mega.metrics.reduce import MetricSums, reduce_metrics
-from marlhf_mega.metrics.report import report
 from marlhf_mega.metrics.timing import PhaseTimers
-from marlhf_mega.metrics.writers import MetricsWriter, Sample, SamplesWriter
+from marlhf_mega.metrics.writers import Action, MetricsWriter, Sample, SamplesWriter
+from marlhf_mega.models.spec import compute_dtype
 from marlhf_mega.parallel.collectives import max_over_world, sum_over_world
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.train.faults import Faults
+from marlhf_mega.report.page import report
+from marlhf_mega.resilience.fault_injection import Faults
+from marlhf_mega.resilience.stragglers import Stragglers
+from marlhf_mega.resilience.watchdog import Watchdog
+from marlhf_mega.train.batch_table import batches, show_batches
 from marlhf_mega.train.inputs import Inputs
-from marlhf_mega.train.stragglers import Stragglers
-from marlhf_mega.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
 
 class RunOutput:
-    """Writers, clocks and watchdog of one job. All ranks hold one; rank 0 writes."""
+    """Writers, timers and watchdog of one job. Every rank has one; rank 0 writes."""
 
     def __init__(
-        self, job: Job, inputs: Inputs[Any], mesh: Mesh, *, num_steps: int, first_step: int
+        self,
+        job: TrainingJob,
+        inputs: Inputs[Any],
+        mesh: Mesh,
+        watchdog: Watchdog,
+        *,
+        num_steps: int,
+        first_step: int,
     ) -> None:
         self.mesh = mesh
         self.config = inputs.config
         self.timers = PhaseTimers(mesh.platform.synchronize, self._enter_phase)
         self.peaks = PhasePeaks(mesh.platform)
+        self._num_steps = num_steps
         self._faults = Faults(mesh.launch.rank, self.config.run.dir)
         self._stragglers = Stragglers(mesh)
-        self._watchdog = Watchdog(self.config, mesh, step=first_step)
+        self._watchdog = watchdog
+        watchdog.step = first_step
         self._writer: MetricsWriter | None = None
         self._samples: SamplesWriter | None = None
+        self._macro_actions: JsonLines | None = None
         self._progress: Progress | None = None
+        self._open = ExitStack()
         mesh.platform.reset_memory_peak()
         if mesh.rank != 0:
             return
         config, run_dir = self.config, self.config.run.dir
-        # Lines are numbered by the steps done: those of the checkpoint's own step stay.
+        # Lines are numbered by the steps done: the line of the checkpoint's own step stays.
         first_line = first_step + 1 if first_step else 0
         write_run_directory(config, inputs.tokenizer, inputs.tokenizer_path, mesh)
         self._writer = MetricsWriter(
@@ -72,31 +80,41 @@ class RunOutput:
             wandb_project=config.logging.wandb,
         )
         self._samples = SamplesWriter(run_dir, first_step=first_line)
-        self._progress = Progress(job, num_steps=num_steps, first_step=first_step)
+        if job == "ppo":
+            path = run_dir / "macro_actions.jsonl"
+            self._macro_actions = JsonLines(path, first_step=first_line)
+        self._progress = Progress(
+            job,
+            num_steps=num_steps,
+            first_step=first_step,
+            interval=config.logging.interval or (1 if job == "ppo" else 10),
+        )
         logger.info("%s: %s, %d steps into %s", job, mesh.describe(), num_steps, run_dir)
-        show_batch_arithmetic(batch_arithmetic(config, job, data_size=mesh.dp_size))
+        show_batches(batches(config, job, mesh))
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Time a step, and let the watchdog know it by its number in metrics.jsonl."""
+        """Time a step and tell the watchdog its number in metrics.jsonl."""
         self._watchdog.step = number
         with self.timers("step"):
             yield
 
     def _enter_phase(self, phase: str | None) -> None:
         self._watchdog.enter(phase)
+        if self._progress is not None:
+            self._progress.enter(phase)
         if phase is not None:
             self._faults.enter(self._watchdog.step, phase)
 
     def reduce(self, sums: MetricSums) -> dict[str, float]:
-        """Combine all ranks' metrics; every rank calls it and gets the values."""
+        """Reduce the metrics over all ranks. All ranks call it and get the values."""
         device = self.mesh.device
         return reduce_metrics(sums, sum_over_world, max_over_world, device=device)
 
     def finish_step(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Write and show a step, with its times, under the number of steps done; rank 0 acts.
+        """Write and show a step, held-out results after it, and its times; rank 0 writes.
 
-        All ranks call it and say how long they took, without waiting for each other.
+        All ranks call it: one small collective compares their own work in each phase.
         """
         times, waited = self.timers.drain(), self._watchdog.drain_waited()
         times |= self._stragglers.report(times, waited, step=done)
@@ -105,89 +123,87 @@ class RunOutput:
         peak = self.peaks.highest_gib()
         everything = {**metrics, **times, "perf/peak_memory_gib": peak}
         self._writer.write(done, everything)
-        self._progress.update(done - 1, everything)
+        self._progress.update(done, everything)
 
-    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write held-out results between steps, and the time they took; rank 0 acts."""
+    def write_start(self, results: Mapping[str, float]) -> None:
+        """Write and show held-out results from before training, if there are any; rank 0 writes."""
         times = self.timers.drain()
-        if self._writer is not None:
-            self._writer.write(step, {**metrics, **times})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
-            logger.info("held-out at step %d: %s", step, shown)
+        if results and self._writer is not None and self._progress is not None:
+            self._writer.write(0, {**results, **times})
+            self._progress.show_results(0, results)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Write samples; rank 0 acts."""
-        if self._samples is not None:
+        """Write samples; rank 0 writes."""
+        if self._samples is not None and self._writer is not None:
             self._samples.write(step, samples)
+            self._writer.write_texts(step, samples)
 
-    def write_report(self, earlier: Sequence[Path] = ()) -> Path:
-        """Write report.html about this run and those before it; rank 0 acts."""
-        out = self.config.run.dir / "report.html"
-        if self.mesh.rank == 0:
-            report([*earlier, self.config.run.dir], out)
-        return out
+    def write_macro_actions(self, step: int, responses: Sequence[Sequence[Action]]) -> None:
+        """Write what the macro actions of these responses are like; rank 0 writes."""
+        if self._macro_actions is not None:
+            self._macro_actions.write({"step": step, **describe_actions(responses)})
+
+    def finish_run(self) -> None:
+        """Add the times after the last step to its line, and write report.html; rank 0 writes."""
+        times = self.timers.drain()
+        if self._writer is not None:
+            self._writer.add(self._num_steps, times)
+            report([self.config.run.dir], self.config.run.dir / "report.html")
 
     def __enter__(self) -> Self:
-        self._watchdog.__enter__()
+        self._watchdog.enter(None)
+        for writer in (self._macro_actions, self._samples, self._writer):
+            if writer is not None:
+                self._open.enter_context(closing(writer))
         if self._progress is not None:
-            self._progress.__enter__()
+            self._open.enter_context(self._progress)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(kind, error, traceback)
-        if self._writer is not None:
-            self._writer.close()
-        if self._samples is not None:
-            self._samples.close()
-        self._watchdog.__exit__(kind, error, traceback)
+    def __exit__(self, *details: Any) -> None:
+        self._open.__exit__(*details)
 
 
 def write_run_directory(
     config: Config, tokenizer: Tokenizer, tokenizer_path: Path, mesh: Mesh
 ) -> None:
-    """Write config.yaml, with what is known about this run beside the keys, and the tokenizer."""
+    """Write config.yaml, with the versions and the layout of this run, and the tokenizer."""
     run_dir = config.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
     facts = {
         "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "prompt_fingerprint": tokenizer.prompt_fingerprint(),
         "layout": mesh.describe(),
-        "versions": {
-            "python": machine.python_version(),
-            **{name: version(name) for name in ("marlhf-mega", "torch", "megatron-core")},
-        },
+        "dtype": str(compute_dtype(config.precision, mesh)).removeprefix("torch."),
+        "versions": manifest.versions(),
         "git_revision": _git_revision(),
     }
     tree = OmegaConf.create(config.model_dump(mode="json") | facts)
     # A resume reads it: a start that is killed here must leave one that is whole.
-    written = run_dir / "config.yaml.new"
-    written.write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
-    written.replace(run_dir / "config.yaml")
-    target = run_dir / "tokenizer"
-    source = tokenizer_path.resolve()
-    if target.resolve() in (source, source.parent):
+    durable.replace(run_dir / "config.yaml", OmegaConf.to_yaml(tree))
+    _copy_tokenizer(tokenizer, tokenizer_path, run_dir / "tokenizer")
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, source: Path, target: Path) -> None:
+    """Replace a run's tokenizer by another, unless it is the same one."""
+    if target.resolve() in (source.resolve(), source.resolve().parent):
         return
-    target.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:  # of a run that was here before
-        (target / name).unlink(missing_ok=True)
-    if tokenizer_path.is_file():
-        shutil.copyfile(tokenizer_path, target / "tokenizer.model")
-        # The file itself does not say whether texts begin with a token.
-        says = {"add_bos_token": bool(tokenizer.prompt_prefix)}
-        (target / "tokenizer_config.json").write_text(json.dumps(says) + "\n", encoding="utf-8")
-        return
-    for name in TOKENIZER_FILES:
-        if (tokenizer_path / name).is_file():
-            shutil.copyfile(tokenizer_path / name, target / name)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    if source.is_dir():
+        copy_side_files(source, target)
+    # Jobs that begin from this run end responses where it did.
+    generation = target / "generation_config.json"
+    kept = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    generation.write_text(json.dumps(kept | {"eos_token_id": list(tokenizer.end_ids)}) + "\n")
+    if source.is_file():
+        shutil.copyfile(source, target / "tokenizer.model")
+        # A SentencePiece file does not say whether texts begin with a special token.
+        settings = {"add_bos_token": bool(tokenizer.prompt_prefix)}
+        (target / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
 
 
 def _git_revision() -> str | None:
-    """Return the revision of the source tree, none where there is no git checkout."""
+    """Return the revision of the source tree, None without a git checkout."""
     try:
         found = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],

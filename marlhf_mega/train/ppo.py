@@ -1,63 +1,53 @@
 """Macro-action PPO. The loop is `run_ppo`; one step of it is `PpoRun.step`."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from pathlib import Path
 
 from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
-from marlhf_mega.config.checks import rollout_ranks
-from marlhf_mega.config.schema import Config
+from marlhf_mega.checkpoint.store import load
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
+from marlhf_mega.experience.evaluation import Evaluator, prompt_row
+from marlhf_mega.experience.samples import experience_actions, experience_samples
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter
-from marlhf_mega.experience.types import Experience
+from marlhf_mega.experience.types import Details, Experience
 from marlhf_mega.metrics import rates
+from marlhf_mega.metrics.held_out import SinceStart
 from marlhf_mega.metrics.memory import PHASE_PEAKS
-from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.metrics.ppo import finish, step_rates, step_sums
 from marlhf_mega.metrics.timing import PhaseTimers
-from marlhf_mega.metrics.writers import Sample
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.offload import TRAINING
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rollout.types import Rollout
-from marlhf_mega.train.build import build_roles, check_scalar_models, policy_origin
-from marlhf_mega.train.evaluate import Evaluator, Judged, make_sample, prompt_examples, prompt_row
+from marlhf_mega.resilience.watchdog import Watchdog
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import Rollout, RolloutOptions
+from marlhf_mega.train.build import build_roles
 from marlhf_mega.train.export import export_hf
-from marlhf_mega.train.inputs import Inputs, read_inputs
+from marlhf_mega.train.filtering import RolloutFilter
+from marlhf_mega.train.generation import build_transport
+from marlhf_mega.train.inputs import Inputs
+from marlhf_mega.train.loop import Loop
 from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
-from marlhf_mega.train.rollouts import create_rollouts, serve_rollouts
-from marlhf_mega.train.stop import StopRequest, count_attempt
-from marlhf_mega.update import ppo as update
-from marlhf_mega.update.divergence import PrecisionGuard
+from marlhf_mega.train.rollout_server import serve_rollouts
+from marlhf_mega.train.rollouts import Rollouts
+from marlhf_mega.train.steps import num_steps
+from marlhf_mega.update.fp8_guard import Fp8Guard
 from marlhf_mega.update.ppo import ppo_update
 
-_STATE = ("step", "stream", "kl_coef", "reward_moments", "first_scores")
+_STATE = ("step", "stream", "kl_coef", "reward_moments")
 """What a checkpoint holds besides the models and the configuration."""
 
-PHASES = ("rollout", "experience", "policy", "critic")
 
-
-def ppo_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
-    """Read what ppo needs; raises ValueError for anything the user has to mend."""
-    inputs = read_inputs(
-        config, "ppo", world_size=world_size, kind="prompts", build=prompt_examples
-    )
-    config, tokenizer = inputs.config, inputs.tokenizer
-    policy_origin(config)
-    num_ranks = world_size - rollout_ranks(config, "ppo")
-    check_scalar_models(config, tokenizer, num_ranks, critic=True)
-    return inputs
-
-
-def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[str, float]]:
+def run_ppo(
+    inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog
+) -> tuple[dict[str, float], dict[str, float]]:
     """Train the policy against the reward. All ranks call it; some may only generate.
 
     Returns:
@@ -65,179 +55,193 @@ def run_ppo(inputs: Inputs[Prompt], mesh: Mesh) -> tuple[dict[str, float], dict[
         ranks that only generate.
     """
     if mesh.only_generates:
-        serve_rollouts(inputs, mesh)
+        serve_rollouts(inputs, mesh, watchdog)
         return {}, {}
-    run = PpoRun(inputs, mesh)
-    config, first = inputs.config, run.first_step
-    before: dict[str, float] = {}
-    with run.output as output, run.rollouts.open():
-        count_attempt(config, first, mesh)
-        request = StopRequest(config, mesh)
-        if first == 0:
-            before = run.evaluate(step=0)
-        for step in range(first, run.num_steps):
-            with output.step(step + 1):
+    run = PpoRun(inputs, mesh, watchdog)
+    with run.output, run.rollouts.open():
+        loop = Loop(run)
+        before = loop.start()
+        for step in loop.steps():
+            with run.output.step(step + 1):
                 metrics = run.step(step)
-            done, last = step + 1, step + 1 == run.num_steps
-            if last or (config.evaluate.interval and done % config.evaluate.interval == 0):
-                metrics |= run.evaluate(step=done)
-            output.finish_step(done, metrics)
-            stopping = request.is_made() and not last
-            interval = config.checkpoint.interval
-            with output.timers("checkpoint"):
-                run.saver.poll()
-                if stopping or last or (interval and done % interval == 0):
-                    run.save(done)
-                if stopping or last:
-                    run.saver.finish()
-            if stopping:
-                raise request.end(done)
-        run.close()
-        output.write_report()
+            loop.finish_step(step + 1, metrics)
+        loop.finish()
+        run.evaluator.close()
     return before, run.last_results
 
 
 class PpoRun:
-    """The parties of a run: models, generator, scorer, streams, writers."""
+    """What a run consists of: models, rollouts, scorer, checkpoints, writers."""
 
-    def __init__(self, inputs: Inputs[Prompt], mesh: Mesh) -> None:
-        """Build everything and, where there is a checkpoint, go on from it."""
+    def __init__(self, inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog) -> None:
+        """Build everything and, where there is a checkpoint, resume from it."""
         config, tokenizer = inputs.config, inputs.tokenizer
         self.config, self.inputs, self.mesh, self.tokenizer = config, inputs, mesh, tokenizer
-        rollout, ppo = config.rollout, config.ppo
-        prompts_per_step = rollout.batch_size // rollout.samples_per_prompt
-        self.num_steps = config.run.steps or max(1, len(inputs.train) // prompts_per_step)
+        prompts_per_step = config.rollout.batch_size // config.rollout.samples_per_prompt
+        self.num_steps = num_steps(
+            config, inputs.epoch_size, prompts_per_step, key="prompts of rollout.batch_size"
+        )
         self.roles = build_roles(config, tokenizer, mesh, num_steps=self.num_steps)
         self.policy: list[StageModel] = [ddp.module for ddp in self.roles.policy.chunks]
-        self.rollouts = create_rollouts(inputs, mesh, self.policy, num_steps=self.num_steps)
-        self.scorer = Scorer(
-            config.reward.source,
-            self.roles.rewards,
-            tokenizer,
-            mesh,
-            limit=MicrobatchLimit.of_scoring(ppo),
-        )
+        stop = StopRule.of(tokenizer)
+        self.generator, transport = build_transport(self.policy, config, mesh, stop=stop)
+        self.rollouts = Rollouts(inputs, transport, mesh, num_steps=self.num_steps)
+        self.scorer = Scorer(config.reward, self.roles.rewards, tokenizer, mesh)
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
-        self.builder = ExperienceBuilder(config, self.roles, self.scorer, segmenter, mesh)
-        self.evaluator = (
-            Evaluator(
-                config,
-                inputs.validation,
-                tokenizer,
-                self.scorer,
-                self.rollouts.generator,
-                mesh,
-                offload=self.roles.offload,
-            )
-            if inputs.validation
-            else None
+        self.builder = ExperienceBuilder(
+            config, self.roles, self.scorer, segmenter, mesh, generator=self.generator
+        )
+        self.filter = None
+        if config.rollout.filter is not None:
+            score = self.builder.score
+            self.filter = RolloutFilter(config, self.rollouts, score, mesh, watchdog)
+        self.evaluator = Evaluator(
+            config,
+            inputs.validation,
+            tokenizer,
+            self.scorer,
+            self.generator,
+            mesh,
+            limit=MicrobatchLimit.of_scoring(config.ppo),
+            offload=self.roles.offload,
         )
         self.role_timers = PhaseTimers(mesh.platform.synchronize_computation)
-        self.kl_coef = ppo.kl_coef
-        self.first_scores: list[float] | None = None
-        self.precision = PrecisionGuard(
-            config,
-            mesh,
-            [*self.roles.policy.chunks, *self.roles.critic.chunks, *self.rollouts.generator.chunks],
-        )
+        self.kl_coef = config.ppo.kl_coef
+        self.since_start = SinceStart(inputs.validation_hash)
+        self.trained = self.roles.learning
+        learning = [chunk for state in self.trained.values() for chunk in state.chunks]
+        self.fp8_guard = Fp8Guard(config, mesh, [*learning, *self.generator.chunks])
         self.last_results: dict[str, float] = {}
-        self.trained = {"policy": self.roles.policy, "critic": self.roles.critic}
         self.saver = make_saver(config, mesh)
         self.first_step = self._resume()
         self.roles.offload.start()
         self.output = RunOutput(
-            "ppo", inputs, mesh, num_steps=self.num_steps, first_step=self.first_step
+            "ppo", inputs, mesh, watchdog, num_steps=self.num_steps, first_step=self.first_step
         )
 
     def step(self, step: int) -> dict[str, float]:
-        """Take one PPO step: rollout, experience, update. Returns the reduced metrics."""
-        config, timers, peaks = self.config, self.output.timers, self.output.peaks
-        sums = MetricSums(
-            mean=[*builder.MEANS, *update.MEANS],
-            total=rates.declared(PHASES),
-            maximum=[*builder.MAXIMA, *PHASE_PEAKS],
-        )
+        """Take one PPO step. Returns the metrics, reduced over all ranks."""
+        timers, peaks, roles = self.output.timers, self.output.peaks, self.roles
+        config, mesh = self.config, self.mesh
+        sums = step_sums(maximum=PHASE_PEAKS)
+
+        # 1. Rollout: this replica's prompts and the policy's responses.
         with timers("rollout"), peaks("rollout"):
             prompts, rollout = self.rollouts.next(step)
+            scores = None
+            if self.filter is not None:
+                prompts, rollout, scores = self.filter.choose(step, prompts, rollout)
+            greedy = self._greedy(rollout, step) if config.ppo.estimator == "remax" else None
         self.saver.poll()
+
+        # 2. Experience: scores, log-probs, values, macro actions, advantages.
         with timers("experience"), peaks("experience"):
-            experience, scores = self.builder.build(
+            rows = [prompt_row(prompt) for prompt in prompts]
+            experience, details = self.builder.build(
                 rollout,
-                [prompt_row(p) for p in prompts],
+                rows,
                 step=step,
                 kl_coef=self.kl_coef,
                 sums=sums,
+                scores=scores,
+                greedy=greedy,
+                references=self.inputs.references(prompts),
             )
         self.saver.poll()
-        with timers("update"), peaks("update"), self.roles.offload.present(*TRAINING):
-            divergence = self.precision.check(self.roles.policy, experience, step=step)
+
+        # 3. Update: epochs of minibatches, an optimizer step each for all that learn.
+        with timers("update"), peaks("update"), roles.offload.on_device(*TRAINING):
+            divergence = self.fp8_guard.check(roles.policy, experience, step=step)
             ppo_update(
-                self.roles,
-                experience,
-                config,
-                self.mesh,
-                step=step,
-                sums=sums,
-                timers=self.role_timers,
+                roles, experience, config, mesh, step=step, sums=sums, timers=self.role_timers
             )
         peaks.drain(sums)
-        self._count_work(sums, rollout)
-        metrics = _derived(self.output.reduce(sums)) | divergence
-        metrics["policy/kl_coef"] = self.kl_coef
-        self._add_rates(metrics)
-        if config.ppo.kl_target is not None and "policy/kl" in metrics:
+
+        # 4. Metrics: one collective.
+        if mesh.reports_metrics:
+            lengths = [len(p) for p in rollout.prompts], [len(r) for r in rollout.responses]
+            generated = None if self.filter is None else self.filter.own_lengths
+            rates.add(sums, rates.ppo_work(config, *lengths, generated=generated))
+        metrics = finish(self.output.reduce(sums)) | divergence
+        metrics |= {"policy/kl_coef": self.kl_coef, **self._rates(metrics)}
+
+        # 5. What the next step starts from, and samples to read.
+        self._adapt_kl_coef(metrics)
+        if step % config.logging.samples_interval == 0:
+            self._show(step + 1, prompts, rollout, experience, details)
+        return metrics
+
+    def _greedy(self, rollout: Rollout, step: int) -> Rollout:
+        """Answer the prompts of a rollout with the likeliest tokens."""
+        options = RolloutOptions.of(self.config, step=step)
+        options = replace(options, rule=SamplingRule(temperature=0.0))
+        return self.generator.generate(rollout.prompts, rollout.sample_indices, options)
+
+    def _show(
+        self,
+        done: int,
+        prompts: Sequence[Prompt],
+        rollout: Rollout,
+        experience: Experience,
+        details: Details,
+    ) -> None:
+        """Write samples and statistics of macro actions, of rank 0's replica."""
+        count = min(self.config.logging.samples, len(prompts))
+        texts = [prompt.prompt for prompt in prompts[:count]]
+        samples = experience_samples(texts, rollout, experience, details, self.tokenizer)
+        self.output.write_samples(done, samples)
+        self.output.write_macro_actions(done, experience_actions(experience, details))
+
+    def _adapt_kl_coef(self, metrics: Mapping[str, float]) -> None:
+        """Steer the divergence from the reference to `ppo.kl_target`, if there is one."""
+        ppo = self.config.ppo
+        if ppo.kl_target is not None and "policy/kl" in metrics:
             self.kl_coef = adaptive_kl_coef(
                 self.kl_coef,
                 metrics["policy/kl"],
-                target=config.ppo.kl_target,
-                horizon=config.ppo.kl_horizon,
-                num_samples=config.rollout.batch_size,
+                target=ppo.kl_target,
+                horizon=ppo.kl_horizon,
+                num_samples=self.config.rollout.trained_size,
             )
-        if step % config.logging.samples_interval == 0:
-            self.output.write_samples(step + 1, self._samples(prompts, experience, scores))
-        return metrics
 
-    def evaluate(self, *, step: int) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Judge the policy on held-out prompts and note it; nothing without a validation file."""
-        if self.evaluator is None:
+        if not self.inputs.validation:
             return {}
         with self.output.timers("evaluate"):
             judged = self.evaluator.judge(self.policy, self.roles.reference)
-        results = judged.metrics | self._win_rate(judged)
-        self.last_results = results
-        if step == 0:
-            self.output.write_evaluation(step, results)
-        return results
+        self.last_results = self.since_start.metrics(judged.results)
+        return self.last_results
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` PPO steps."""
-        moments = self.builder.moments
-        self.rollouts.settle()
+        moments = self.builder.rewarder.shaper.moments
+        self.rollouts.wait()
         state = {
             "step": done,
             **self.rollouts.state_dict(),
             "kl_coef": self.kl_coef,
             "reward_moments": [moments.count, moments.mean, moments.square_deviation],
-            "first_scores": self.first_scores,
-            "fp8_left": self.precision.has_left,
+            "first_results": self.since_start.state(),
+            "fp8_left": self.fp8_guard.has_left,
             CONFIG: settings_of(self.config),
         }
-        with self.roles.offload.present(*TRAINING):
+        with self.roles.offload.on_device(*TRAINING):
             self.saver.save(done, self.trained, state)
 
-    def close(self) -> None:
-        """Export the models and end the rules' processes."""
-        run_dir = self.config.run.dir
-        if self.config.checkpoint.export_hf:
-            write = partial(export_hf, config=self.config, mesh=self.mesh, tokenizer=self.tokenizer)
+    def load(self, folder: Path) -> None:
+        """Take policy and critic from a checkpoint of this run."""
+        with self.roles.offload.on_device(*TRAINING):
+            load(folder, self.trained, self.mesh)
+
+    def export(self) -> None:
+        """Write the policy and, if there is one, the critic as Hugging Face folders."""
+        write = partial(export_hf, config=self.config, mesh=self.mesh, tokenizer=self.tokenizer)
+        self.roles.offload.end()
+        write(self.policy, target=self.config.run.dir / "hf")
+        if self.roles.critic is not None:
             critic = [ddp.module for ddp in self.roles.critic.chunks]
-            self.roles.offload.end()
-            with self.output.timers("export"):
-                write(self.policy, target=run_dir / "hf")
-                write(critic, target=run_dir / "hf_critic")
-        self.scorer.close()
-        if self.evaluator is not None:
-            self.evaluator.close()
+            write(critic, target=self.config.run.dir / "hf_critic")
 
     def _resume(self) -> int:
         state = resume(self.config, "ppo", self.trained, self.mesh, required=_STATE)
@@ -248,95 +252,29 @@ class PpoRun:
         if state[CONFIG]["ppo"]["kl_coef"] == self.config.ppo.kl_coef:
             self.kl_coef = float(state["kl_coef"])
         count, mean, square_deviation = state["reward_moments"]
-        self.builder.moments = RunningMoments(
+        self.builder.rewarder.shaper.moments = RunningMoments(
             count=count, mean=mean, square_deviation=square_deviation
         )
-        self.first_scores = state["first_scores"]
+        self.since_start.load_state(state.get("first_results"))
         if state.get("fp8_left"):
-            self.precision.leave()
+            self.fp8_guard.leave()
         return int(state["step"])
 
-    def _samples(
-        self, prompts: Sequence[Prompt], experience: Experience, scores: Tensor
-    ) -> list[Sample]:
-        ids = experience.actions.ids.cpu()
-        before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1]
-        starts = (ids != before) & (ids >= 0)
-        return [
-            make_sample(
-                prompts[i].prompt,
-                experience.responses[i],
-                self.tokenizer,
-                action_starts=starts[i].nonzero()[:, 0].tolist(),
-                score=scores[i].item(),
-            )
-            for i in range(min(self.config.logging.samples, len(prompts)))
-        ]
-
-    def _win_rate(self, judged: Judged) -> dict[str, float]:
-        """Share of prompts on which the score is above that of the first evaluation."""
-        if self.first_scores is None:
-            self.first_scores = judged.scores
-            return {}
-        pairs = [
-            (now, then)
-            # A resume may judge more or fewer of the prompts.
-            for now, then in zip(judged.scores, self.first_scores, strict=False)
-            if not (math.isnan(now) or math.isnan(then))
-        ]
-        wins = sum((now > then) + 0.5 * (now == then) for now, then in pairs)
-        return {"eval/win_rate": wins / len(pairs)} if pairs else {}
-
-    def _count_work(self, sums: MetricSums, rollout: Rollout) -> None:
-        if self.mesh.is_reporter:
-            work = rates.ppo_work(
-                self.config.model,
-                [len(p) for p in rollout.prompts],
-                [len(r) for r in rollout.responses],
-                epochs=self.config.ppo.epochs,
-                # The reference, and the policy unless the sampler has said it.
-                num_language=1 + (self.config.ppo.old_logprobs == "trainer"),
-                num_rewards=len(self.roles.rewards),
-            )
-            rates.add(sums, work)
-
-    def _add_rates(self, metrics: dict[str, float]) -> None:
-        """Turn work and seconds into rates, and into MFU where the peak is known."""
-        timers, roles = self.output.timers, self.role_timers
-        generating, num_generating = self.rollouts.work_seconds(timers.seconds("rollout"))
-        training = {"experience": timers.seconds("experience")}
-        whole = sum(map(timers.seconds, ("rollout", "experience", "update")))
-        training |= {role: roles.seconds(role) for role in ("policy", "critic")}
-        roles.drain()
-        metrics["perf/tokens_per_second"] = metrics["experience/work_tokens"] / whole
-        for seconds, num_devices in (
-            ({"rollout": generating}, num_generating),
-            (training, self.mesh.world_size),
-        ):
-            metrics |= rates.rates(
-                metrics,
-                seconds,
-                num_devices=num_devices,
-                device_name=self.mesh.platform.device_name,
-            )
-        metrics["rollout/tokens_per_second"] = metrics.pop("perf/tokens_per_second_rollout")
-        metrics |= self.rollouts.metrics()
+    def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return what the step's work and seconds make of it; takes the work out of `metrics`."""
+        found = step_rates(
+            metrics,
+            self.output.timers,
+            self.role_timers,
+            generation_seconds=self.rollouts.generation_seconds,
+            num_generating=self.rollouts.num_generating_ranks,
+            num_training=self.mesh.world_size,
+            device_name=self.mesh.platform.device_name,
+        )
+        self.role_timers.drain()
+        found |= self.rollouts.metrics()
+        if self.filter is not None:
+            found |= self.filter.metrics
         if self.roles.offload.is_on:
-            metrics["time/offload_seconds"] = self.roles.offload.drain_seconds()
-
-
-def _derived(metrics: dict[str, Any]) -> dict[str, float]:
-    """Turn moments into standard deviation and explained variance."""
-
-    def variance(mean: str, square: str) -> float:
-        return max(metrics.pop(square, 0.0) - metrics[mean] ** 2, 0.0) if mean in metrics else 0.0
-
-    score_variance = variance("rollout/score_mean", "rollout/score_square")
-    if "rollout/score_mean" in metrics:
-        metrics["rollout/score_std"] = score_variance**0.5
-    total = variance("critic/return_mean", "critic/return_square")
-    left = variance("critic/error_mean", "critic/error_square")
-    metrics.pop("critic/error_mean", None)
-    if total > 0:
-        metrics["critic/explained_variance"] = 1 - left / total
-    return metrics
+            found["time/offload_seconds"] = self.roles.offload.drain_seconds()
+        return found

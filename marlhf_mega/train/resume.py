@@ -1,36 +1,34 @@
 """Go on from the newest checkpoint of the run directory, if it is of the same run."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable
+from marlhf_mega.checkpoint.folders import latest_of
+from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable, clear_leftovers
 from marlhf_mega.checkpoint.store import find, load, newest_state, read_state
-from marlhf_mega.config.checks import Job
+from marlhf_mega.config.checks import Job, read_sections
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import run_fingerprint
-from marlhf_mega.config.schema import Config
+from marlhf_mega.config.schema import Config, show_sources
 from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.collectives import broadcast_object
 from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.resilience.preemption import is_restart, seconds_since_launch
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config"
 """Key of the state that holds the settings of the run."""
 
-_SECTIONS: dict[Job, tuple[str, ...]] = {
-    "sft": ("policy", "sft"),
-    "reward": ("reward_model",),
-    "ppo": ("policy", "critic", "rollout", "macro", "ppo", "reward"),
-    "offline": ("policy", "critic", "rollout", "reward", "offline"),
-    "evaluate": (),
-    "generate": ("rollout", "reward"),
-}
 _SHARED = ("model", "precision", "tokenizer", "data")
 # The data file may move, since its hash is compared; the rest says how, not what, is computed.
 _FREE = {
     "data.train_path",
     "data.validation_path",
+    "preference.reference_dir",
     "rollout.slots",
     "rollout.ranks",
     "rollout.tensor_size",
@@ -75,17 +73,18 @@ def resume(
         config: of this run.
         job: whose settings must be those of the checkpoint.
         roles: the trained models, built as for a fresh start.
-        mesh: where this rank stands.
+        mesh: this rank's mesh.
         required: keys that the state must have.
 
     Raises:
-        ConfigError: there is nothing to go on from but `checkpoint.resume=must`, or a setting is
+        ConfigError: there is nothing to resume from but `checkpoint.resume=must`, or a setting is
             not as it must be.
         RuntimeError: checkpoints could not be written, or a part of the state is missing.
     """
     check_writable(config.run.dir, mesh)
+    clear_leftovers(config.run.dir, mesh)
     check_space(config.run.dir, roles, mesh)
-    if config.checkpoint.resume == "never":
+    if broadcast_object(starts_afresh(config)):
         return None
     found = find(config.run.dir, mesh)
     if found is None:
@@ -94,23 +93,51 @@ def resume(
     # Before the weights: a changed model is better named by its key than by a tensor's shape.
     check_settings(read_state(found).get(CONFIG, {}), config, job)
     state = load(found, roles, mesh, required=(*required, CONFIG))
-    logger.info("going on from %s", found)
+    logger.info("resuming from %s", found)
     return state
 
 
-def check_resume(config: Config, job: Job, data_hash: str, fingerprint: str) -> None:
+def starts_afresh(config: Config, written: Path | None = None) -> bool:
+    """Whether to leave alone what is there: `checkpoint.resume=never`, if it is from before.
+
+    A restart by torchrun resumes from what its own launch has written.
+
+    Args:
+        config: of this run.
+        written: file that changes with every save; None means that of training jobs.
+    """
+    if config.checkpoint.resume != "never":
+        return False
+    if not is_restart():
+        return True
+    try:
+        changed = (written or latest_of(config.run.dir)).stat().st_mtime
+    except OSError:
+        return True
+    return changed < time.time() - seconds_since_launch()
+
+
+def is_due(done: int, interval: int, num_steps: int) -> bool:
+    """Whether what happens every `interval` steps and at the end happens after `done` steps."""
+    return done == num_steps or (interval > 0 and done % interval == 0)
+
+
+def check_resume(
+    config: Config, job: Job, data_hash: str, fingerprint: str, prompt_fingerprint: str
+) -> None:
     """Refuse before anything starts what `resume` would refuse. Does not communicate.
 
     Args:
         config: of this run, with the vocabulary size.
         job: whose settings must be those of the checkpoint.
         data_hash: sha256 of the training file.
-        fingerprint: of the tokenizer.
+        fingerprint: of the tokenizer's vocabulary.
+        prompt_fingerprint: of what else decides which ids a row becomes.
 
     Raises:
         ConfigError: as of `resume`, or the training file or the vocabulary is another.
     """
-    if config.checkpoint.resume == "never":
+    if starts_afresh(config):
         return
     state = newest_state(config.run.dir)
     if state is None:
@@ -119,8 +146,9 @@ def check_resume(config: Config, job: Job, data_hash: str, fingerprint: str) -> 
     check_settings(state.get(CONFIG, {}), config, job)
     saved_hash = state.get("stream", {}).get("data_hash", data_hash)
     if saved_hash != data_hash:
+        path = show_sources(config.data.train_path)
         raise ConfigError(
-            f"data.train_path={config.data.train_path}: must hold the rows of the checkpoint, "
+            f"data.train_path={path}: must hold the rows of the checkpoint, "
             f"sha256 {saved_hash}; it is {data_hash}. Use the same file or another run.dir."
         )
     saved_fingerprint = run_fingerprint(config.run.dir) or fingerprint
@@ -130,6 +158,41 @@ def check_resume(config: Config, job: Job, data_hash: str, fingerprint: str) -> 
             f"({saved_fingerprint[:12]}); it is {fingerprint[:12]}. The run keeps a copy in "
             f"{config.run.dir / 'tokenizer'}: use that, or another run.dir."
         )
+    saved = run_fingerprint(config.run.dir, "prompt_fingerprint") or prompt_fingerprint
+    if saved != prompt_fingerprint:
+        raise ConfigError(
+            f"tokenizer.path={config.tokenizer.path}: must turn rows into tokens as that of the "
+            f"checkpoint did ({saved[:12]}); its chat template, its begin-of-sequence token or its "
+            f"end tokens are others ({prompt_fingerprint[:12]}). The run keeps a copy in "
+            f"{config.run.dir / 'tokenizer'}: use that, or another run.dir."
+        )
+
+
+def check_same_held_out(config: Config, data_hash: str) -> None:
+    """Refuse to compare results with those of the start, or the best, on other held-out data.
+
+    With `data.validation_path` in `checkpoint.allow_changed`, changes since the start are left out.
+
+    Raises:
+        ConfigError: the held-out data is not that of the checkpoint.
+    """
+    state = None if starts_afresh(config) else newest_state(config.run.dir)
+    saved = ((state or {}).get("first_results") or {}).get("data_hash", data_hash)
+    best = config.checkpoint.keep_best
+    if saved == data_hash or (
+        best is None and "data.validation_path" in config.checkpoint.allow_changed
+    ):
+        return
+    remedy = (
+        "Use the same file, or name the key in checkpoint.allow_changed to go on without changes "
+        "since the start."
+        if best is None
+        else f"Use the same file, by which checkpoint.keep_best={best} was found."
+    )
+    raise ConfigError(
+        f"data.validation_path={show_sources(config.data.validation_path)}: must hold the rows of "
+        f"the checkpoint, sha256 {saved}; it is {data_hash}. {remedy}"
+    )
 
 
 def _check_fresh_start(config: Config) -> None:
@@ -158,7 +221,7 @@ def check_settings(saved: Mapping[str, Any], config: Config, job: Job) -> None:
     what = "answers that are there" if job == "generate" else "checkpoint"
     different = [
         f"{key}={new}: must be as in the {what}, {old}"
-        for key, old, new in _pairs(saved, present, (*_SHARED, *_SECTIONS[job]))
+        for key, old, new in _pairs(saved, present, (*_SHARED, *read_sections(config, job)))
         if old != new and not {key, key.partition(".")[0]} & free
     ]
     if different:

@@ -1,50 +1,52 @@
 """Reward-model training: Bradley-Terry on preference pairs."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from marlhf_mega.algorithm.losses import LossOutput, preference_loss, preference_span_loss
-from marlhf_mega.config.schema import Config
-from marlhf_mega.data.datasets import ExampleBuilder, PreferencePair
-from marlhf_mega.data.files import Row
-from marlhf_mega.data.microbatch import MicrobatchLimit, round_up, split_by_size
-from marlhf_mega.experience.scoring import last_token_scores
-from marlhf_mega.models.batch import SequenceBatch
-from marlhf_mega.models.roles import score_step
+from marlhf_mega import durable
+from marlhf_mega.algorithm.losses import LossOutput
+from marlhf_mega.algorithm.reward_models import correlation
+from marlhf_mega.config.limits import round_up
+from marlhf_mega.data.datasets import PreferencePair
+from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.microbatch import MicrobatchLimit, split_by_size
+from marlhf_mega.metrics.held_out import SCORE, HeldOut, interleave
+from marlhf_mega.metrics.pairs import HELD_OUT_PAIRS, JudgedPair, calibration_error, source_names
+from marlhf_mega.models.forward import (
+    both_scores_forward,
+    last_token_scores,
+    make_batches,
+    score_forward,
+)
+from marlhf_mega.models.gpt import ScalarHead
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.collectives import sum_over_data
+from marlhf_mega.parallel.collectives import gather_objects
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.train.build import build_model, policy_origin
-from marlhf_mega.train.inputs import Inputs, read_inputs
+from marlhf_mega.resilience.watchdog import Watchdog
+from marlhf_mega.train.build import build_model
+from marlhf_mega.train.inputs import Inputs
+from marlhf_mega.train.length_head import LENGTH_METRICS, add_length_terms, two_head_loss
+from marlhf_mega.train.moving_labels import MovingLabels
+from marlhf_mega.train.origins import policy_origin
+from marlhf_mega.train.reward_pairs import PAIR_METRICS, pair_loss, pair_microbatch
 from marlhf_mega.train.supervised import Microbatch, SupervisedJob, train_supervised
 
 
-@dataclass(frozen=True)
-class _Margins:
-    """How much better each chosen response is said to be, [pairs]."""
-
-    margins: Tensor
-
-
-def reward_inputs(config: Config, world_size: int) -> Inputs[PreferencePair]:
-    """Read what reward needs; raises ValueError for anything the user has to mend."""
-
-    def build(builder: ExampleBuilder, rows: Sequence[Row]) -> list[PreferencePair]:
-        return builder.preferences(rows)
-
-    policy_origin(config)
-    return read_inputs(config, "reward", world_size=world_size, kind="preferences", build=build)
-
-
-def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
+def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh, watchdog: Watchdog) -> dict[str, float]:
     """Train a reward model, usually from the fine-tuned policy; returns held-out results."""
     config = inputs.config
     settings = config.reward_model
+    origin = policy_origin(config)
+    short = source_names(sorted(set(inputs.validation_sources)))
+    sources = [short[path] for path in inputs.validation_sources]
+    two_heads = settings.length_coef > 0
     chunks = build_model(
-        config.model, config, mesh, head="scalar", origin=policy_origin(config), name="reward"
+        config.model, config, mesh, origin=origin, name="reward", length_head=two_heads
     )
 
     def cut(pairs: Sequence[PreferencePair]) -> list[Microbatch]:
@@ -53,106 +55,93 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh) -> dict[str, float]:
         count = round_up(-(-len(pairs) // size), stages)
         parts = split_by_size(lengths, microbatch_size=size, min_microbatches=count)
         return [
-            _pair_microbatch([pairs[i] for i in p.tolist()], mesh, packed=settings.packing)
-            for p in parts.indices
+            pair_microbatch([pairs[i] for i in p.tolist()], mesh, packed=settings.packing)
+            for p in parts
         ]
 
-    def evaluate(state: TrainState, pairs: Sequence[PreferencePair]) -> dict[str, float]:
-        own = pairs[mesh.dp_rank :: mesh.dp_size]
-        chosen, rejected = (
+    def score(state: TrainState, own: Sequence[PreferencePair]) -> Tensor:
+        prompts = [p.prompt_ids for p in own]
+        limit = MicrobatchLimit(sequences=2 * settings.microbatch_size, packed=settings.packing)
+        scores = [
             last_token_scores(
-                state.chunks,
-                [p.prompt_ids for p in own],
-                responses,
-                mesh=mesh,
-                limit=MicrobatchLimit(rows=2 * settings.microbatch_size, packed=settings.packing),
+                state.chunks, make_batches(prompts, responses, limit=limit, mesh=mesh)
             )
             for responses in ([p.chosen_ids for p in own], [p.rejected_ids for p in own])
-        )
-        return _held_out(chosen, rejected, mesh)
+        ]
+        return torch.stack(scores).double()
+
+    def evaluate(state: TrainState, pairs: Sequence[PreferencePair]) -> HeldOut:
+        share = slice(mesh.dp_rank, None, mesh.dp_size)
+        own = pairs[share]
+        found, judged = _held_out(own, sources[share], score(state, own), mesh)
+        if mesh.rank == 0:
+            with durable.replacing(config.run.dir / HELD_OUT_PAIRS) as partial:
+                write_jsonl(partial, map(asdict, judged))
+        return found
+
+    labels = None
+    if settings.label_update:
+        labels = MovingLabels(inputs.train, score, mesh, rate=settings.label_update)
+        inputs = replace(inputs, train=labels)
+
+    def loss(output: Tensor, microbatch: Microbatch) -> LossOutput:
+        if not two_heads:
+            return pair_loss(output, microbatch, settings)
+        head, is_first = chunks[-1].output_layer, mesh.cp_rank == 0
+        assert isinstance(head, ScalarHead)
+        return two_head_loss(output, microbatch, settings, head, adds_overlap=is_first)
 
     spec = SupervisedJob(
         job="reward",
         role="reward",
         optimizer=settings,
-        optimizer_prefix="reward",
         batch_size=settings.batch_size,
         cut=cut,
-        run=score_step,
-        loss=lambda output, microbatch: _loss(output, microbatch, config),
-        metric_names=("accuracy", "margin", "score", "score_square"),
+        forward=both_scores_forward if two_heads else score_forward,
+        loss=loss,
+        prepare=partial(add_length_terms, mesh=mesh) if two_heads else None,
+        metric_names=(*PAIR_METRICS, *(LENGTH_METRICS if two_heads else ())),
         output_size=1,
         evaluate=evaluate,
+        labels=labels,
     )
-    return train_supervised(spec, inputs, chunks, mesh)
+    return train_supervised(spec, inputs, chunks, mesh, watchdog)
 
 
-def _pair_microbatch(pairs: Sequence[PreferencePair], mesh: Mesh, *, packed: bool) -> Microbatch:
-    """Lay out pairs: first all chosen responses, then all rejected ones."""
-    prompts = [p.prompt_ids for p in pairs]
-    batch = SequenceBatch.create(
-        prompts * 2,
-        [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs],
-        pad_id=0,
-        multiple=mesh.sequence_multiple,
-        context_multiple=mesh.context_multiple,
-        device=mesh.device,
-        packed=packed,
-    )
-    margins = torch.tensor([p.margin for p in pairs], device=mesh.device)
-    return Microbatch(batch=batch, extra=_Margins(margins))
-
-
-def _loss(output: Tensor, microbatch: Microbatch, config: Config) -> LossOutput:
-    settings, batch = config.reward_model, microbatch.batch
-    margin: Tensor = microbatch.extra.margins
-    label = 1.0 - settings.label_smoothing
-    if settings.loss == "last":
-        last = output.gather(1, (batch.response_lengths - 1)[:, None])[:, 0]
-        chosen, rejected = last.chunk(2)
-        return preference_loss(
-            chosen,
-            rejected,
-            margin=margin,
-            chosen_probability=label,
-            center_coef=settings.center_coef,
+def _held_out(
+    pairs: Sequence[PreferencePair], sources: Sequence[str], scores: Tensor, mesh: Mesh
+) -> tuple[HeldOut, list[JudgedPair]]:
+    """Judge the pairs of all replicas by the scores of this one, [chosen and rejected, pairs]."""
+    own = [
+        JudgedPair(
+            chosen_score=chosen,
+            rejected_score=rejected,
+            chosen_tokens=len(pair.chosen_ids),
+            rejected_tokens=len(pair.rejected_ids),
+            margin=pair.margin,
+            chosen_probability=pair.chosen_probability,
+            source=source,
         )
-    chosen, rejected = output.chunk(2)
-    tokens = batch.to_grid(batch.response_tokens).chunk(2)
-    masks = batch.response_mask.chunk(2)
-    return preference_span_loss(
-        chosen,
-        rejected,
-        chosen_tokens=tokens[0],
-        rejected_tokens=tokens[1],
-        chosen_mask=masks[0],
-        rejected_mask=masks[1],
-        margin=margin,
-        chosen_probability=label,
-        center_coef=settings.center_coef,
-    )
-
-
-def _held_out(chosen: Tensor, rejected: Tensor, mesh: Mesh) -> dict[str, float]:
-    lead, both = chosen - rejected, torch.cat((chosen, rejected)).double()
-    right = (lead > 0).double()
-    loss = torch.nn.functional.softplus(-lead)
-    parts = [
-        right.sum(),
-        lead.double().sum(),
-        loss.double().sum(),
-        both.sum(),
-        both.square().sum(),
-        right.new_tensor(len(lead)),
+        for pair, source, chosen, rejected in zip(pairs, sources, *scores.tolist(), strict=True)
     ]
-    sums = sum_over_data(torch.stack(parts), mesh)
-    accuracy, margin, loss_mean = (sums[:3] / sums[5]).tolist()
-    mean, square = (sums[3:5] / (2 * sums[5])).tolist()
-    return {
-        "eval/accuracy": accuracy,
-        "eval/accuracy_stderr": (accuracy * (1 - accuracy) / sums[5].item()) ** 0.5,
-        "eval/margin": margin,
-        "eval/loss": loss_mean,
-        "eval/score_mean": mean,
-        "eval/score_std": max(square - mean**2, 0.0) ** 0.5,
+    judged = interleave(gather_objects(own, mesh.groups.dp))
+    lead = torch.tensor([pair.lead for pair in judged], dtype=torch.float64)
+    label = torch.tensor([pair.chosen_probability for pair in judged], dtype=torch.float64)
+    both = torch.tensor(
+        [[pair.chosen_score, pair.rejected_score] for pair in judged], dtype=torch.float64
+    )
+    lengths = torch.tensor([[pair.chosen_tokens, pair.rejected_tokens] for pair in judged])
+    loss = torch.nn.functional.softplus(-lead) + (1 - label) * lead
+    columns = {"eval/accuracy": (lead > 0).double(), "eval/margin": lead, "eval/loss": loss}
+    values = {name: column.tolist() for name, column in columns.items()}
+    values[SCORE] = both.mean(1).tolist()
+    if len(names := {pair.source for pair in judged}) > 1:
+        for name in sorted(names):
+            values[f"eval/accuracy/{name}"] = [
+                float(pair.lead > 0) if pair.source == name else math.nan for pair in judged
+            ]
+    statistics = {
+        "eval/calibration_error": calibration_error(judged),
+        "eval/length_correlation": correlation(lengths.double().flatten(), both.flatten()).item(),
     }
+    return HeldOut(values=values, statistics=statistics), judged

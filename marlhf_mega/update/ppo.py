@@ -1,6 +1,6 @@
 """PPO epochs over one experience batch: minibatches, microbatches, optimizer steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,40 +12,32 @@ from marlhf_mega.algorithm.losses import (
     LossOutput,
     entropy_loss,
     kl_loss,
+    over_budget,
     policy_loss,
     value_loss,
 )
-from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
+from marlhf_mega.algorithm.macro_actions import NO_ACTION, MacroActions, value_weights
+from marlhf_mega.algorithm.policy_losses import cispo_loss, p3o_loss, pg_loss
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience.forward import Cut, cut_rows
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.models.batch import SequenceBatch
-from marlhf_mega.models.roles import LogprobStep, Roles, value_step
-from marlhf_mega.models.train_state import StepResult, TrainState
-from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.schedule import run_forward_backward
-from marlhf_mega.update.skipped import keep_skipped
-
-MEANS = (
-    "policy/loss",
-    "policy/clip_fraction",
-    "policy/approx_kl",
-    "policy/ratio",
-    "policy/kl_loss",
-    "policy/entropy_loss",
-    "policy/grad_norm",
-    "policy/lr",
-    "policy/skipped_fraction",
-    "critic/loss",
-    "critic/clip_fraction",
-    "critic/value",
-    "critic/grad_norm",
-    "critic/lr",
-    "critic/skipped_fraction",
+from marlhf_mega.models.forward import (
+    Forward,
+    IndexedBatch,
+    logprob_forward,
+    make_batches,
+    value_forward,
 )
+from marlhf_mega.models.roles import Roles
+from marlhf_mega.models.train_state import StepResult, TrainState
+from marlhf_mega.parallel.collectives import sum_over_data
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.parallel.schedule import pipeline_forward_backward
+from marlhf_mega.update.metrics import add_optimizer_step
+from marlhf_mega.update.skipped import keep_skipped
 
 UPDATE_STREAM = 2
 """Keeps the order of minibatches apart from other draws."""
@@ -58,10 +50,29 @@ class PpoMicrobatch:
     batch: SequenceBatch
     actions: MacroActions
     old_logprobs: Tensor
-    ref_logprobs: Tensor
-    old_values: Tensor
+    ref_logprobs: Tensor | None
+    old_values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
+
+
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+"""Tensors [batch, response] of an experience that losses need, besides the macro actions; without a
+critic or a reference some are None."""
+
+
+NOT_TAKEN = StepResult(grad_norm=0.0, lr=0.0, skipped=True)
+"""The result of a step on a minibatch in which no sample counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """A model that an update changes, and the loss that it learns by."""
+
+    role: str
+    state: TrainState
+    forward: Forward
+    objective: Callable[[Tensor, PpoMicrobatch], LossOutput]
 
 
 def ppo_update(
@@ -76,106 +87,137 @@ def ppo_update(
 ) -> None:
     """Run all epochs and minibatches of one PPO step. All ranks call it.
 
-    Which samples form a minibatch was settled when prompts were dealt to the ranks
-    (`local_indices`), so it does not depend on the layout.
-
     Args:
-        roles: policy and critic are changed.
+        roles: the policy and, if there is one, the critic are changed.
         experience: this replica's samples, minibatch after minibatch.
         config: of the run.
-        mesh: where this rank stands.
-        step: PPO step, from 0; the policy rests for the first `critic.warmup_ppo_steps`.
+        mesh: this rank's mesh.
+        step: PPO step, from 0; only the critic learns in the first `ppo.critic_only_steps`.
         sums: takes this step's metrics.
         timers: takes the seconds of `policy` and `critic`.
     """
-    share = config.ppo.minibatch_size // mesh.dp_size
-    minibatches = torch.arange(len(experience.prompts)).split(share)
-    for epoch in range(config.ppo.epochs):
-        keys = fold(config.run.seed, step, UPDATE_STREAM, epoch, torch.arange(len(minibatches)))
-        for number in keys.argsort().tolist() if len(minibatches) > 1 else [0]:
-            microbatches = make_microbatches(experience, minibatches[number], config, mesh)
-            keep = partial(keep_skipped, config=config, mesh=mesh, step=step)
-            with timers("critic"):
-                result = update_critic(roles.critic, microbatches, config, mesh, sums=sums)
+    learning = [] if roles.critic is None else [critic_learner(roles.critic, config)]
+    if step >= config.ppo.critic_only_steps:
+        learning.append(policy_learner(roles.policy, config, filtered=experience.kept is not None))
+    for samples in minibatches(len(experience.prompts), config, mesh, step=step):
+        if not _any_counts(experience, samples, mesh):
+            # Adam would move the weights by what it remembers of earlier gradients.
+            for learner in learning:
+                if mesh.reports_metrics:
+                    add_optimizer_step(sums, [], NOT_TAKEN, role=learner.role)
+            continue
+        microbatches = make_microbatches(experience, samples, config, mesh)
+        for learner in learning:
+            state = learner.state
+            with timers(learner.role):
+                state.zero_grad()
+                losses = pipeline_forward_backward(
+                    state.chunks, microbatches, learner.forward, learner.objective
+                )
+                result = state.step()
+            if mesh.reports_metrics:
+                add_optimizer_step(sums, losses, result, role=learner.role)
             if result.skipped:
-                keep(roles.critic, _by_name(microbatches), role="critic")
-            if step >= config.critic.warmup_ppo_steps:
-                with timers("policy"):
-                    result = update_policy(roles.policy, microbatches, config, mesh, sums=sums)
-                if result.skipped:
-                    keep(roles.policy, _by_name(microbatches), role="policy")
+                tensors = _by_name(microbatches)
+                keep_skipped(state.num_skipped, tensors, config, mesh, role=learner.role, step=step)
     # Until here the weights of one role have travelled while the other computed.
-    roles.critic.settle()
-    roles.policy.settle()
+    for state in roles.learning.values():
+        state.wait_params()
 
 
-def update_policy(
-    policy: TrainState,
-    microbatches: Sequence[PpoMicrobatch],
-    config: Config,
-    mesh: Mesh,
-    *,
-    sums: MetricSums,
-) -> StepResult:
-    """Take one optimizer step on the clipped surrogate."""
-    run = LogprobStep(config.rollout.temperature)
-    policy.zero_grad()
-    losses = run_forward_backward(
-        policy.chunks,
-        microbatches,
-        lambda chunk, microbatch: run(chunk, microbatch.batch),
-        partial(policy_objective, config=config),
+def _any_counts(experience: Experience, samples: Tensor, mesh: Mesh) -> bool:
+    """Whether any sample of a minibatch takes part, on any replica; all ranks get the same."""
+    ids = experience.actions.ids
+    counting = (ids[samples.to(ids.device)] != NO_ACTION).sum()
+    return bool(sum_over_data(counting.float(), mesh) > 0)
+
+
+def minibatches(num_samples: int, config: Config, mesh: Mesh, *, step: int) -> Iterator[Tensor]:
+    """Yield this replica's sample indices of every minibatch of all epochs, in a drawn order.
+
+    Which samples form a minibatch was settled when prompts were assigned to the ranks
+    (`local_indices`), so it does not depend on the layout.
+
+    Args:
+        num_samples: of this replica.
+        config: of the run.
+        mesh: this rank's mesh.
+        step: PPO step, from 0.
+    """
+    parts = torch.arange(num_samples).split(config.ppo.minibatch_size // mesh.dp_size)
+    for epoch in range(config.ppo.epochs):
+        keys = fold(config.run.seed, step, UPDATE_STREAM, epoch, torch.arange(len(parts)))
+        for number in keys.argsort().tolist() if len(parts) > 1 else [0]:
+            yield parts[number]
+
+
+def policy_learner(policy: TrainState, config: Config, *, filtered: bool = False) -> Learner:
+    """Return the policy with its objective; `filtered` as the sampler's choices were."""
+    return Learner(
+        role="policy",
+        state=policy,
+        forward=partial(logprob_forward, temperature=config.rollout.temperature, filtered=filtered),
+        objective=partial(policy_objective, config=config),
     )
-    result = policy.step()
-    _report(sums, "policy", losses, result, mesh)
-    return result
 
 
-def update_critic(
-    critic: TrainState,
-    microbatches: Sequence[PpoMicrobatch],
-    config: Config,
-    mesh: Mesh,
-    *,
-    sums: MetricSums,
-) -> StepResult:
-    """Take one optimizer step on the value loss."""
-    critic.zero_grad()
-    losses = run_forward_backward(
-        critic.chunks,
-        microbatches,
-        lambda chunk, microbatch: value_step(chunk, microbatch.batch),
-        partial(critic_objective, config=config),
+def critic_learner(critic: TrainState, config: Config) -> Learner:
+    """Return the critic with its clipped squared error."""
+    return Learner(
+        role="critic",
+        state=critic,
+        forward=value_forward,
+        objective=partial(critic_objective, config=config),
     )
-    result = critic.step()
-    _report(sums, "critic", losses, result, mesh)
-    return result
 
 
 def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Config) -> LossOutput:
-    """Surrogate plus, where asked for, KL and entropy terms, all over the same count.
+    """`ppo.objective` plus, where asked for, KL and entropy terms, all over the same count.
 
     Args:
-        output: [2, batch, response], log-probs and entropies of the policy being trained.
+        output: [2, batch, response], log-probs and entropies of the policy being trained; third,
+            where the sampler filtered, the log-probs over the whole vocabulary.
         microbatch: the samples.
         config: of the run.
     """
-    logprobs, entropy = output
+    logprobs, advantages, actions = output[0], microbatch.advantages, microbatch.actions
+    compared = logprobs, microbatch.old_logprobs, advantages, actions
+    ppo, ratio = config.ppo, config.macro.ratio
+    match ppo.objective:
+        case "clip":
+            loss = policy_loss(
+                *compared,
+                ratio=ratio,
+                aggregation=ppo.aggregation,
+                clip_range=ppo.clip_range,
+                clip_range_high=ppo.clip_range_high,
+                dual_clip=ppo.dual_clip,
+            )
+        case "cispo":
+            loss = cispo_loss(
+                *compared,
+                ratio=ratio,
+                aggregation=ppo.aggregation,
+                clip_range=ppo.clip_range,
+                clip_range_high=ppo.clip_range_high,
+            )
+        case "pg":
+            loss = pg_loss(logprobs, advantages, actions, aggregation=ppo.aggregation)
+        case "p3o":
+            loss = p3o_loss(*compared, kl_coef=ppo.kl_coef, clip_range=ppo.clip_range)
+    return _with_penalties(loss, output, microbatch, config)
+
+
+def _with_penalties(
+    loss: LossOutput, output: Tensor, microbatch: PpoMicrobatch, config: Config
+) -> LossOutput:
+    logprobs, entropy, *full = output
     ppo, actions = config.ppo, microbatch.actions
-    loss = policy_loss(
-        logprobs,
-        microbatch.old_logprobs,
-        microbatch.advantages,
-        actions,
-        ratio=config.macro.ratio,
-        aggregation=ppo.aggregation,
-        clip_range=ppo.clip_range,
-        dual_clip=ppo.dual_clip,
-    )
     total, metrics = loss.loss_sum, dict(loss.metrics)
     if ppo.kl_loss_coef:
+        assert microbatch.ref_logprobs is not None
         divergence = kl_loss(
-            logprobs,
+            full[0] if full else logprobs,
             microbatch.ref_logprobs,
             actions,
             estimator=ppo.kl_loss_estimator,
@@ -187,7 +229,13 @@ def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Confi
         bonus = entropy_loss(entropy, actions, aggregation=ppo.aggregation)
         total = total + ppo.entropy_coef * bonus.loss_sum
         metrics["entropy_loss"] = (bonus.loss_sum.detach(), bonus.count)
-    return LossOutput(loss_sum=total, count=loss.count, metrics=metrics)
+    return _counted(LossOutput(loss_sum=total, count=loss.count, metrics=metrics), config)
+
+
+def _counted(loss: LossOutput, config: Config) -> LossOutput:
+    if config.ppo.aggregation == "seq_sum_const":
+        return over_budget(loss, config.rollout.max_response_tokens)
+    return loss
 
 
 def critic_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Config) -> LossOutput:
@@ -199,8 +247,10 @@ def critic_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Confi
         config: of the run.
     """
     macro, actions = config.macro, microbatch.actions
+    assert microbatch.old_values is not None
+    assert microbatch.returns is not None
     pooled = macro.value_target == "macro"
-    return value_loss(
+    loss = value_loss(
         output,
         microbatch.old_values,
         microbatch.returns,
@@ -210,63 +260,52 @@ def critic_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Confi
         aggregation=config.ppo.aggregation,
         clip_range=config.ppo.value_clip_range,
     )
-
-
-def local_indices(batch_size: int, minibatch_size: int, mesh: Mesh) -> list[int]:
-    """Deal a global batch to the data-parallel ranks so that each holds a share of every minibatch.
-
-    Minibatch m is the m-th block of the global batch whatever the layout; this rank's samples of
-    it are one slice of the block.
-
-    Returns:
-        Global sample indices of this rank, minibatch after minibatch.
-    """
-    share = minibatch_size // mesh.dp_size
-    return [
-        start + mesh.dp_rank * share + offset
-        for start in range(0, batch_size, minibatch_size)
-        for offset in range(share)
-    ]
+    return _counted(loss, config)
 
 
 def make_microbatches(
-    experience: Experience, rows: Tensor, config: Config, mesh: Mesh
+    experience: Experience, samples: Tensor, config: Config, mesh: Mesh
 ) -> list[PpoMicrobatch]:
-    """Cut a minibatch to microbatches that suit the layout.
+    """Cut a minibatch into microbatches that suit the layout.
 
     Args:
         experience: this replica's samples.
-        rows: [minibatch] int64, which of them.
+        samples: [minibatch] int64, which of them.
         config: of the run.
-        mesh: where this rank stands.
+        mesh: this rank's mesh.
     """
-    chosen = rows.tolist()
-    cuts = cut_rows(
+    chosen = samples.tolist()
+    batches = make_batches(
         [experience.prompts[i] for i in chosen],
         [experience.responses[i] for i in chosen],
         limit=MicrobatchLimit.of(config.ppo),
         mesh=mesh,
+        kept=None if experience.kept is None else experience.kept[samples],
+        group=2 if config.ppo.objective == "p3o" else 1,
     )
-    return [_take(experience, rows, cut) for cut in cuts]
+    return [_take(experience, samples, part) for part in batches.microbatches]
 
 
-def _take(experience: Experience, rows: Tensor, part: Cut) -> PpoMicrobatch:
-    """Return a microbatch; a row that only fills up a pipeline has no macro action."""
-    batch, real = part.batch, part.rows < len(rows)
-    chosen = rows[part.rows.where(real, 0)]
+def _take(experience: Experience, samples: Tensor, part: IndexedBatch) -> PpoMicrobatch:
+    """Return a microbatch; a filler sequence has no macro action."""
+    batch, real = part.batch, part.indices < len(samples)
+    chosen = samples[part.indices.where(real, 0)]
 
     def cut(values: Tensor) -> Tensor:
         return values[chosen.to(values.device), : batch.num_columns]
 
+    def cut_known(values: Tensor | None) -> Tensor | None:
+        return None if values is None else cut(values)
+
     ids = cut(experience.actions.ids)
     return PpoMicrobatch(
         batch=batch,
-        actions=MacroActions.from_ids(ids.where(real.to(ids.device)[:, None], -1)),
+        actions=MacroActions.from_ids(ids.where(real.to(ids.device)[:, None], NO_ACTION)),
         old_logprobs=cut(experience.old_logprobs),
-        ref_logprobs=cut(experience.ref_logprobs),
-        old_values=cut(experience.old_values),
+        ref_logprobs=cut_known(experience.ref_logprobs),
+        old_values=cut_known(experience.old_values),
         advantages=cut(experience.advantages),
-        returns=cut(experience.returns),
+        returns=cut_known(experience.returns),
     )
 
 
@@ -275,34 +314,12 @@ def _by_name(microbatches: Sequence[PpoMicrobatch]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, microbatch in enumerate(microbatches):
         batch = microbatch.batch
-        lengths = {
-            "prompt_lengths": batch.prompt_lengths,
-            "response_lengths": batch.response_lengths,
-        }
         tensors = {
             "tokens": batch.tokens,
-            **lengths,
+            "prompt_lengths": batch.prompt_lengths,
+            "response_lengths": batch.response_lengths,
             "macro_action_ids": microbatch.actions.ids,
-            "old_logprobs": microbatch.old_logprobs,
-            "ref_logprobs": microbatch.ref_logprobs,
-            "old_values": microbatch.old_values,
-            "advantages": microbatch.advantages,
-            "returns": microbatch.returns,
+            **{name: getattr(microbatch, name) for name in PER_TOKEN},
         }
-        found |= {f"{number}.{name}": tensor for name, tensor in tensors.items()}
+        found |= {f"{number}.{name}": t for name, t in tensors.items() if t is not None}
     return found
-
-
-def _report(
-    sums: MetricSums, role: str, losses: Sequence[LossOutput], result: StepResult, mesh: Mesh
-) -> None:
-    if not mesh.is_reporter:
-        return
-    sums.add_means({f"{role}/skipped_fraction": float(result.skipped)}, count=1)
-    if result.skipped:
-        return
-    for loss in losses:
-        sums.add_means({f"{role}/loss": loss.loss_sum}, count=loss.count)
-        for name, (total, count) in loss.metrics.items():
-            sums.add_means({f"{role}/{name}": total}, count=count)
-    sums.add_means({f"{role}/grad_norm": result.grad_norm, f"{role}/lr": result.lr}, count=1)

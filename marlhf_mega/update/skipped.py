@@ -7,14 +7,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from marlhf_mega.config.schema import Config
-from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
 
 def keep_skipped(
-    state: TrainState,
+    num_skipped: int,
     microbatches: Mapping[str, Tensor],
     config: Config,
     mesh: Mesh,
@@ -27,10 +26,10 @@ def keep_skipped(
     All ranks call it after a skipped step, and all of them raise or none does.
 
     Args:
-        state: the model that was not changed.
+        num_skipped: consecutive steps that were skipped, this one included.
         microbatches: what its losses were made of, by name.
         config: of the run.
-        mesh: where this rank stands.
+        mesh: this rank's mesh.
         role: policy, critic or reward.
         step: of the run, from 0; files and messages count from 1, as metrics do.
 
@@ -40,7 +39,7 @@ def keep_skipped(
     folder = config.run.dir / "skipped"
     if mesh.is_replica_leader:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{step + 1:06d}_{role}_replica{mesh.dp_rank}_{state.num_skipped}.safetensors"
+        name = f"step_{step + 1:06d}_{role}_replica{mesh.dp_rank}_{num_skipped}.safetensors"
         tensors = {key: value.detach().cpu().contiguous() for key, value in microbatches.items()}
         save_file(tensors, folder / name)
     if mesh.rank == 0:
@@ -51,10 +50,10 @@ def keep_skipped(
             role,
             folder,
         )
-    if state.num_skipped > config.run.max_skipped_steps:
+    if num_skipped > config.run.max_skipped_steps:
         section = "reward_model" if role == "reward" else role
         raise RuntimeError(
             f"run.max_skipped_steps={config.run.max_skipped_steps}: no more optimizer steps may "
-            f"be skipped in a row; {state.num_skipped} gradients of {role} were not finite, the "
+            f"be skipped in a row; {num_skipped} gradients of {role} were not finite, the "
             f"last at step {step + 1}. Look at {folder}, or lower {section}.lr."
         )

@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint_model as tiny
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from marlhf_mega.checkpoint import manifest, saver, sharded, store
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from tests.distributed import checkpoint_model as tiny
 
 STATE = {"kl_coef": 0.1}
 
@@ -259,8 +259,8 @@ def failing(case, mesh, role):
     dist.barrier()
     found["in the way"] = message(lambda: saver.check_writable(file / "run", mesh))
     found["good folder"] = message(lambda: saver.check_writable(run, mesh))
-    attempt("mended", run)
-    attempt("mended in the background", other, background=True)
+    attempt("fixed", run)
+    attempt("fixed in the background", other, background=True)
     return found
 
 

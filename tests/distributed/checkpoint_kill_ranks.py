@@ -10,11 +10,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import checkpoint_model as tiny
-
 from marlhf_mega.checkpoint import saver, store
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from tests.distributed import checkpoint_model as tiny
+
+
+def make_role(mesh, **options):
+    """Return a model of one layer: a checkpoint has the same files, with fewer tensors in them."""
+    return tiny.make_role(mesh, num_layers=1, **options)
 
 
 class Killed(BaseException):
@@ -72,7 +76,7 @@ def lose_half(descriptor):
 
 def survive(prepared, work, mesh, *, step, role, keep, background):
     """Kill `save(step)` everywhere on copies of `prepared`; return what a resume finds."""
-    old, new = tiny.make_role(mesh, seed=99), role
+    old, new = make_role(mesh, seed=99), role
     before = store.find(prepared, mesh)
     store.load(before, {"policy": old}, mesh)
     known = {tiny.digests(old)[0]: "old", tiny.digests(new)[0]: "new"}
@@ -97,7 +101,7 @@ def survive(prepared, work, mesh, *, step, role, keep, background):
                 save(run, step)
             except Killed:
                 died = True
-        resumed = tiny.make_role(mesh, seed=98)
+        resumed = make_role(mesh, seed=98)
         found = store.find(run, mesh)
         state = store.load(found, {"policy": resumed}, mesh)
         weights = known.get(tiny.digests(resumed)[0], "mixture")
@@ -111,7 +115,7 @@ def survive(prepared, work, mesh, *, step, role, keep, background):
 def main():
     out, root = Path(sys.argv[1]), Path(sys.argv[2])
     mesh = create_mesh(ParallelConfig())
-    role = tiny.make_role(mesh)
+    role = make_role(mesh)
     first, two = root / "first", root / "two"
     tiny.train(role, mesh, [0])
     saver.save(two, 1, {"policy": role}, {"marker": "older"}, mesh, keep=2)

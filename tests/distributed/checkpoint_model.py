@@ -1,24 +1,27 @@
 """A tiny model that trains, for the rank scripts of the checkpoint tests."""
 
 import hashlib
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 from marlhf_mega.algorithm.losses import LossOutput
-from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.checkpoint.weights import digest_of_base, fill_adapters, fill_random
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import OptimizerConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.schedule import run_forward, run_forward_backward
+from marlhf_mega.parallel.schedule import pipeline_forward, pipeline_forward_backward
 
 # The rows of 40 words are padded to 48 for one tensor-parallel rank and to 64 for two or four.
 VOCAB = 40
 
 
-def make_chunks(mesh, *, head="language", seed=1, dtype="float32", tied=False, **changes):
+def make_chunks(
+    mesh, *, head="language", seed=1, dtype="float32", tied=False, base_seed=1, **changes
+):
     sizes = {
         "num_layers": 4,
         "hidden_size": 32,
@@ -31,7 +34,13 @@ def make_chunks(mesh, *, head="language", seed=1, dtype="float32", tied=False, *
     }
     model = ModelConfig(**(sizes | changes), tied_embeddings=tied)
     chunks = build_chunks(model, PrecisionConfig(dtype=dtype), mesh, head=head)
-    fill_random(chunks, mesh, seed=seed)
+    # The weights of adapters' base are always the same.
+    fill_random(chunks, mesh, seed=base_seed if model.lora.is_on else seed)
+    if model.lora.is_on:
+        digest = digest_of_base(chunks, mesh)
+        for chunk in chunks:
+            chunk.base_digest = digest
+        fill_adapters(chunks, mesh, seed=seed)
     return chunks
 
 
@@ -57,7 +66,6 @@ def microbatches(step, mesh):
         SequenceBatch.create(
             prompts[i : i + 2],
             responses[i : i + 2],
-            pad_id=0,
             multiple=mesh.tp_size,
             device=mesh.device,
         )
@@ -72,9 +80,8 @@ def train(role, mesh, steps):
 
 def _step(role, mesh, step):
     role.zero_grad()
-    losses = run_forward_backward(
-        role.chunks, microbatches(step, mesh), lambda chunk, batch: chunk(batch), _loss
-    )
+    held = [SimpleNamespace(batch=batch) for batch in microbatches(step, mesh)]
+    losses = pipeline_forward_backward(role.chunks, held, lambda chunk, batch: chunk(batch), _loss)
     done = role.step()
     total = torch.tensor(
         [sum(x.loss_sum.item() for x in losses), sum(x.count.item() for x in losses)],
@@ -84,7 +91,8 @@ def _step(role, mesh, step):
     return [(total[0] / total[1]).item(), done.grad_norm, done.lr]
 
 
-def _loss(output, batch):
+def _loss(output, microbatch):
+    batch = microbatch.batch
     values = output[0] if output.dim() == 3 else output
     return LossOutput(
         loss_sum=(values * batch.response_mask).pow(2).sum(),
@@ -95,7 +103,7 @@ def _loss(output, batch):
 
 def outputs(chunks, mesh):
     """The model's answers on step 0's first two rows of replica 0, on every rank."""
-    found = run_forward(chunks, microbatches(0, mesh)[:2], lambda chunk, batch: chunk(batch))
+    found = pipeline_forward(chunks, microbatches(0, mesh)[:2], lambda chunk, batch: chunk(batch))
     box = [found[0].float().flatten().tolist() if found else None]
     dist.broadcast_object_list(box, src=mesh.world_size - mesh.dp_size * mesh.tp_size)
     return box[0]

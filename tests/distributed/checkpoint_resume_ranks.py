@@ -5,13 +5,13 @@ import sys
 import threading
 from pathlib import Path
 
-import checkpoint_model as tiny
 import torch
 import torch.distributed as dist
 
 from marlhf_mega.checkpoint import manifest, saver, sharded, store
 from marlhf_mega.config.schema import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from tests.distributed import checkpoint_model as tiny
 
 BASE = {"tensor_size": 2, "pipeline_size": 2}
 STATE = {"stream": {"num_consumed": 16}, "kl_coef": 0.1, "moments": [3, 0.1 + 0.2, 1e-300]}
@@ -70,16 +70,16 @@ def resume_exactly(run_dir, layout, options):
     }
 
 
-def reshard(first, second, layout):
+def reshard(first, second, layout, options):
     """Continue the run in `first` at a layout, and save what was loaded in `second`."""
     mesh = create_mesh(ParallelConfig(**layout))
-    role = tiny.make_role(mesh, seed=99)
+    role = tiny.make_role(mesh, **options | {"seed": 99})
     store.load(store.find(first, mesh), {"policy": role}, mesh)
     save(second, 2, role, mesh)
     steps = tiny.train(role, mesh, [2, 3])
     destroy_mesh(leave_world=False)
     mesh = create_mesh(ParallelConfig(**BASE))
-    role = tiny.make_role(mesh, seed=98)
+    role = tiny.make_role(mesh, **options | {"seed": 98})
     store.load(store.find(second, mesh), {"policy": role}, mesh)
     back = tiny.digests(role)
     destroy_mesh(leave_world=False)
@@ -92,6 +92,20 @@ def refused(action):
     except RuntimeError as error:
         return str(error)
     return "not refused"
+
+
+def base_refused(run, options):
+    """Load adapters for other weights than theirs, and for a model without adapters."""
+    mesh = create_mesh(ParallelConfig(**BASE))
+    other = tiny.make_role(mesh, **options | {"base_seed": 2})
+    plain = tiny.make_role(mesh, **options | {"lora": {}})
+    newest = store.find(run, mesh)
+    found = [
+        refused(lambda: store.load(newest, {"policy": other}, mesh)),
+        refused(lambda: store.load(newest, {"policy": plain}, mesh)),
+    ]
+    destroy_mesh(leave_world=False)
+    return found
 
 
 def weights(root, policy_run):
@@ -168,7 +182,14 @@ def main():
     for index, (name, (layout, options)) in enumerate(cases["exact"].items()):
         found["exact"][name] = resume_exactly(root / f"exact{index}", layout, options)
     for index, (name, layout) in enumerate(cases["reshard"].items()):
-        found["reshard"][name] = reshard(root / "exact0", root / f"reshard{index}", layout)
+        found["reshard"][name] = reshard(root / "exact0", root / f"reshard{index}", layout, {})
+    first = list(cases["exact"]).index(cases["adapters"])
+    options = cases["exact"][cases["adapters"]][1]
+    adapters = root / f"exact{first}"
+    found["adapters"] = {
+        "reshard": reshard(adapters, root / "adapters", {"tensor_size": 4}, options),
+        "refused": base_refused(adapters, options),
+    }
     found["weights"] = weights(root, root / "exact0")
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from memory_ranks import batches, loss
 
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config, OptimizerConfig
+from marlhf_mega.models.forward import logprob_forward
 from marlhf_mega.models.fp8 import without_fp8
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.models.roles import LogprobStep
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
-from marlhf_mega.parallel.schedule import run_forward, run_forward_backward
-from marlhf_mega.update.divergence import Divergence, PrecisionGuard, compare
+from marlhf_mega.parallel.schedule import pipeline_forward, pipeline_forward_backward
+from marlhf_mega.update.fp8_guard import Divergence, Fp8Guard, compare
+from tests.distributed.memory_ranks import batches, loss
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def scaled(chunks, factor):
 def whole(state, mesh):
     """Log-probs and the gradient of all weights, on one rank without data parallelism."""
     state.zero_grad()
-    run = LogprobStep(1.0)
-    logprobs = run_forward(state.chunks, batches(mesh), run)
-    run_forward_backward(state.chunks, batches(mesh), run, loss)
+    logprobs = pipeline_forward(state.chunks, batches(mesh), logprob_forward)
+    microbatches = [SimpleNamespace(batch=batch) for batch in batches(mesh)]
+    pipeline_forward_backward(state.chunks, microbatches, logprob_forward, loss)
     gradient = [p.main_grad.flatten().double() for c in state.chunks for p in c.parameters()]
     return torch.cat([x[0].flatten() for x in logprobs]), torch.cat(gradient)
 
@@ -77,10 +77,10 @@ def main():
             others["bfloat16"] = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
         microbatches = [SimpleNamespace(batch=batch) for batch in batches(mesh)]
         found = {
-            name: asdict(compare(state, microbatches, loss, temperature=1.0, other=other))
+            name: asdict(compare(state, microbatches, loss, forward=logprob_forward, other=other))
             for name, other in others.items()
         }
-        guard = PrecisionGuard(config, mesh, chunks)
+        guard = Fp8Guard(config, mesh, chunks)
         found["formats"] = []
         for cosine in (0.95, 0.85):
             guard.judge(

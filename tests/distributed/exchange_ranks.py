@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from marlhf_mega.platform import cpu_collectives
+from marlhf_mega.platform.cpu import collectives
 
 PIECE = 10
 
@@ -20,8 +20,8 @@ def summed(size, rank, num_ranks, *, async_op):
     ]
     mine, group = everyone[rank].clone(), dist.group.WORLD
     shard = mine.chunk(num_ranks)[rank]
-    with cpu_collectives.coalescing_manager(group, async_ops=async_op) as manager:
-        cpu_collectives.reduce_scatter(
+    with collectives.coalescing_manager(group, async_ops=async_op) as manager:
+        collectives.reduce_scatter(
             shard, mine, op=dist.ReduceOp.SUM, group=group, async_op=async_op
         )
     if async_op:
@@ -33,7 +33,7 @@ def main():
     out, sizes = Path(sys.argv[1]), json.loads(sys.argv[2])
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    cpu_collectives.PIECE = PIECE
+    collectives.PIECE = PIECE
     found = [
         [torch.equal(*summed(size, rank, num_ranks, async_op=async_op)) for size in sizes]
         for async_op in (False, True)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 PROMPTS = [[5, 9, 20, 33], [8, 44, 3], [60, 2, 17, 29, 50, 11]]
 RESPONSES = [[7, 30, 12, 55, 41, 6, 9, 10, 3], [61, 4], [22, 35, 48, 19, 2]]
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 
 
 def language(folder):

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -11,14 +12,14 @@ from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config, OptimizerConfig
 from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.forward import logprob_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.models.roles import LogprobStep, value_step
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import sum_over_world
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
-from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.parallel.schedule import pipeline_forward_backward
 
-STEPS = {"language": LogprobStep(1.0), "scalar": value_step}
+FORWARDS = {"language": logprob_forward, "scalar": value_forward}
 
 
 def batches(mesh):
@@ -27,7 +28,7 @@ def batches(mesh):
     def text(size):
         return torch.randint(8, 50, (size,), generator=generator).tolist()
 
-    options = {"pad_id": 0, "multiple": mesh.sequence_multiple, "device": mesh.device}
+    options = {"multiple": mesh.sequence_multiple, "device": mesh.device}
     return [
         SequenceBatch.create([text(n) for n in (5, 9)], [text(n) for n in (12, 7)], **options)
         for _ in range(4)
@@ -41,8 +42,8 @@ def loss(output, _):
     return LossOutput(loss_sum=(grid * weights).sum(), count=count, metrics={})
 
 
-def kept_bytes(step, total):
-    """Run `step` and add the bytes of the activations that autograd keeps after it."""
+def kept_bytes(forward, total):
+    """Run `forward` and add the bytes of the activations that autograd keeps after it."""
 
     def run(chunk, batch):
         weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
@@ -55,7 +56,7 @@ def kept_bytes(step, total):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = step(chunk, batch)
+            output = forward(chunk, batch)
         total.append(sum(kept.values()))
         return output
 
@@ -69,7 +70,9 @@ def gradients(config, mesh, head, folder):
     state = TrainState(chunks, OptimizerConfig(), total_steps=1)
     total = []
     state.zero_grad()
-    run_forward_backward(state.chunks, batches(mesh), kept_bytes(STEPS[head], total), loss)
+    microbatches = [SimpleNamespace(batch=batch) for batch in batches(mesh)]
+    forward = kept_bytes(FORWARDS[head], total)
+    pipeline_forward_backward(state.chunks, microbatches, forward, loss)
     found = {
         f"{number}.{name}": parameter.main_grad.clone()
         for number, chunk in enumerate(chunks)
@@ -88,7 +91,7 @@ def main():
         mesh = create_mesh(config.parallel)
         folder = out.parent / f"gradients_{number}"
         folder.mkdir(exist_ok=True)
-        results.append({head: gradients(config, mesh, head, folder) for head in STEPS})
+        results.append({head: gradients(config, mesh, head, folder) for head in FORWARDS})
         if mesh.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)

@@ -13,25 +13,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_ranks import BATCH, EOS, model, texts
 
 from marlhf_mega.config.schema import Config
-from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter
 from marlhf_mega.metrics.memory import PHASE_PEAKS, PhasePeaks
-from marlhf_mega.metrics.reduce import MetricSums, reduce_metrics
+from marlhf_mega.metrics.ppo import step_sums
+from marlhf_mega.metrics.reduce import reduce_metrics
 from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.models.offload import TRAINING, create_offload
 from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import max_over_world, sum_over_world
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from marlhf_mega.rollout.assignment import local_indices
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
 from marlhf_mega.update import ppo as update
+from tests.distributed.layouts_ranks import BATCH, EOS, model, texts
 
 M_MMAP_THRESHOLD = -3
 
@@ -52,29 +54,31 @@ def build_roles(config, mesh, folder):
 
 
 def take_step(config, roles, mesh, step, peaks):
-    sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=[*builder.MAXIMA, *PHASE_PEAKS])
+    sums = step_sums(maximum=PHASE_PEAKS)
     policy = [ddp.module for ddp in roles.policy.chunks]
-    scorer = Scorer(config.reward.source, roles.rewards, None, mesh, limit=MicrobatchLimit(rows=4))
+    scorer = Scorer(config.reward, roles.rewards, None, mesh)
     segmenter = Segmenter(config.macro, None, mesh, seed=0)
     maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
-    own = update.local_indices(BATCH, BATCH, mesh)
+    own = local_indices(BATCH, BATCH, mesh)
     prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6])
     mesh.platform.empty_cache()
     with peaks("rollout"):
-        rollout = Generator(policy, mesh, eos_id=EOS).generate(
+        rollout = Generator(policy, mesh, stop=StopRule(frozenset({EOS}))).generate(
             [prompts[i] for i in own],
             own,
-            rule=SamplingRule(temperature=1.0),
-            max_response_tokens=6,
-            seed=11,
-            step=step,
+            RolloutOptions(
+                rule=SamplingRule(temperature=1.0),
+                max_response_tokens=6,
+                seed=11,
+                step=step,
+            ),
         )
     away = roles.offload.num_bytes
     mesh.platform.empty_cache()
     with peaks("experience"):
         experience, _ = maker.build(rollout, [{}] * len(own), step=step, kl_coef=0.05, sums=sums)
     mesh.platform.empty_cache()
-    with peaks("update"), roles.offload.present(*TRAINING):
+    with peaks("update"), roles.offload.on_device(*TRAINING):
         update.ppo_update(
             roles, experience, config, mesh, step=step, sums=sums, timers=PhaseTimers()
         )
@@ -88,7 +92,7 @@ def take_step(config, roles, mesh, step, peaks):
 
 def digest(roles):
     found = hashlib.sha256()
-    with roles.offload.present(*TRAINING):
+    with roles.offload.on_device(*TRAINING):
         for state in (roles.policy, roles.critic):
             weights = [p for chunk in state.chunks for p in chunk.parameters()]
             for tensor in (*weights, *state.optimizer_tensors()):

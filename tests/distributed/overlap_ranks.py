@@ -9,24 +9,28 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_ranks import BATCH, EOS, config_for, model, texts
 
 from marlhf_mega.checkpoint import saver, store
-from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience import builder
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter
-from marlhf_mega.metrics.reduce import MetricSums, reduce_metrics
+from marlhf_mega.metrics.ppo import step_sums
+from marlhf_mega.metrics.reduce import reduce_metrics
 from marlhf_mega.metrics.timing import PhaseTimers
+from marlhf_mega.models.forward import logprob_forward
 from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import max_over_world, sum_over_world
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
+from marlhf_mega.parallel.schedule import pipeline_forward_backward
+from marlhf_mega.rollout.assignment import local_indices
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
 from marlhf_mega.update import ppo as update
-from marlhf_mega.update.divergence import compare
+from marlhf_mega.update.fp8_guard import compare
+from tests.distributed.layouts_ranks import BATCH, EOS, config_for, model, texts
 
 # So small that every layer's matrices fill buckets of their own.
 BUCKET_SIZE = 3000
@@ -65,25 +69,26 @@ class Run:
 
     def experience(self):
         config, mesh = self.config, self.mesh
-        own = update.local_indices(BATCH, BATCH, mesh)
+        own = local_indices(BATCH, BATCH, mesh)
         prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6])
-        rollout = Generator(self.held["policy"], mesh, eos_id=EOS).generate(
+        rollout = Generator(self.held["policy"], mesh, stop=StopRule(frozenset({EOS}))).generate(
             [prompts[i] for i in own],
             own,
-            rule=SamplingRule(temperature=1.0),
-            max_response_tokens=10,
-            seed=11,
-            step=3,
+            RolloutOptions(
+                rule=SamplingRule(temperature=1.0),
+                max_response_tokens=10,
+                seed=11,
+                step=3,
+            ),
         )
-        limit = MicrobatchLimit(rows=4)
-        scorer = Scorer(config.reward.source, self.roles.rewards, None, mesh, limit=limit)
+        scorer = Scorer(config.reward, self.roles.rewards, None, mesh)
         segmenter = Segmenter(config.macro, None, mesh, seed=0)
         maker = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)
-        sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
+        sums = step_sums()
         return maker.build(rollout, [{}] * len(own), step=3, kl_coef=0.05, sums=sums)[0]
 
     def update(self, experience, step):
-        sums = MetricSums(mean=update.MEANS)
+        sums = step_sums()
         update.ppo_update(
             self.roles,
             experience,
@@ -101,7 +106,7 @@ class Run:
             experience, torch.arange(len(experience.prompts)), self.config, self.mesh
         )
         objective = partial(update.policy_objective, config=self.config)
-        options = {"temperature": 1.0, "other": nullcontext}
+        options = {"forward": logprob_forward, "other": nullcontext}
         found = compare(self.roles.policy, microbatches[:2], objective, **options)
         return found.gradient_cosine
 
@@ -130,8 +135,10 @@ def on_their_way(run, experience):
     microbatches = update.make_microbatches(
         experience, torch.arange(len(experience.prompts)), run.config, run.mesh
     )
-    sums = MetricSums(mean=update.MEANS)
-    update.update_critic(critic, microbatches, run.config, run.mesh, sums=sums)
+    learner = update.critic_learner(run.roles.critic, run.config)
+    critic.zero_grad()
+    pipeline_forward_backward(chunks, microbatches, learner.forward, learner.objective)
+    critic.step()
 
     def handles():
         return [g.param_gather_handle is not None for c in chunks for g in groups_of(c)]

@@ -4,22 +4,22 @@ import json
 import sys
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from marlhf_mega.algorithm.losses import LossOutput
-from marlhf_mega.checkpoint.optimizer_state import distributed_optimizers
 from marlhf_mega.checkpoint.reshard import connect
-from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.checkpoint.weights import fill_adapters, fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.batch import SequenceBatch
+from marlhf_mega.models.forward import logprob_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.models.roles import LogprobStep, value_step
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
-from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.parallel.schedule import pipeline_forward_backward
 from marlhf_mega.plan.activations import layer_kept, layer_shape
 from marlhf_mega.plan.generation import Generation, kv_cache_bytes
 from marlhf_mega.plan.memory import (
@@ -32,8 +32,10 @@ from marlhf_mega.plan.workload import workload
 from marlhf_mega.rollout.generator import Generator, _Run
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.slots import Response
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
 
-STEPS = {"language": LogprobStep(1.0), "scalar": value_step}
+FORWARDS = {"language": logprob_forward, "scalar": value_forward}
 
 
 def loss(output, _):
@@ -47,8 +49,8 @@ def batches(work, mesh):
     generator = torch.Generator().manual_seed(mesh.dp_rank)
     top = work.config.model.vocab_size
 
-    sizes = [(size.seq - size.response, size.response)] * size.rows
-    rest = size.tokens - size.rows * size.seq
+    sizes = [(size.seq - size.response, size.response)] * size.sequences
+    rest = size.tokens - size.sequences * size.seq
     if rest:
         sizes.append((rest - size.response * rest // size.seq, size.response * rest // size.seq))
 
@@ -59,7 +61,6 @@ def batches(work, mesh):
         SequenceBatch.create(
             texts(0),
             texts(1),
-            pad_id=0,
             multiple=mesh.sequence_multiple,
             context_multiple=mesh.context_multiple,
             device=mesh.device,
@@ -110,7 +111,7 @@ def most_saved(chunks, work):
 
 def optimizer_bytes(state):
     found = 0
-    for part in distributed_optimizers(state):
+    for part in state.optimizers():
         inner = part.optimizer
         tensors = [t for values in inner.state.values() for t in values.values()]
         found += sum(t.nbytes for t in tensors if torch.is_tensor(t))
@@ -124,15 +125,17 @@ def role_case(role, work, mesh):
     config = work.config
     chunks = build_chunks(role.model, config.precision, mesh, head=role.head, memory=config.memory)
     fill_random(chunks, mesh, seed=1)
+    fill_adapters(chunks, mesh, seed=1)
     if not role.learns:
         tensors = {p.untyped_storage()._cdata: p for c in chunks for p in c.parameters()}
         return {"weights": sum(p.nbytes for p in tensors.values()), "gradients": 0, "optimizer": 0}
     state = TrainState(chunks, config.policy, total_steps=2)
-    run, microbatches = STEPS[role.head], batches(work, mesh)
+    forward = FORWARDS[role.head]
+    microbatches = [SimpleNamespace(batch=batch) for batch in batches(work, mesh)]
 
     def update():
         state.zero_grad()
-        run_forward_backward(state.chunks, microbatches, run, loss)
+        pipeline_forward_backward(state.chunks, microbatches, forward, loss)
 
     update()  # what Megatron allocates once is there
     # Messages may be freed late; the least of a few peaks is without them.
@@ -140,7 +143,8 @@ def role_case(role, work, mesh):
     state.step()
     parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     return {
-        "weights": sum(b.param_data.nbytes for b in parts),
+        "weights": sum(b.param_data.nbytes for b in parts)
+        + sum(p.nbytes for c in chunks for p in c.parameters() if not p.requires_grad),
         "gradients": sum(b.grad_data.nbytes for b in parts),
         "optimizer": optimizer_bytes(state),
         "peak": peak,
@@ -156,12 +160,16 @@ def cache_bytes(work, generation, mesh):
     prompt = [1] * config.data.max_prompt_tokens
     responses = [Response(i, prompt, limit) for i in range(generation.slots)]
     run = _Run(
-        Generator(chunks, mesh, eos_id=0),
+        Generator(chunks, mesh, stop=StopRule(frozenset({0}))),
         deque(responses),
         torch.zeros(len(responses), dtype=torch.int64),
-        rule=SamplingRule(temperature=1.0),
-        slots=generation.slots,
-        eos_id=0,
+        RolloutOptions(
+            rule=SamplingRule(temperature=1.0),
+            max_response_tokens=limit,
+            seed=0,
+            step=0,
+            slots=generation.slots,
+        ),
     )
     return sum(decoder.cache.nbytes for group in run.decoders for decoder in group)
 
@@ -186,7 +194,9 @@ def planned(work, stage):
 
 def job_case(work, mesh):
     """Every model of a job whose ranks train and generate."""
-    real = {role.name: role_case(role, work, mesh) for role in work.roles}
+    real = {role.name: role_case(role, work, mesh) for role in work.roles if not role.is_policy}
+    nothing = {"weights": 0, "gradients": 0, "optimizer": 0}
+    real |= {role.name: nothing for role in work.roles if role.is_policy}
     real["kv cache"] = cache_bytes(work, Generation.of_rollout(work), mesh)
     return {"stage": mesh.pp_rank, "real": real, "planned": planned(work, mesh.pp_rank)}
 
@@ -197,19 +207,19 @@ def apart_case(work, mesh):
     chunks = build_chunks(work.config.model, work.config.precision, mesh, head="language")
     place = (chunks, mesh)
     if mesh.only_generates:
-        mover, generation = connect(None, place), Generation.of_rollout(work)
+        resharder, generation = connect(None, place), Generation.of_rollout(work)
         memory = rollout_rank_memory(work, mesh.pp_rank, formats)
         held = memory.phases["rollout"]
     else:
-        mover, generation = connect(place, None), Generation.of_evaluation(work)
+        resharder, generation = connect(place, None), Generation.of_evaluation(work)
         memory = stage_memory(work, mesh.pp_rank, formats)
         held = memory.phases["evaluate"] | memory.phases["rollout"]
     real = {
         "weights": sum(p.nbytes for chunk in chunks for p in chunk.parameters()),
         "kv cache": cache_bytes(work, generation, mesh),
-        "buckets of the move": highest(mover.move),
+        "resharding buckets": highest(resharder.move),
     }
-    names = ("kv cache", "buckets of the move")
+    names = ("kv cache", "resharding buckets")
     return {
         "only generates": mesh.only_generates,
         "real": real,
@@ -222,12 +232,16 @@ def main():
     results = []
     for case in cases:
         config = Config.model_validate(case)
-        apart = config.rollout.ranks
+        num_rollout_ranks = config.rollout.ranks
         mesh = create_mesh(
-            config.parallel, num_rollout_ranks=apart, rollout_parallel=config.rollout_parallel
+            config.parallel,
+            num_rollout_ranks=num_rollout_ranks,
+            rollout_parallel=config.rollout_parallel,
         )
         work = workload(config, "ppo", mesh.launch.size)
-        results.append(mesh.launch.gather((apart_case if apart else job_case)(work, mesh)))
+        results.append(
+            mesh.launch.gather((apart_case if num_rollout_ranks else job_case)(work, mesh))
+        )
         if mesh.launch.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)

@@ -6,18 +6,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_ranks import EOS, by_sample, texts, trimmed
 
 from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
+from marlhf_mega.data.microbatch import MicrobatchLimit
+from marlhf_mega.experience.evaluation import Evaluator
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh, in_force
+from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh, use_mesh
+from marlhf_mega.rollout.assignment import local_indices
+from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
-from marlhf_mega.train.build import build_generator
-from marlhf_mega.train.evaluate import Evaluator
-from marlhf_mega.update.ppo import local_indices
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
+from marlhf_mega.train.generation import build_generator
+from tests.distributed.layouts_ranks import EOS, by_sample, texts, trimmed
+from tests.distributed.tiny_model import TINY
 
 BATCH = 10
 SMALL_BUCKETS = 1 << 12
@@ -26,18 +31,7 @@ SMALL_BUCKETS = 1 << 12
 def config_for(case):
     return Config.model_validate(
         {
-            "model": {
-                "num_layers": 4,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "num_query_groups": 2,
-                "ffn_hidden_size": 64,
-                "vocab_size": 50,
-                "qk_norm": True,
-                "qkv_bias": True,
-                "init_std": 0.2,
-                **case["model"],
-            },
+            "model": TINY | {"qk_norm": True, "qkv_bias": True} | case["model"],
             "parallel": case["parallel"],
             "precision": {"dtype": "float32"},
             "rollout": {"batch_size": BATCH, "max_response_tokens": 10, **case["rollout"]},
@@ -46,7 +40,7 @@ def config_for(case):
 
 
 def filled(config, mesh, seed):
-    with in_force(mesh):
+    with use_mesh(mesh):
         chunks = build_chunks(config.model, config.precision, mesh, head="language")
         if seed is not None:
             fill_random(chunks, mesh, seed=seed)
@@ -68,7 +62,7 @@ def there_and_back(config, mesh, second):
     there = connect((trained, mesh), (away, second), bucket_bytes=SMALL_BUCKETS)
     back = connect((away, second), (trained, mesh), bucket_bytes=SMALL_BUCKETS)
     there.release()
-    with there.present():
+    with there.fresh_weights():
         arrived = equal_bits(values(away), wanted)
         back.release()
         back.move()
@@ -86,7 +80,7 @@ def there_and_back(config, mesh, second):
 def rollouts(config, mesh):
     """Generate, change the weights as an optimizer step would, generate again."""
     policy = filled(config, mesh, 1)
-    generator, mover = build_generator(policy, config, mesh, eos_id=EOS)
+    generator, resharder = build_generator(policy, config, mesh, stop=StopRule(frozenset({EOS})))
     own = local_indices(BATCH, BATCH, mesh)
     prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6, 2, 9])
     found = {}
@@ -96,11 +90,13 @@ def rollouts(config, mesh):
         rollout = generator.generate(
             [prompts[i] for i in own],
             own,
-            rule=SamplingRule(temperature=temperature),
-            max_response_tokens=10,
-            seed=11,
-            step=3,
-            slots=2,
+            RolloutOptions(
+                rule=SamplingRule(temperature=temperature),
+                max_response_tokens=10,
+                seed=11,
+                step=3,
+                slots=2,
+            ),
         )
         assert rollout.sample_indices == own
         assert rollout.prompts == [prompts[i] for i in own]
@@ -110,7 +106,38 @@ def rollouts(config, mesh):
             "logprobs": by_sample(own, trimmed(rollout.logprobs, rollout.responses), mesh),
         }
     judged = {number: judge(number, prompts, policy, generator, config, mesh) for number in (3, 1)}
-    return found, judged, generator.mesh if mover is not None else None
+    return found, judged, generator.mesh if resharder is not None else None
+
+
+def stopped(config, mesh):
+    """Generate to the limit, then to two end tokens, then to a text, with the same weights."""
+    policy = filled(config, mesh, 1)
+    prompts = texts(5, [3, 6, 4, 5])
+
+    def sampled(stop):
+        rollout = Generator(policy, mesh, stop=stop).generate(
+            prompts,
+            range(4),
+            RolloutOptions(
+                rule=SamplingRule(temperature=1.0),
+                max_response_tokens=12,
+                seed=11,
+                step=3,
+                slots=3,
+            ),
+        )
+        return {"responses": rollout.responses, "finished": rollout.finished}
+
+    whole = sampled(StopRule())
+    ids = [EOS, whole["responses"][1][4]]
+    text = bytes(whole["responses"][2][5:8])
+    return {
+        "ids": ids,
+        "text": list(text),
+        "whole": whole,
+        "at_ids": sampled(StopRule(frozenset(ids))),
+        "at_text": sampled(StopRule(texts=(text,), token_bytes=[bytes([i]) for i in range(50)])),
+    }
 
 
 class Letters:
@@ -122,13 +149,18 @@ class Letters:
     def offsets(self, ids):
         return [(i, i + 1) for i in range(len(ids))]
 
+    def end_text(self, ids):
+        return None
+
 
 def judge(number, prompts, policy, generator, config, mesh):
     """Evaluate on fewer prompts than there are stages and replicas."""
     held_out = [Prompt(prompt_ids=ids, prompt="", row={}) for ids in prompts[:number]]
-    evaluator = Evaluator(config, held_out, Letters(), None, generator, mesh)
+    evaluator = Evaluator(
+        config, held_out, Letters(), None, generator, mesh, limit=MicrobatchLimit(sequences=4)
+    )
     found = evaluator.judge(policy, None)
-    return {"metrics": found.metrics, "answers": ["".join(s.tokens) for s in found.samples]}
+    return {"metrics": found.results.metrics, "answers": ["".join(s.tokens) for s in found.samples]}
 
 
 def main():
@@ -144,7 +176,10 @@ def main():
             parts = [mine] * mesh.world_size
             dist.all_gather_object(parts, mine)
             weights = {name: [part[name] for part in parts] for name in mine}
-        results.append({"rollouts": found, "judged": judged, "weights": weights})
+        result = {"rollouts": found, "judged": judged, "weights": weights}
+        if case.get("stops"):
+            result["stopped"] = stopped(config, mesh)
+        results.append(result)
         if mesh.rank == 0:
             out.write_text(json.dumps(results))
         destroy_mesh(leave_world=False)

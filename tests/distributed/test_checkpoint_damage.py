@@ -1,9 +1,14 @@
 """Damaged, forged and unfinished checkpoints are named and never used."""
 
 import pytest
-from ranks import run_ranks
 
-ROLE_FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json"]
+from tests.distributed.ranks import run_ranks
+
+ROLE_FILES = [
+    ".metadata",
+    *(f"__{rank}_{kind}0.distcp" for rank in range(2) for kind in ("", "optimizer_")),
+    "metadata.json",
+]
 FILES = [
     "manifest.json",
     "state.json",
@@ -131,7 +136,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_on_all_ranks(found):
     assert found["failing"]["good folder"] == ["not refused", "not refused"]
 
 
-@pytest.mark.parametrize("case", ["mended", "mended in the background"])
+@pytest.mark.parametrize("case", ["fixed", "fixed in the background"])
 def test_a_later_save_succeeds_where_one_failed(found, case):
     result = found["failing"][case]
     assert result["messages"] == ["not refused", "not refused"]

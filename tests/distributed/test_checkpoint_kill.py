@@ -1,7 +1,8 @@
 """A save that is killed at any point leaves the previous or the new checkpoint, never a mixture."""
 
 import pytest
-from ranks import run_ranks
+
+from tests.distributed.ranks import run_ranks
 
 WHERE = ["", " in the background"]
 CASES = [f"{case}{where}" for case in ("next step", "same step") for where in WHERE]

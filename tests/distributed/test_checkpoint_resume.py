@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+
+from marlhf_mega.checkpoint.metadata import read_tensors
+from tests.distributed.ranks import run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools" / "checkpoint.py"
 
@@ -23,6 +25,10 @@ EXACT = {
         {"num_experts": 4, "experts_per_token": 2, "expert_ffn_hidden_size": 32},
     ),
     "TP2 CP2 SP": ({"tensor_size": 2, "context_size": 2, "sequence_parallel": True}, {}),
+    "TP2 PP2 SP scalar lora": (
+        TP2_PP2 | {"sequence_parallel": True},
+        {"head": "scalar", "lora": {"rank": 3}},
+    ),
 }
 RESHARD = {
     "DP4": {},
@@ -40,7 +46,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(root):
-    cases = json.dumps({"exact": EXACT, "reshard": RESHARD})
+    cases = json.dumps({"exact": EXACT, "reshard": RESHARD, "adapters": "TP2 PP2 SP scalar lora"})
     return run_ranks("checkpoint_resume_ranks.py", 4, root / "out.json", str(root), cases)
 
 
@@ -96,6 +102,25 @@ def test_there_and_back_changes_no_bit(found, layout):
     assert found["reshard"][layout]["back"] == found["exact"]["TP2 PP2"]["digests"][1]
 
 
+def test_adapters_go_on_at_another_layout_and_their_base_is_not_saved(found, root):
+    base, result = found["exact"]["TP2 PP2 SP scalar lora"], found["adapters"]["reshard"]
+    for got, expected in zip(result["steps"], base["expected"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+    assert result["back"] != base["digests"][0]
+    folder = root / "exact7" / "checkpoints" / "step_000002" / "policy"
+    names = {name for name in read_tensors(folder) if not name.startswith("optimizer.")}
+    assert len(names) == 1 + 4 * 4 * 2
+    assert all(".lora." in name or name == "output_layer.weight" for name in names)
+
+
+def test_adapters_of_another_base_are_refused(found):
+    for message in found["adapters"]["refused"]:
+        assert (
+            "must be of the weights of this model; it has adapters of a base with hash" in message
+        )
+        assert len(message.splitlines()) == 1
+
+
 def test_weights_alone_fill_a_reference_at_another_layout(found):
     weights = found["weights"]
     assert weights["reference_fresh"] == []
@@ -131,7 +156,7 @@ def test_a_model_that_never_stepped_is_saved_and_restored(found):
     [
         ("head", "output_layer.weight with shape [1, 32] instead of [48, 32]"),
         ("role", "must hold the model policy; it has reward"),
-        ("run", "must hold a checkpoint that can be loaded; there is none"),
+        ("run", "must hold a checkpoint; there is none"),
         ("width", "embedding.word_embeddings.weight with shape [64, 32] instead of [48, 16]"),
         ("depth", "with shape [4,"),
         ("unused", "also holds optimizer.state.exp_avg.output_layer.weight"),
@@ -177,14 +202,14 @@ def test_the_tool_shows_where_a_checkpoint_comes_from_and_its_tensors(found, too
     rows = [line.split() for line in lines[4:]]
     assert ["decoder.layers.mlp.linear_fc1.weight", "bfloat16", "4x128x32", "32", "KiB"] in rows
     assert ["optimizer.state.exp_avg.output_layer.weight", "float32", "64x32", "8", "KiB"] in rows
-    assert lines[-1] == f"{folder.parent} has step_000002"
+    assert lines[-1] == f"{folder.parent} holds step_000002"
 
 
 def test_the_tool_names_every_fault_in_a_line(found, tool, root, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(root / "exact0", run)
     good = run / "checkpoints" / "step_000002"
-    assert tool("verify", run) == (0, [f"{good}: 7 files, 1.106 MiB, are as they were written"])
+    assert tool("verify", run) == (0, [f"{good}: 11 files, 1.106 MiB, intact"])
     bad = good.with_name("step_000004")
     shutil.copytree(good, bad)
     (bad / "state.json").unlink()
@@ -194,7 +219,7 @@ def test_the_tool_names_every_fault_in_a_line(found, tool, root, tmp_path):
     code, lines = tool("verify", run)
     assert code == 1
     assert lines[0] == f"{good.parent}: latest names no checkpoint ('nonsense')"
-    assert lines[1].startswith(f"{good}: 7 files")
+    assert lines[1].startswith(f"{good}: 11 files")
     assert lines[2].startswith(f"{bad}: policy/__1_0.distcp has ")
     assert lines[3:] == [f"{bad}: state.json is missing"]
     code, lines = tool("verify", bad, "--json")
@@ -203,7 +228,7 @@ def test_the_tool_names_every_fault_in_a_line(found, tool, root, tmp_path):
     code, lines = tool("inspect", bad)
     assert (code, lines) == (
         1,
-        [f"{bad}: must be as it was written; state.json is missing. Use another checkpoint."],
+        [f"{bad}: must be intact; state.json is missing. Use another checkpoint."],
     )
 
 
@@ -211,7 +236,7 @@ def test_the_tool_names_every_fault_in_a_line(found, tool, root, tmp_path):
 def test_the_tool_finds_no_difference_between_layouts(found, tool, root, index):
     """The rows of the vocabulary are padded to 64 at TP2 and TP4, and to 48 at TP1."""
     code, lines = tool("compare", root / "exact0", root / f"reshard{index}")
-    assert (code, lines) == (0, ["policy: 40 of 40 tensors are the same"])
+    assert (code, lines) == (0, ["policy: 40 of 40 tensors are equal"])
 
 
 def test_the_tool_names_what_is_different(found, tool, root, tmp_path):

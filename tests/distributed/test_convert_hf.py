@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from tests.distributed.ranks import JOB, run_forked
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_hf.py"
+AVERAGE = ROOT / "tools" / "average_models.py"
 MAKE = """
 import sys, torch, transformers
 torch.manual_seed(0)
@@ -31,15 +33,23 @@ transformers.LlamaForSequenceClassification(config).save_pretrained(sys.argv[2])
 """
 
 
-def run(*arguments, code=0):
+def in_transformers(program, *arguments):
+    """Run a program in a process without Megatron; return its last line as JSON, if it has one."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout else None
+
+
+def run(program, *arguments, ranks=1, code=0):
+    offline = {"HF_HUB_OFFLINE": "1"}
+    done = run_forked(program, *arguments, ranks=ranks, environment=offline)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-5000:]
     return done
 
@@ -61,7 +71,7 @@ def tensors(folder):
 def folder(tmp_path_factory):
     """Hold a language model `model` and a reward model `judge`, with a tokenizer each."""
     folder = tmp_path_factory.mktemp("convert")
-    run("-c", MAKE, folder / "model", folder / "judge")
+    in_transformers(MAKE, folder / "model", folder / "judge")
     train_tokenizer(toy.tokenizer_text(0, 300), folder / "tok", vocab_size=400)
     for name in ("model", "judge"):
         shutil.copytree(folder / "tok", folder / name, dirs_exist_ok=True)
@@ -107,6 +117,30 @@ def test_import_and_export_keep_every_bit(folder, tmp_path):
     assert convert("compare", run_dir, folder / "model")["different"] == {}
 
 
+def test_a_run_is_averaged_after_its_export(folder, tmp_path):
+    convert("import", folder / "model", tmp_path / "run")
+    run(AVERAGE, tmp_path / "out", tmp_path / "run", folder / "model", "--weights", "0.75,0.25")
+    expected, found = tensors(folder / "model"), tensors(tmp_path / "out")
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_number_format_is_kept(folder, tmp_path, dtype):
+    half = tmp_path / "half"
+    shutil.copytree(folder / "judge", half)
+    values = {name: t.to(dtype) for name, t in load_file(half / "model.safetensors").items()}
+    save_file(values, half / "model.safetensors", metadata={"format": "pt"})
+    convert("import", half, tmp_path / "run")
+    convert("export", tmp_path / "run", tmp_path / "back", "--role", "reward")
+    found = tensors(tmp_path / "back")
+    assert all(found[name].dtype == dtype for name in values)
+    assert all(found[name].equal(tensor) for name, tensor in values.items())
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
+    assert config["pad_token_id"] == 0
+
+
 def test_compare_names_what_differs(folder, tmp_path):
     shutil.copytree(folder / "judge", tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
@@ -130,12 +164,17 @@ def test_compare_names_what_differs(folder, tmp_path):
             "such folder. Check the path, or train that model first.",
         ),
         (
+            ["import", "none", "{tmp}/run"],
+            "model.hf_path={here}/none: must be a run directory or a Hugging Face folder; no such "
+            "folder. Check the path, or train that model first.",
+        ),
+        (
             ["import", "{folder}/model", "{folder}/tok"],
-            "{folder}/tok: must be a new folder; it is not empty. Name another.",
+            "{folder}/tok: must be a new folder; it is not empty. Use another.",
         ),
         (
             ["export", "{folder}/model", "{tmp}/out"],
-            "{folder}/model: must be a run directory; it is a Hugging Face folder. Name another.",
+            "{folder}/model: must be a run directory; it is a Hugging Face folder. Use another.",
         ),
         (
             ["verify", "{folder}/model", "--tensor-size", "3"],
@@ -146,7 +185,7 @@ def test_compare_names_what_differs(folder, tmp_path):
 def test_wrong_requests_are_refused_in_one_line(folder, tmp_path, arguments, message):
     filled = [a.format(folder=folder, tmp=tmp_path) for a in arguments]
     done = run(TOOL, *filled, code=2)
-    assert done.stderr.splitlines()[0] == message.format(folder=folder)
+    assert done.stderr.splitlines()[0] == message.format(folder=folder, here=Path.cwd())
     assert not any(tmp_path.iterdir())
 
 
@@ -167,14 +206,13 @@ def test_a_damaged_folder_is_refused_before_any_rank_starts(folder, tmp_path):
     shard = max((tmp_path / "cut").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])
     done = run(TOOL, "verify", tmp_path / "cut", code=2)
-    assert f"{shard.name} must be a whole safetensors file" in done.stderr
+    assert f"{shard.name} must be a complete safetensors file" in done.stderr
 
 
 def ppo(folder, run_dir, *options, ranks=4, code=0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     return run(
-        *(launcher if ranks > 1 else []),
-        *("-m", "marlhf_mega", "ppo"),
+        JOB,
+        "ppo",
         f"model.hf_path={folder / 'model'}",
         f"run.dir={run_dir}",
         f"data.train_path={folder / 'prompts.jsonl'}",
@@ -182,12 +220,16 @@ def ppo(folder, run_dir, *options, ranks=4, code=0):
         *("rollout.batch_size=8", "ppo.minibatch_size=8", "policy.lr=1e-3", "critic.lr=1e-3"),
         f"reward.source={folder / 'judge'}",
         *options,
+        ranks=ranks,
         code=code,
     )
 
 
 def test_a_policy_trained_from_a_folder_answers_in_transformers_as_it_was_trained(folder, tmp_path):
     """The export during the run equals the checkpoint, and transformers agrees with us on it."""
+    settings = json.loads((folder / "model" / "generation_config.json").read_text())
+    settings |= {"top_p": 0.9, "do_sample": True}
+    (folder / "model" / "generation_config.json").write_text(json.dumps(settings))
     layout = ["parallel.tensor_size=2", "parallel.pipeline_size=2", "checkpoint.import_once=true"]
     ppo(folder, tmp_path / "run", *layout, "checkpoint.export_from_first=true")
     exported = tmp_path / "run" / "hf"
@@ -195,6 +237,8 @@ def test_a_policy_trained_from_a_folder_answers_in_transformers_as_it_was_traine
     found = convert("verify", exported, "--pipeline-size", 2)
     assert found["max_logit_diff"] < 1e-5
     assert found["generated_equal"] is True
+    assert found["text_equal"] is True
+    assert json.loads((exported / "generation_config.json").read_text()) == settings
     before, after = tensors(folder / "model"), tensors(exported)
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], tensor) for name, tensor in after.items())
@@ -250,15 +294,14 @@ def test_an_exported_reward_model_scores_a_padded_batch(folder, tmp_path):
     pairs = [{"prompt": "a b", "chosen": "c", "rejected": "d e f"}] * 8
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     run(
-        *("-m", "marlhf_mega", "reward", f"run.dir={tmp_path / 'rm'}", "run.steps=1"),
+        *(JOB, "reward", f"run.dir={tmp_path / 'rm'}", "run.steps=1"),
         f"tokenizer.path={folder / 'tok'}",
         f"data.train_path={tmp_path / 'pairs.jsonl'}",
         *("model.hidden_size=32", "model.ffn_hidden_size=48", "reward_model.batch_size=8"),
     )
     rows = [[5, 9, 2], [8, 30, 41, 77, 100, 2], [1, 12, 2]]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    done = run("-c", SCORE, tmp_path / "rm" / "hf", tmp_path / "rows.json")
-    together, alone = json.loads(done.stdout.splitlines()[-1])
+    together, alone = in_transformers(SCORE, tmp_path / "rm" / "hf", tmp_path / "rows.json")
     assert together == pytest.approx(alone, abs=1e-6)
     config = json.loads((tmp_path / "rm" / "hf" / "config.json").read_text())
     assert config["pad_token_id"] != config["eos_token_id"] == 2

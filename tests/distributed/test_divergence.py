@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from ranks import run_ranks
 
 from marlhf_mega.config.schema import PrecisionConfig
-from marlhf_mega.update.divergence import Divergence
+from marlhf_mega.update.fp8_guard import Divergence
+from tests.distributed.ranks import run_ranks
 
 MODEL = {
     "num_layers": 4,

@@ -2,7 +2,7 @@
 
 import json
 
-from ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 
 def test_every_rank_gets_its_shard_of_the_sum_to_the_bit(tmp_path):

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+
+from tests.distributed.ranks import run_ranks
 
 HERE = Path(__file__).parent
 LAYOUTS = {
@@ -21,6 +22,7 @@ LAYOUTS = {
         "TP2 PP2": {"tensor_size": 2, "pipeline_size": 2},
         "TP4": {"tensor_size": 4},
         "PP4": {"pipeline_size": 4},
+        "EP2 DP4": {"expert_size": 2},
         "TP2 EP2 PP2 SP": {
             "tensor_size": 2,
             "pipeline_size": 2,
@@ -49,7 +51,7 @@ def answers(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("hf")
     models = scratch / "models"
     models.mkdir()
-    run(HERE.parent / "unit" / "checkpoint_hf" / "make_hf.py", models)
+    run(HERE.parent / "unit" / "checkpoint" / "hf" / "make_hf.py", models)
     run(HERE / "hf_reference.py", models, scratch / "expected.json")
     found = {}
     for world, layouts in LAYOUTS.items():
@@ -57,7 +59,7 @@ def answers(tmp_path_factory):
         for name in layouts:
             (exports / name).mkdir(parents=True)
         options = [str(models), json.dumps(layouts), str(exports)]
-        found |= run_ranks("hf_ranks.py", world, scratch / f"{world}.json", *options)
+        found |= run_ranks("hf_parity_ranks.py", world, scratch / f"{world}.json", *options)
     return json.loads((scratch / "expected.json").read_text()), found
 
 

@@ -4,25 +4,18 @@ import json
 
 import pytest
 import torch
-from ranks import run_ranks
 
-MODEL = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "ffn_hidden_size": 64,
-    "vocab_size": 50,
-    "init_std": 0.2,
-}
-SOFTCAP = MODEL | {
+from tests.distributed.ranks import run_ranks
+from tests.distributed.tiny_model import TINY
+
+SOFTCAP = TINY | {
     "architecture": "gemma2",
     "tied_embeddings": True,
     "post_norms": True,
     "zero_centered_norm": True,
     "attention_softcap": 20.0,
 }
-MODELS = {"llama": MODEL, "softcap": SOFTCAP}
+MODELS = {"llama": TINY, "softcap": SOFTCAP}
 TP2_PP2 = {"tensor_size": 2, "pipeline_size": 2}
 LAYOUTS = {
     "TP2 PP2": TP2_PP2,

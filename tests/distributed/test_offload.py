@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from ranks import run_ranks
 
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.memory import formats_of, stage_memory
 from marlhf_mega.plan.workload import workload
+from tests.distributed.ranks import run_ranks
 
 SMALL = {
     "num_layers": 4,

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from ranks import run_ranks
+
+from tests.distributed.ranks import run_ranks
 
 EXPERTS = {"num_experts": 4, "expert_ffn_hidden_size": 32}
 TIED = {"tied_embeddings": True}

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from ranks import run_ranks
 
-from marlhf_mega.train.quickstart import SETTINGS, VOCABULARY
+from marlhf_mega.commands.quickstart import SETTINGS, VOCABULARY
+from tests.distributed.ranks import run_ranks
 
 QUICKSTART = {
     "model": SETTINGS["model"] | {"vocab_size": VOCABULARY},
@@ -14,8 +14,8 @@ QUICKSTART = {
     "ppo": SETTINGS["ppo"],
     "reward": {"source": "runs/quickstart/reward"},
 }
-SMALL = {"batch_size": 32, "max_response_tokens": 24}
-PPO = {"minibatch_size": 32, "microbatch_size": 4}
+SMALL = {"batch_size": 16, "max_response_tokens": 24}
+PPO = {"minibatch_size": 16, "microbatch_size": 4}
 TEXT = {"max_prompt_tokens": 40}
 CASES = {
     "quickstart": QUICKSTART | {"parallel": {"tensor_size": 2, "pipeline_size": 2}},
@@ -39,8 +39,9 @@ CASES = {
         "model": {"num_layers": 8, "vocab_size": 300, "qkv_bias": True, "qk_norm": True},
         "parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2},
         "data": TEXT,
-        "rollout": SMALL,
-        "ppo": PPO,
+        # Fewer microbatches than this would all be in flight at once.
+        "rollout": SMALL | {"batch_size": 32},
+        "ppo": PPO | {"minibatch_size": 32},
         "reward": {"source": "runs/none"},
     },
     "TP2 PP2 SP softcap": {
@@ -108,6 +109,28 @@ CASES = {
         "ppo": PPO | {"microbatch_tokens": 152, "packing": True},
         "reward": {"source": "runs/none"},
     },
+    "PP2 VPP2 DP2 adapters": {
+        "model": {"num_layers": 8, "vocab_size": 300, "lora": {"rank": 8}},
+        "parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2},
+        "data": TEXT,
+        "rollout": SMALL | {"batch_size": 32},
+        "ppo": PPO | {"minibatch_size": 32},
+        "reward": {"source": "runs/none"},
+    },
+    "TP2 DP2 bfloat16 tied adapters": {
+        "model": {
+            "num_layers": 3,
+            "vocab_size": 300,
+            "tied_embeddings": True,
+            "lora": {"rank": 4},
+        },
+        "parallel": {"tensor_size": 2},
+        "precision": {"dtype": "bfloat16"},
+        "data": TEXT,
+        "rollout": SMALL,
+        "ppo": PPO,
+        "reward": {"source": "runs/none"},
+    },
     "TP2 SP EP2 experts": {
         "model": {
             "num_layers": 2,
@@ -136,7 +159,7 @@ APART = {
     },
     "parallel": {"tensor_size": 2, "sequence_parallel": True},
     "data": TEXT | {"validation_path": "prompts.jsonl"},
-    "rollout": SMALL | {"ranks": 2, "tensor_size": 1, "slots": 10},
+    "rollout": SMALL | {"batch_size": 32, "ranks": 2, "tensor_size": 1, "slots": 10},
     "ppo": PPO,
     "evaluate": {"batch_size": 6},
 }
@@ -196,5 +219,5 @@ def test_ranks_that_only_generate_take_the_planned_bytes(tmp_path):
         # 64 tokens, 128 wide, float32: 10 sequences of 4 groups, or 6 of 2.
         slots = 10 * 4 if rank["only generates"] else 6 * 2
         assert real["kv cache"] == 2 * 2 * slots * 64 * 128 * 4
-        room = planned["buckets of the move"]
-        assert 0.9 * room < real["buckets of the move"] <= room
+        room = planned["resharding buckets"]
+        assert 0.9 * room < real["resharding buckets"] <= room

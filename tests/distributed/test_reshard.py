@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from ranks import run_ranks
+
+from tests.distributed.ranks import run_ranks
 
 PP2 = {"pipeline_size": 2}
 TP2_PP2 = PP2 | {"tensor_size": 2}
@@ -37,6 +38,7 @@ CASES = {
         EXPERTS,
     ),
 }
+STOPPED = ["stops", *MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,9 @@ def results(tmp_path_factory):
     keys = ("parallel", "rollout", "model")
     cases = {name: dict(zip(keys, case, strict=True)) for name, case in CASES.items()}
     cases |= {name: {"parallel": PP2, "rollout": {}, "model": m} for name, m in MODELS.items()}
+    cases["stops"] = {"parallel": TP2_PP2, "rollout": {}, "model": UNTIED}
+    for name in STOPPED:
+        cases[name]["stops"] = True
     out = tmp_path_factory.mktemp("reshard") / "4.json"
     found = run_ranks("reshard_ranks.py", 4, out, json.dumps(list(cases.values())))
     return dict(zip(cases, found, strict=True))
@@ -81,3 +86,21 @@ def test_weights_travel_bit_for_bit_there_and_back(results, name):
     assert all(weights["released"])
     assert all(weights["main_mesh_rules"])
     assert min(weights["rounds"]) > 3 or weights["sent"] == [0] * 4
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_responses_stop_at_every_end_token_and_text(results, name):
+    """Against the same draws without an end, cut by hand."""
+    found = results[name]["stopped"]
+    whole, ids, text = found["whole"]["responses"], found["ids"], found["text"]
+    assert found["whole"]["finished"] == [False] * 4
+    cut = [next((r[: i + 1] for i, t in enumerate(r) if t in ids), r) for r in whole]
+    assert found["at_ids"]["responses"] == cut
+    assert found["at_ids"]["finished"] == [r[-1] in ids for r in cut]
+    assert any(r[-1] == ids[1] and len(r) < 12 for r in cut)
+    ends = [next((i for i in range(3, 13) if r[i - 3 : i] == text), 12) for r in whole]
+    assert found["at_text"]["responses"] == [r[:end] for r, end in zip(whole, ends, strict=True)]
+    assert found["at_text"]["finished"] == [
+        r[end - 3 : end] == text for r, end in zip(whole, ends, strict=True)
+    ]
+    assert found["at_text"]["finished"][2]

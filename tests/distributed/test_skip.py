@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from ranks import run_ranks
+import torch
 from safetensors.torch import load_file
+
+from tests.distributed.ranks import run_ranks
 
 LAYOUTS = {
     "TP2 DP2": {"tensor_size": 2},
@@ -13,10 +15,37 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def steps(request, tmp_path_factory):
+def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("skip")
     options = [str(folder / "run"), json.dumps(LAYOUTS[request.param])]
     return run_ranks("skip_ranks.py", 4, folder / "found.json", *options), folder / "run"
+
+
+@pytest.fixture
+def steps(results):
+    found, run_dir = results
+    return found["steps"], run_dir
+
+
+def test_a_minibatch_in_which_no_sample_counts_moves_no_weight_and_is_counted(results):
+    """The step before leaves moments by which Adam would move."""
+    (moved, metrics), (same, skipped) = results[0]["empty"]
+    assert not moved
+    assert metrics["policy/skipped_fraction"] == metrics["critic/skipped_fraction"] == 0.0
+    assert same
+    assert skipped["policy/skipped_fraction"] == skipped["critic/skipped_fraction"] == 1.0
+    assert "policy/loss" not in skipped
+
+
+def test_one_log_prob_that_is_not_a_number_costs_its_sample_only(results):
+    found = results[0]["poisoned"]
+    assert found["metrics"]["rollout/invalid_fraction"] == 1 / 8
+    assert [part["finite"] for part in found["parts"]] == [True, True]
+    counting = [flag for part in found["parts"] for flag in part["counting"]]
+    assert counting == [True] * 4 + [False] + [True] * 3
+    whitened = torch.tensor([a for part in found["parts"] for a in part["advantages"]])
+    assert whitened.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert whitened.var().item() == pytest.approx(1.0, abs=1e-3)
 
 
 def test_only_the_poisoned_model_rests_and_it_rests_everywhere(steps):

@@ -41,7 +41,7 @@ def offload_case(memory):
 
 def planned(memory):
     config = Config.model_validate(offload_case(memory))
-    engine = platform.current().has_transformer_engine
+    engine = bool(platform.current().transformer_engine)
     formats = formats_of(config.precision, on_gpu=True, has_engine=engine)
     return stage_memory(workload(config, "ppo", 1), 0, formats)
 
@@ -75,7 +75,7 @@ def run(arguments, *, gpu, timeout=300):
 
 
 def answers(out, dtype, *folder, gpu):
-    run([HERE / "tiny_answers.py", out, dtype, *folder], gpu=gpu)
+    run([ROOT / "tools" / "acceptance" / "tiny_answers.py", out, dtype, *folder], gpu=gpu)
     found = json.loads(out.read_text())
     assert found["device"] == ("cuda" if gpu else "cpu")
     return found

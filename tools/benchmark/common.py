@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, starting ranks, random models and prompts, peaks, output."""
+"""Shared by the benchmarks: options, launch of ranks, random models and tokens, timing, output."""
 
 import argparse
 import json
@@ -15,54 +15,67 @@ import torch
 from marlhf_mega import platform
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.checks import check_world
+from marlhf_mega.config.model import Head
 from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.flops import peak_flops
-from marlhf_mega.models.gpt import Head, StageModel, build_chunks
+from marlhf_mega.models.gpt import StageModel, build_chunks
 from marlhf_mega.parallel.collectives import barrier, max_over_world, sum_over_world
 from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh, world_size_from_environment
 
 EOS = 2
-LENGTHS_HELP = "geometric:LOW:HIGH: draw each response's length instead of --response-len"
-OVERLAP_HELP = "gradients and new weights travel while passes compute (parallel.overlap)"
+LENGTHS_HELP = "geometric:LOW:HIGH draws each response's length; None: --response-len for all"
+OVERLAP_HELP = "overlap gradient reduction and parameter gathers with compute (parallel.overlap)"
+OUT_HELP = "also write the JSON object to this file"
 
 Result = dict[str, Any]
+Measure = Callable[[argparse.Namespace, Config, Mesh], Result]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the line breaks of the description."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return the options of every benchmark: shape, layout, work, repetitions."""
-    options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return a parser with the options of every benchmark: model, layout, work, repetitions."""
+    options = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     shape = options.add_argument_group("model (Llama, random weights)")
-    sizes = {"hidden": 512, "layers": 8, "heads": 8, "kv-heads": 4, "ffn": 1408, "vocab": 4096}
-    for name, default in sizes.items():
-        shape.add_argument(f"--{name}", type=int, default=default)
-    shape.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    shape.add_argument("--fp8", choices=["off", "hybrid", "e4m3"], default="off")
+    for name, default, about in (
+        ("hidden", 512, "hidden size"),
+        ("layers", 8, "transformer layers"),
+        ("heads", 8, "attention heads"),
+        ("kv-heads", 4, "key-value heads"),
+        ("ffn", 1408, "feed-forward size"),
+        ("vocab", 4096, "vocabulary size"),
+    ):
+        shape.add_argument(f"--{name}", type=int, default=default, help=about)
+    dtypes = ["auto", "float32", "bfloat16"]
+    shape.add_argument("--dtype", choices=dtypes, default="auto", help="auto: the device's own")
+    formats = ["off", "hybrid", "e4m3"]
+    shape.add_argument("--fp8", choices=formats, default="off", help="as precision.fp8")
     layout = options.add_argument_group("layout")
     layout.add_argument("--ranks", type=int, default=1, help="processes to start")
-    layout.add_argument("--threads", type=int, default=1, help="CPU threads of each")
-    layout.add_argument("--tensor-size", type=int, default=1)
-    layout.add_argument("--pipeline-size", type=int, default=1)
-    layout.add_argument("--context-size", type=int, default=1)
+    layout.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
+    for axis in ("tensor", "pipeline", "context"):
+        layout.add_argument(f"--{axis}-size", type=int, default=1, help=f"{axis}-parallel ranks")
     work = options.add_argument_group("work")
-    work.add_argument("--batch", type=int, default=32, help="sequences, over all ranks")
-    work.add_argument("--prompt-len", type=int, default=64)
-    work.add_argument("--response-len", type=int, default=64)
-    work.add_argument("--seed", type=int, default=1234)
-    work.add_argument("--warmup", type=int, default=1, help="iterations that do not count")
-    work.add_argument("--iters", type=int, default=5)
-    work.add_argument("--out", type=Path, help="also write the JSON object here")
+    work.add_argument("--batch", type=int, default=32, help="sequences over all ranks")
+    work.add_argument("--prompt-len", type=int, default=64, help="tokens of a prompt")
+    work.add_argument("--response-len", type=int, default=64, help="tokens of a response")
+    work.add_argument("--seed", type=int, default=1234, help="of weights and tokens")
+    work.add_argument("--warmup", type=int, default=1, help="iterations before the timed ones")
+    work.add_argument("--iters", type=int, default=5, help="timed iterations")
+    work.add_argument("--out", type=Path, help=OUT_HELP)
     return options
 
 
-def run(args: argparse.Namespace, measure: Callable[[Config, Mesh], Result]) -> int:
-    """Call `measure` on every rank, starting the ranks if need be; rank 0 prints what it found.
+def run(args: argparse.Namespace, measure: Measure) -> int:
+    """Start the ranks, call `measure` on each of them, and print the result on rank 0.
 
     Args:
-        args: the options.
-        measure: returns `seconds` (a spread of every phase), `flops` by phase, readable `lines`
-            and what else goes into the JSON object. ValueError: the options do not fit.
+        args: the parsed options.
+        measure: returns `seconds` (the spread of each phase), `flops` per phase, readable `lines`
+            and further entries of the JSON object, given the options, their configuration and this
+            rank's mesh. It raises ValueError if the options do not fit.
 
     Returns:
         The exit code: 0 done, 2 wrong options.
@@ -79,7 +92,7 @@ def run(args: argparse.Namespace, measure: Callable[[Config, Mesh], Result]) -> 
         check_world(config, world_size)
         mesh = create_mesh(config.parallel)
         before = gemm_peaks(mesh, args.dtype)
-        found = measure(config, mesh)
+        found = measure(args, config, mesh)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -106,7 +119,7 @@ def run(args: argparse.Namespace, measure: Callable[[Config, Mesh], Result]) -> 
 
 
 def _become_ranks(args: argparse.Namespace) -> None:
-    """Replace this process by torchrun on the same command; does not return."""
+    """Replace this process by torchrun with the same command; does not return."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(args.ranks), *sys.argv]
     sys.stdout.flush()
@@ -114,7 +127,7 @@ def _become_ranks(args: argparse.Namespace) -> None:
 
 
 def make_config(args: argparse.Namespace) -> Config:
-    """Return the configuration of the asked shape, layout and work."""
+    """Return the configuration that the options describe."""
     return Config.model_validate(
         {
             "run": {"seed": args.seed},
@@ -140,30 +153,30 @@ def make_config(args: argparse.Namespace) -> Config:
 
 
 def build(config: Config, mesh: Mesh, head: Head, *, seed: int) -> list[StageModel]:
-    """Return this rank's chunks of a random model."""
+    """Return this rank's chunks of a model with random weights."""
     chunks = build_chunks(config.model, config.precision, mesh, head=head)
     fill_random(chunks, mesh, seed=seed)
     return chunks
 
 
 def random_tokens(seed: int, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Return one list of random ids, none of them the end token, for each length."""
+    """Return one list of random token ids per length, without the end token."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(EOS + 1, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 def response_lengths(text: str | None, *, count: int, fixed: int, seed: int) -> list[int]:
-    """Return how many tokens each response gets.
+    """Return the length of each response in tokens.
 
     Args:
-        text: none, or `geometric:LOW:HIGH`: LOW plus a geometric number, at most HIGH; before the
-            cut the mean lies a quarter of the way from LOW to HIGH.
+        text: `geometric:LOW:HIGH` draws LOW plus a geometric number and clips at HIGH; the mean
+            before clipping is LOW + (HIGH - LOW) / 4. None gives every response `fixed` tokens.
         count: number of responses.
-        fixed: length where `text` is none.
+        fixed: length without `text`.
         seed: of the draws.
 
     Raises:
-        ValueError: the text is not of that form.
+        ValueError: `text` has another form.
     """
     if text is None:
         return [fixed] * count
@@ -179,7 +192,7 @@ def response_lengths(text: str | None, *, count: int, fixed: int, seed: int) -> 
 
 
 def timed(mesh: Mesh, work: Callable[[int], object], *, warmup: int, iters: int) -> list[float]:
-    """Return the slowest rank's seconds of every counted call of `work(iteration)`."""
+    """Return the slowest rank's seconds of each `work(iteration)` after the warm-up."""
     seconds = []
     for iteration in range(warmup + iters):
         barrier()
@@ -192,7 +205,7 @@ def timed(mesh: Mesh, work: Callable[[int], object], *, warmup: int, iters: int)
 
 
 def slowest(mesh: Mesh, seconds: float) -> float:
-    """Return the largest of all ranks' seconds."""
+    """Return the maximum over all ranks."""
     return float(max_over_world(torch.tensor([seconds], dtype=torch.float64, device=mesh.device)))
 
 
@@ -202,20 +215,20 @@ def total(mesh: Mesh, value: float) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def gemm_peaks(mesh: Mesh, dtype: str, *, repeats: int = 9) -> dict[str, float]:
-    """Measure matrix products of all ranks at once.
+    """Measure the rate of matrix products that all ranks compute at the same time.
 
     Args:
-        mesh: the ranks.
+        mesh: this rank's mesh.
         dtype: number format of the run.
-        repeats: products timed; the median counts.
+        repeats: timed products; the median counts.
 
     Returns:
-        FLOP/s of all ranks together, through `torch.mm` and, on CPUs that have it, through oneDNN
+        FLOP/s summed over all ranks, through `torch.mm` and, on CPUs that have it, through oneDNN
         with reordered weights.
     """
     numbers = mesh.platform.default_dtype if dtype == "auto" else getattr(torch, dtype)
@@ -235,7 +248,7 @@ def gemm_peaks(mesh: Mesh, dtype: str, *, repeats: int = 9) -> dict[str, float]:
 
 
 def copy_bandwidth(mesh: Mesh, *, repeats: int = 9) -> float:
-    """Measure the bytes per second that a large copy reads and writes, on all ranks at once."""
+    """Measure the bytes per second that large copies on all ranks read and write."""
     size = 1 << (28 if mesh.platform.name == "cuda" else 25)
     source = torch.zeros(size, device=mesh.device)
     target = torch.zeros_like(source)
@@ -244,25 +257,25 @@ def copy_bandwidth(mesh: Mesh, *, repeats: int = 9) -> float:
 
 
 def add_rates(result: Result, *, num_ranks: int) -> None:
-    """Turn each phase's FLOPs into FLOP/s and fractions of the peaks, in place."""
+    """Replace each phase's FLOPs by FLOP/s and fractions of the peaks, in place."""
     measured = max(result["gemm_peak_flops"].values())
     vendor = peak_flops(result["device"])
     result["phases"] = phases = {}
     for phase, flops in result.pop("flops").items():
         rate = flops / result["seconds"][f"{phase}_s"]["median"]
         phases[phase] = {"flops": flops, "flops_per_s": rate, "gemm_fraction": rate / measured}
-        # The vendor's figure is that of bfloat16.
+        # The vendor's peak is for bfloat16.
         if vendor is not None and result["settings"]["dtype"] != "float32":
             phases[phase]["mfu"] = rate / (vendor * num_ranks)
 
 
 def show(result: Result, out: Path | None) -> None:
-    """Print readable lines and then the JSON object; write it to a file if asked to."""
+    """Print readable lines, then the JSON object; write the object to `out` if given."""
     print(f"{result['benchmark']}: {result['layout']}, {result['settings']['threads']} thread(s)")
     peaks = result["gemm_peak_flops"].items()
     print("GEMM peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks))
     for name, s in result["seconds"].items():
-        line = f"{name:14}{s['median']:9.4f} (least {s['min']:.4f}, most {s['max']:.4f})"
+        line = f"{name:14}{s['median']:9.4f} (min {s['min']:.4f}, max {s['max']:.4f})"
         phase = result["phases"].get(name.removesuffix("_s"), {})
         if phase:
             line += f"  {phase['flops_per_s'] / 1e9:.1f} GFLOP/s, "
@@ -277,7 +290,7 @@ def show(result: Result, out: Path | None) -> None:
 
 
 def write_json(found: Result, out: Path | None) -> None:
-    """Print one JSON object; write it to a file too if asked to."""
+    """Print one JSON object; write it to `out` if given."""
     text = json.dumps(found)
     print(text)
     if out:

@@ -1,13 +1,13 @@
-"""Seconds to import a model from a Hugging Face folder and to export it, against the disk's rate.
+"""Time import from and export to a Hugging Face folder, relative to the disk's own rate.
 
-    python tools/benchmark/conversion.py [--ranks 4 --tensor-size 2 --pipeline-size 2] ...
+    python tools/benchmark/conversion.py --ranks 4 --tensor-size 2 --pipeline-size 2
     python tools/benchmark/conversion.py --plan --tensor-size 8 --pipeline-size 4
 
-By default a random Llama of 1.1 billion parameters in bfloat16. Imports are cold (the files' pages
-are dropped from the page cache first) and warm; the disk is read and written sequentially by one
-process, cold and synced, in turn with them. Extra memory is what a rank's own pages grow by while
-it converts; pages of mapped files, which the system may drop at any time, are not counted.
-`--plan` computes, without running, what an import of Llama-3-70B needs on the most loaded rank.
+By default the model is a random Llama of 1.1 billion parameters in bfloat16. Imports are cold (the
+files are dropped from the page cache first) and warm. They alternate with sequential reads (cold)
+and writes (synced) of one process. Extra memory is the growth of a rank's anonymous pages during
+conversion; pages of mapped files, which the system can drop at any time, do not count. `--plan`
+runs nothing and computes what an import of Llama-3-70B needs on the most loaded rank.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.parallel.collectives import share_from_first
+from marlhf_mega.parallel.collectives import broadcast_object
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.train.export import export_hf
 
@@ -38,9 +38,9 @@ BLOCK = 1 << 24
 
 
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
-    """Export, import cold, import warm, write and read the disk, in turn."""
+    """Alternate export, cold import, warm import, sequential write and sequential read."""
     path = tempfile.mkdtemp(dir=args.folder) if mesh.rank == 0 else ""
-    scratch = Path(share_from_first(path, mesh))
+    scratch = Path(broadcast_object(path))
     folder, plain = scratch / "hf", scratch / "plain"
     chunks = build_chunks(config.model, config.precision, mesh, head="language")
     for parameter in local_parameters(chunks):
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
 
 @contextmanager
 def own_memory() -> Iterator[list[int]]:
-    """Yield a list whose only number is, afterwards, by how much this process's own pages grew."""
+    """Yield a list of one number: by how many bytes this process's anonymous pages grew."""
     before, grown, stop = own_bytes(), [0], threading.Event()
 
     def watch() -> None:
@@ -110,7 +110,7 @@ def own_memory() -> Iterator[list[int]]:
 
 
 def own_bytes() -> int:
-    """Return the resident bytes that belong to no file."""
+    """Return the bytes of resident anonymous pages."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -118,7 +118,7 @@ def own_bytes() -> int:
 
 
 def drop_cached(files: list[Path]) -> None:
-    """Drop the files' clean pages from the page cache."""
+    """Drop files from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -126,7 +126,7 @@ def drop_cached(files: list[Path]) -> None:
 
 
 def write_plain(path: Path, num_bytes: int) -> None:
-    """Write a file sequentially and wait until it is on the disk."""
+    """Write a file sequentially and flush it to disk."""
     block = os.urandom(BLOCK)
     with path.open("wb") as file:
         for done in range(0, num_bytes, BLOCK):
@@ -144,10 +144,10 @@ def read_plain(path: Path) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Print what an import of Llama-3-70B needs on the first rank, from shapes alone."""
+    """Compute from shapes what an import of Llama-3-70B needs on the first rank; print it."""
     from marlhf_mega.checkpoint.hf.table import Layout, WeightTable
     from marlhf_mega.config.schema import ParallelConfig
-    from marlhf_mega.plan.layout import Layout as World
+    from marlhf_mega.plan.layout import WorldLayout
     from marlhf_mega.plan.parameters import chunk_parameters
 
     model = ModelConfig(
@@ -161,9 +161,9 @@ def plan(args: argparse.Namespace) -> int:
     layout = Layout(padded_vocab_size=model.vocab_size or 0, tp_size=args.tensor_size)
     table = WeightTable(model, "causal_lm")
     degrees = ParallelConfig(tensor_size=args.tensor_size, pipeline_size=args.pipeline_size)
-    ranks = World.of(degrees, degrees.model_size)
+    ranks = WorldLayout.of(degrees, degrees.model_size)
     parameters = chunk_parameters(model, ranks, head="language", stage=0, chunk=0)
-    # All layers are alike: which one a parameter is of changes no size.
+    # All layers have the same shapes.
     shards = [table.shard(p.name, 0, layout) for p in parameters]
     sizes = [parameter.size for parameter in parameters]
     largest = max(
@@ -184,15 +184,15 @@ def plan(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Run the benchmark."""
-    options = common.parser(__doc__.partition("\n")[0])
-    options.add_argument("--folder", help="where to write; none: the temporary folder")
-    options.add_argument("--plan", action="store_true", help="compute what 70B needs; run nothing")
+    options = common.parser(__doc__)
+    options.add_argument("--folder", help="where to write; None means the temporary folder")
+    options.add_argument("--plan", action="store_true", help="only compute what 70B needs")
     options.set_defaults(
         hidden=2048, layers=16, heads=32, kv_heads=8, ffn=8192, vocab=32000, dtype="bfloat16",
         ranks=4, tensor_size=2, pipeline_size=2, iters=3,
     )  # fmt: skip
     args = options.parse_args()
-    return plan(args) if args.plan else common.run(args, lambda c, m: measure(args, c, m))
+    return plan(args) if args.plan else common.run(args, measure)
 
 
 if __name__ == "__main__":

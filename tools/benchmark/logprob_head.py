@@ -1,9 +1,9 @@
-"""Time and memory of log-probs, entropies and their gradients from a sharded vocabulary.
+"""Time and memory of vocabulary-parallel log-probs, entropies and their gradients.
 
-    python tools/benchmark/logprob_head.py --ranks 2 --tensor-size 2 [--vocab 256000 --tokens ...]
+    python tools/benchmark/logprob_head.py --ranks 2 --tensor-size 2 --tokens 1024 4096
 
-Extra memory is the peak of forward and backward above what was there before and what stays: the
-results and the gradients of hidden states and weight. Prints readable lines and one JSON object.
+Extra memory is the peak of forward and backward beyond the inputs, the results and the gradients of
+hidden states and weight. Prints readable lines and one JSON object.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from marlhf_mega.parallel.vocab import VocabShard, vocab_parallel_logprobs
 
 
 class HeadRun:
-    """A weight shard, hidden states of so many tokens, and what they cost."""
+    """A weight shard and hidden states of some tokens; records the extra memory of its calls."""
 
     def __init__(self, args: argparse.Namespace, config: Config, mesh: Mesh, tokens: int) -> None:
         padded = padded_vocab_size(args.vocab, mesh.tp_size)
@@ -36,40 +36,39 @@ class HeadRun:
         self.targets = torch.randint(args.vocab, (tokens,), generator=make).to(mesh.device)
 
     def __call__(self, _: int) -> None:
-        """Run forward and backward once; note the extra bytes."""
+        """Run forward and backward once and record the extra bytes."""
         platform = self.mesh.platform
-        self.hidden.grad = self.weight.grad = None
-        platform.empty_cache()  # else a run would use again what the one before it has freed
+        platform.empty_cache()  # else this call would reuse memory that the last one has freed
         platform.reset_memory_peak()
         before = platform.memory_allocated()
         outputs = vocab_parallel_logprobs(self.hidden, self.weight, self.targets, shard=self.shard)
-        torch.stack(outputs).sum().backward()
-        kept = sum(x.nbytes for x in (*outputs, self.hidden.grad, self.weight.grad))
+        gradients = torch.autograd.grad(torch.stack(outputs).sum(), (self.hidden, self.weight))
+        kept = sum(tensor.nbytes for tensor in (*outputs, *gradients))
         self.extra = max(self.extra, platform.memory_peak() - before - kept)
 
 
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
-    """Run the head on every asked number of tokens."""
+    """Run the head on each number of tokens."""
     seconds, flops, extra, lines = {}, {}, {}, []
     for tokens in args.tokens:
         run, phase = HeadRun(args, config, mesh, tokens), f"tokens_{tokens}"
         taken = common.timed(mesh, run, warmup=args.warmup, iters=args.iters)
         seconds[f"{phase}_s"] = common.spread(taken)
-        # One product forward; backward makes the logits again and has two of its own.
+        # One product in the forward pass; the backward pass recomputes it and adds two.
         flops[phase] = 4 * 2.0 * tokens * args.hidden * args.vocab * mesh.dp_size
         most = max_over_world(torch.tensor([float(run.extra)], device=mesh.device))
         extra[str(tokens)] = int(most)
-        lines.append(f"{tokens} tokens: {float(most) / 1e6:.0f} MB beyond results and gradients")
+        lines.append(f"{tokens} tokens: {float(most) / 1e6:.0f} MB of extra memory")
     return {"seconds": seconds, "flops": flops, "extra_bytes": extra, "lines": lines}
 
 
 def main() -> int:
     """Measure and print."""
-    options = common.parser(__doc__.partition("\n")[0])
-    options.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
+    options = common.parser(__doc__)
+    sizes = [1024, 4096, 16384]
+    options.add_argument("--tokens", type=int, nargs="+", default=sizes, help="sizes to measure")
     options.set_defaults(vocab=256000, iters=1, ranks=2, tensor_size=2)
-    args = options.parse_args()
-    return common.run(args, lambda config, mesh: measure(args, config, mesh))
+    return common.run(options.parse_args(), measure)
 
 
 if __name__ == "__main__":

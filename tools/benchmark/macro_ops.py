@@ -1,10 +1,10 @@
-"""Time of everything macro actions add to a PPO step, on tensors of random numbers.
+"""Time everything that macro actions add to a PPO step, on random tensors.
 
-    python tools/benchmark/macro_ops.py [--threads 1] [--rule fixed_ngram] [--n 5] [--out FILE]
+    python tools/benchmark/macro_ops.py --threads 1 --rule fixed_ngram --n 5
 
-One batch is: start flags, macro-action record, pooled values and rewards, GAE, policy and value
-loss with their gradients; float32, full-length responses. Prints a line per shape and one JSON
-object.
+Each timed call computes start flags, the macro-action record, pooled values and rewards, GAE, and
+policy and value loss with their gradients, in float32 and for full-length responses. Prints a line
+per shape and one JSON object.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from marlhf_mega.algorithm.losses import policy_loss, value_loss
 from marlhf_mega.algorithm.macro_actions import MacroActions
 from marlhf_mega.algorithm.rewards import kl_estimate, last_token_positions, token_rewards
 from marlhf_mega.algorithm.termination import (
+    entropy,
     fixed_ngram,
     perplexity,
+    probability,
     random_ngram,
     sentence,
     whole_response,
@@ -33,13 +35,13 @@ from marlhf_mega.algorithm.termination import (
 BATCH_SIZES = (1, 8, 32, 256)
 RESPONSE_TOKENS = (128, 512, 1024)
 REFERENCE_MS_PER_SAMPLE = {128: 6.1, 512: 24.0, 1024: 50.0}
-"""MA-RLHF 807551d on one CPU thread at n = 5; it handles one sample at a time."""
+"""MA-RLHF 807551d on one CPU thread at n = 5; it processes one sample at a time."""
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 def rules(n: int) -> dict[str, Rule]:
-    """Start flags from (response_mask, ref_logprobs), by the name of `macro.rule`."""
+    """Return functions (response_mask, ref_logprobs) -> start flags by rule name."""
     return {
         "token": lambda mask, _: fixed_ngram(mask, n=1),
         "fixed_ngram": lambda mask, _: fixed_ngram(mask, n=n),
@@ -53,13 +55,15 @@ def rules(n: int) -> dict[str, Rule]:
         "perplexity_token": lambda mask, ref: perplexity(mask, ref, form="token"),
         "perplexity_prefix": lambda mask, ref: perplexity(mask, ref, form="prefix"),
         "perplexity_segment": lambda mask, ref: perplexity(mask, ref, form="segment"),
+        "probability": lambda mask, ref: probability(mask, ref, below=0.2),
+        "entropy": lambda mask, ref: entropy(mask, -ref, share=0.3),
         "sentence": lambda mask, ref: sentence(mask, ref > -0.05),
         "whole_response": lambda mask, _: whole_response(mask),
     }
 
 
 def macro_step(rule: Rule, tokens: dict[str, Tensor], mask: Tensor, scores: Tensor) -> None:
-    """One pass over what is timed."""
+    """Run what is timed once."""
     actions = MacroActions.from_starts(rule(mask, tokens["ref_logprobs"]), mask)
     rewards = token_rewards(
         kl_estimate(tokens["old_logprobs"], tokens["ref_logprobs"], "k1"),
@@ -82,7 +86,7 @@ def macro_step(rule: Rule, tokens: dict[str, Tensor], mask: Tensor, scores: Tens
 
 
 def measure(rule: Rule, batch: int, response: int, seconds: float) -> tuple[float, float]:
-    """Median and least milliseconds per batch."""
+    """Return the median and the minimum of milliseconds per batch."""
     generator = torch.Generator().manual_seed(1234)
     names = ("logprobs", "old_logprobs", "ref_logprobs", "values", "old_values")
     tokens = {name: -torch.rand(batch, response, generator=generator) for name in names}
@@ -102,12 +106,23 @@ def measure(rule: Rule, batch: int, response: int, seconds: float) -> tuple[floa
 
 def main() -> None:
     """Measure every shape and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rule", choices=list(rules(1)), default="fixed_ngram")
-    parser.add_argument("--n", type=int, default=5, help="tokens per action of fixed_ngram")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time spent on one shape")
-    parser.add_argument("--out", type=Path, help="also write the JSON object here")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--rule",
+        choices=list(rules(1)),
+        default="fixed_ngram",
+        help="macro.rule, for perplexity with its form (default: fixed_ngram)",
+    )
+    parser.add_argument(
+        "--n", type=int, default=5, help="tokens per action of fixed_ngram (default: 5)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="time spent on each shape (default: 0.5)"
+    )
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rule = rules(args.n)[args.rule]
@@ -127,7 +142,7 @@ def main() -> None:
                 }
             )
             print(
-                f"B={batch:<4} R={response:<5} {ms:8.3f} ms per batch (least {least_ms:.3f}), "
+                f"B={batch:<4} R={response:<5} {ms:8.3f} ms per batch (min {least_ms:.3f}), "
                 f"{ms / batch:.4f} ms per sample: {ratio:.0f} times cheaper than the reference"
             )
     summary = {

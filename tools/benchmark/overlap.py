@@ -1,10 +1,11 @@
-"""Time of a PPO step with ranks that only generate: in turn with the others, or a step ahead.
+"""Time PPO steps with and without ranks that only generate, at staleness 0 and 1.
 
-    python tools/benchmark/overlap.py [--ranks 4 --rollout-ranks 2 --rounds 3] [key=value ...]
+    python tools/benchmark/overlap.py --ranks 4 --rollout-ranks 2 --rounds 3 model.num_layers=4
 
-Runs the ppo job itself, on built-in prompts with a rule as reward, three ways in turn: all ranks
-do everything; some only generate and the others wait (staleness 0); the same one step ahead
-(staleness 1). The first step of a run does not count. Prints readable lines and one JSON object.
+Runs the ppo job on built-in prompts with a rule as reward, in three ways that alternate: all ranks
+do everything; some ranks only generate while the others wait (staleness 0); they generate one step
+ahead (staleness 1). The first step of a run does not count. Prints readable lines and one JSON
+object.
 """
 
 import argparse
@@ -29,15 +30,15 @@ SETTINGS = [
     *("ppo.microbatch_size=8", "reward.source=marlhf_mega.data.toy:gold_reward"),
     *("checkpoint.export_hf=false", "logging.tensorboard=false", "checkpoint.resume=never"),
 ]
-"""27 million parameters; what the command line says wins."""
+"""27 million parameters; overrides on the command line win."""
 PHASES = ("step", "rollout", "generation", "reshard", "experience", "update")
 
 
 def step_seconds(folder: Path, options: list[str], *, ranks: int) -> dict[str, float]:
-    """Run the job; return the median seconds of a step and of its parts.
+    """Run the job; return the median seconds of a step and of its phases.
 
     Raises:
-        CalledProcessError: it failed; its own message has been printed.
+        CalledProcessError: it failed and has printed why.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "marlhf_mega", "ppo"]
@@ -51,7 +52,7 @@ def step_seconds(folder: Path, options: list[str], *, ranks: int) -> dict[str, f
     )
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     counted = [line for line in lines if line["step"] > 1]
-    # The last step has none to prepare.
+    # The last step generates nothing ahead.
     counted = counted[:-1] or counted
     return {
         phase: statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in counted)
@@ -61,22 +62,19 @@ def step_seconds(folder: Path, options: list[str], *, ranks: int) -> dict[str, f
 
 def main() -> int:
     """Measure and print."""
-    options = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    options.add_argument("--ranks", type=int, default=4)
-    options.add_argument("--rollout-ranks", type=int, default=2)
-    options.add_argument("--steps", type=int, default=8)
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--out", type=Path, help="also write the JSON object here")
-    options.add_argument("overrides", nargs="*", metavar="key=value", help="for the ppo job")
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    options.add_argument("--ranks", type=int, default=4, help="processes to start")
+    options.add_argument("--rollout-ranks", type=int, default=2, help="of them only generate")
+    options.add_argument("--steps", type=int, default=8, help="PPO steps per run")
+    options.add_argument("--rounds", type=int, default=3, help="runs of each way")
+    options.add_argument("--out", type=Path, help=common.OUT_HELP)
+    options.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the ppo job")
     args = options.parse_args()
-    apart = f"rollout.ranks={args.rollout_ranks}"
+    separate = f"rollout.ranks={args.rollout_ranks}"
     ways = {
         "together": [],
-        "in turn": [apart],
-        "one step ahead": [apart, "rollout.staleness=1", "ppo.sampler_cap=2"],
+        "in turn": [separate],
+        "one step ahead": [separate, "rollout.staleness=1", "ppo.tis_cap=2"],
     }
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as name:

@@ -1,59 +1,53 @@
-"""Time of a PPO iteration: rollout, experience and update, as `marlhf ppo` runs them.
+"""Time a PPO step: rollout, experience and update, as `marlhf ppo` runs them.
 
-    python tools/benchmark/ppo_step.py --ranks 4 [--tensor-size 2 --pipeline-size 2] ...
+    python tools/benchmark/ppo_step.py --ranks 4 --tensor-size 2 --pipeline-size 2
 
-Policy, critic, reference and reward model are random and of one shape; macro actions are 5-grams.
-No response ends early: each gets exactly the asked length. Scoring takes all of a rank's sequences
-at once unless told otherwise, as the peers do. Prints readable lines and one JSON object.
+Policy, critic, reference and reward model have random weights and the same shape; macro actions are
+5-grams. The end token stops nothing, so every response has exactly its requested length. Like other
+frameworks, scoring takes all of a rank's sequences at once by default. Prints readable lines and
+one JSON object.
 """
 
 import argparse
 import statistics
 import sys
+from typing import cast
 
 import common
 from macro_ops import measure as measure_macro_ops
 from macro_ops import rules
 
 from marlhf_mega.config.schema import Config
-from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience import builder
+from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.builder import ExperienceBuilder
 from marlhf_mega.experience.scoring import Scorer
 from marlhf_mega.experience.segmentation import Segmenter
 from marlhf_mega.metrics.flops import forward_flops, training_flops
-from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.metrics.ppo import step_sums
 from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.rollout.deal import balance
+from marlhf_mega.rollout.assignment import balance, local_indices
 from marlhf_mega.rollout.sampling import SamplingRule
-from marlhf_mega.train.build import build_generator
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
+from marlhf_mega.train.generation import build_generator
 from marlhf_mega.update import ppo as update
 
 PHASES = ("generation", "scoring", "update")
 
 
 class Iteration:
-    """The parties of one PPO iteration, wired as the ppo job does, without text or files."""
+    """The parts of one PPO step, connected as in the ppo job, without text or files."""
 
     def __init__(self, args: argparse.Namespace, config: Config, mesh: Mesh) -> None:
         self.args, self.config, self.mesh = args, config, mesh
         self.roles = build_roles(config, mesh, seed=args.seed, overlap=args.overlap)
         policy = [ddp.module for ddp in self.roles.policy.chunks]
-        self.generator, _ = build_generator(policy, config, mesh, eos_id=common.EOS)
-        # Neither a learned reward nor n-grams need text.
-        scorer = Scorer(
-            config.reward.source,
-            self.roles.rewards,
-            None,
-            mesh,
-            limit=MicrobatchLimit.of_scoring(config.ppo),
-        )
-        segmenter = Segmenter(config.macro, None, mesh, seed=args.seed)
-        self.builder = ExperienceBuilder(config, self.roles, scorer, segmenter, mesh)
-        self.own = update.local_indices(args.batch, config.ppo.minibatch_size, mesh)
+        self.generator, _ = build_generator(policy, config, mesh, stop=StopRule())
+        self.builder = experience_builder(config, self.roles, mesh, seed=args.seed)
+        self.own = local_indices(args.batch, config.ppo.minibatch_size, mesh)
         prompts = [args.prompt_len] * args.batch
         self.prompts = common.random_tokens(args.seed, prompts, config.model.vocab_size or 0)
         self.lengths = common.response_lengths(
@@ -62,19 +56,20 @@ class Iteration:
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     def run(self, step: int) -> None:
-        """Run the three phases and note each one's seconds on the slowest rank."""
+        """Run the three phases and record the slowest rank's seconds of each."""
         timers = PhaseTimers(self.mesh.platform.synchronize)
-        sums = MetricSums(mean=[*builder.MEANS, *update.MEANS], maximum=builder.MAXIMA)
+        sums = step_sums()
         with timers("generation"):
             rollout = self.generator.generate(
                 [self.prompts[i] for i in self.own],
                 self.own,
-                rule=SamplingRule(temperature=self.config.rollout.temperature),
-                max_response_tokens=[self.lengths[i] for i in self.own],
-                seed=self.args.seed,
-                step=step,
-                slots=self.args.slots,
-                stop_at_eos=False,
+                RolloutOptions(
+                    rule=SamplingRule(temperature=self.config.rollout.temperature),
+                    max_response_tokens={i: self.lengths[i] for i in self.own},
+                    seed=self.args.seed,
+                    step=step,
+                    slots=self.args.slots,
+                ),
             )
             if self.config.ppo.microbatch_tokens is not None:
                 size = self.config.ppo.minibatch_size
@@ -98,7 +93,7 @@ class Iteration:
 
 
 def build_roles(config: Config, mesh: Mesh, *, seed: int, overlap: bool = False) -> Roles:
-    """Return four random models; policy and critic with optimizers."""
+    """Return four random models, policy and critic with optimizers."""
     reference = common.build(config, mesh, "language", seed=seed + 2)
     reward = common.build(config, mesh, "scalar", seed=seed + 3)
     for chunk in (*reference, *reward):
@@ -113,8 +108,16 @@ def build_roles(config: Config, mesh: Mesh, *, seed: int, overlap: bool = False)
     )
 
 
+def experience_builder(config: Config, roles: Roles, mesh: Mesh, *, seed: int) -> ExperienceBuilder:
+    """Build the experience phase without a tokenizer: reward models and n-grams need no text."""
+    tokenizer = cast(Tokenizer, None)
+    scorer = Scorer(config.reward, roles.rewards, tokenizer, mesh)
+    segmenter = Segmenter(config.macro, tokenizer, mesh, seed=seed)
+    return ExperienceBuilder(config, roles, scorer, segmenter, mesh)
+
+
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
-    """Run PPO iterations and the macro-action operations alone."""
+    """Time PPO steps, and the macro-action operations on their own."""
     config = with_batches(args, config, mesh)
     iteration = Iteration(args, config, mesh)
     mesh.platform.reset_memory_peak()
@@ -151,11 +154,11 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
 
 
 def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config:
-    """Cut the batch into minibatches, and those into microbatches that fill a pipeline."""
-    minibatch = args.batch // args.microbatches
-    if args.batch % args.microbatches or minibatch % mesh.dp_size:
+    """Split the batch into minibatches, and those into microbatches that fill the pipeline."""
+    minibatch = args.batch // args.minibatches
+    if args.batch % args.minibatches or minibatch % mesh.dp_size:
         raise ValueError(
-            f"--microbatches={args.microbatches}: must cut --batch={args.batch} into equal parts "
+            f"--minibatches={args.minibatches}: must split --batch={args.batch} into equal parts "
             f"that {mesh.dp_size} data-parallel ranks can share. Change one of them."
         )
     share = minibatch // mesh.dp_size
@@ -185,44 +188,49 @@ def with_batches(args: argparse.Namespace, config: Config, mesh: Mesh) -> Config
 
 
 def phase_flops(args: argparse.Namespace, config: Config, lengths: list[int]) -> dict[str, float]:
-    """Count the operations of each phase over all ranks."""
+    """Return the FLOPs of each phase over all ranks."""
     model, whole = config.model, [args.prompt_len + n for n in lengths]
     vocabulary, tokens = model.vocab_size or 0, sum(lengths)
     language = forward_flops(model, whole, output_size=vocabulary, output_tokens=tokens)
     scalar = forward_flops(model, whole, output_size=1, output_tokens=tokens)
-    # The last token of a response is sampled and never fed back.
+    # The last token of a response is never an input.
     generation = forward_flops(
         model, [n - 1 for n in whole], output_size=vocabulary, output_tokens=tokens
     )
     again = config.ppo.old_logprobs == "trainer"
     scoring = (1 + again) * language + 2 * scalar
-    training = training_flops(language + scalar) * config.ppo.epochs
+    training = training_flops(config.model, language + scalar) * config.ppo.epochs
     total = generation + scoring + training
     return {"iter": total, "generation": generation, "scoring": scoring, "update": training}
 
 
 def main() -> int:
     """Measure and print."""
-    options = common.parser(__doc__.partition("\n")[0])
-    options.add_argument("--microbatches", type=int, default=4, help="minibatches: optimizer steps")
-    options.add_argument("--ppo-epochs", type=int, default=1)
-    options.add_argument("--microbatch-size", type=int, help="sequences per forward on one rank")
-    options.add_argument("--microbatch-tokens", type=int, help="tokens per forward instead")
+    options = common.parser(__doc__)
+    options.add_argument("--minibatches", type=int, default=4, help="optimizer steps per epoch")
+    options.add_argument("--ppo-epochs", type=int, default=1, help="epochs over the batch")
     options.add_argument(
-        "--scoring-microbatch-factor",
+        "--microbatch-size",
         type=int,
-        help="default: all of a rank's sequences",
+        help="sequences per forward pass of a rank; None means its share of a minibatch, split "
+        "further under pipeline parallelism",
+    )
+    options.add_argument("--microbatch-tokens", type=int, help="limit tokens instead of sequences")
+    options.add_argument(
+        "--scoring-microbatch-factor", type=int, help="None means all of a rank's sequences at once"
     )
     options.add_argument(
-        "--old-logprobs", choices=("trainer", "sampler"), default="trainer", help="by whom"
+        "--old-logprobs", choices=("trainer", "sampler"), default="trainer", help="their source"
     )
     options.add_argument("--overlap", action="store_true", help=common.OVERLAP_HELP)
-    options.add_argument("--rollout-tensor-size", type=int, help="default: as in the update")
-    options.add_argument("--rollout-pipeline-size", type=int, help="default: as in the update")
+    for axis in ("tensor", "pipeline"):
+        about = f"{axis}-parallel ranks of the rollout; None means as in training"
+        options.add_argument(f"--rollout-{axis}-size", type=int, help=about)
     options.add_argument("--lengths", help=common.LENGTHS_HELP)
-    options.add_argument("--slots", type=int, help="sequences decoded together on one rank")
-    args = options.parse_args()
-    return common.run(args, lambda config, mesh: measure(args, config, mesh))
+    options.add_argument(
+        "--slots", type=int, help="sequences decoded together on a rank; None means all"
+    )
+    return common.run(options.parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,42 @@
-"""Seconds to move a policy's weights from its training layout to the rollout's, and back.
+"""Time moving a policy's weights from the training layout to the rollout layout and back.
 
-    python tools/benchmark/reshard.py [--ranks 4 --tensor-size 2 --pipeline-size 2] ...
+    python tools/benchmark/reshard.py --ranks 4 --tensor-size 2 --pipeline-size 2
 
-By default 1.1 billion parameters go from TP2 x PP2 to four whole replicas. The same number of bytes
-as the model has is broadcast in turn with every move. Prints readable lines and one JSON object.
+By default 1.1 billion parameters move from TP2 x PP2 to four full replicas. Each move alternates
+with a broadcast of as many bytes as the model has. Prints readable lines and one JSON object.
 """
 
 import argparse
 import statistics
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import common
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from marlhf_mega.checkpoint.hf.parameters import local_parameters
 from marlhf_mega.checkpoint.hf.table import WeightTable
 from marlhf_mega.checkpoint.reshard import connect, describe
-from marlhf_mega.checkpoint.weights import layout_of
+from marlhf_mega.checkpoint.weights import layout_of, table_of
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import StageModel, build_chunks
-from marlhf_mega.parallel.collectives import any_over_world, broadcast_from_first
-from marlhf_mega.parallel.mesh import Mesh, create_second_mesh, in_force
-from marlhf_mega.parallel.transfer_plan import Block
+from marlhf_mega.parallel.collectives import any_rank
+from marlhf_mega.parallel.mesh import Mesh, create_second_mesh, use_mesh
+from marlhf_mega.parallel.reshard_plan import Block
 
 BROADCAST_BYTES = 1 << 28
 
 
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
-    """Move there and back and broadcast, in turn."""
+    """Alternate moves there, moves back and broadcasts."""
+    sizes = {"tensor_size": args.rollout_tensor_size, "pipeline_size": args.rollout_pipeline_size}
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=sizes)})
     second = create_second_mesh(config.rollout_parallel, mesh)
     trained = build_chunks(config.model, config.precision, mesh, head="language")
-    with in_force(second):
+    with use_mesh(second):
         away = build_chunks(config.model, config.precision, second, head="language")
     numbers = trained[0].config.params_dtype
     tensors = WeightTable(config.model, "causal_lm").tensors
@@ -48,26 +51,16 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
 
     def broadcast(_: int) -> None:
         for done in range(0, num_bytes, BROADCAST_BYTES):
-            broadcast_from_first(buffer[: num_bytes - done])
+            dist.broadcast(buffer[: num_bytes - done], src=0)
 
     works = {
         "there": lambda _: there.move(),
         "back": lambda _: back.move(),
         "broadcast": broadcast,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    mesh.platform.reset_memory_peak()
-    for iteration in range(args.warmup + args.iters):
-        for name, work in works.items():
-            found = common.timed(mesh, work, warmup=0, iters=1)
-            seconds[name] += found if iteration >= args.warmup else []
-    exact = all(
-        torch.equal(tensor, pattern())
-        for chunks, where in ((trained, mesh), (away, second))
-        for tensor, pattern in parts(chunks, where)
-    )
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    rate = {name: num_bytes / value for name, value in median.items()}
+    seconds = alternate(works, args, mesh)
+    exact = all([is_exact(trained, mesh), is_exact(away, second)])  # both communicate
+    rate = {name: num_bytes / statistics.median(values) for name, values in seconds.items()}
     return {
         "seconds": {f"{name}_s": common.spread(values) for name, values in seconds.items()},
         "flops": {},
@@ -78,7 +71,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
         "bucket_bytes": bucket_bytes,
         "bytes_per_s": rate,
         "broadcast_fraction": {name: rate[name] / rate["broadcast"] for name in ("there", "back")},
-        "bit_exact": not any_over_world(not exact, mesh.device),
+        "bit_exact": exact,
         "lines": [
             f"{num_parameters / 1e9:.2f} billion parameters, {num_bytes / 2**30:.2f} GiB, "
             f"{there.total_bytes / 2**30:.2f} GiB between ranks there, "
@@ -93,14 +86,30 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     }
 
 
+def alternate(
+    works: Mapping[str, Callable[[int], object]], args: argparse.Namespace, mesh: Mesh
+) -> dict[str, list[float]]:
+    """Time the works in turn, iteration after iteration; return the seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    mesh.platform.reset_memory_peak()
+    for iteration in range(args.warmup + args.iters):
+        for name, work in works.items():
+            found = common.timed(mesh, work, warmup=0, iters=1)
+            seconds[name] += found if iteration >= args.warmup else []
+    return seconds
+
+
+def is_exact(chunks: Sequence[StageModel], mesh: Mesh) -> bool:
+    """Whether all slices on all ranks have their expected values, bit by bit."""
+    exact = all(torch.equal(tensor, pattern()) for tensor, pattern in parts(chunks, mesh))
+    return not any_rank(not exact, mesh.device)
+
+
 def parts(chunks: Sequence[StageModel], mesh: Mesh) -> list[tuple[Tensor, "Pattern"]]:
-    """List the ranges of whole tensors that this rank holds, each with what it ought to be."""
-    model = chunks[0].model
-    assert model.vocab_size is not None
+    """List this rank's slices of the full tensors, each with its expected values."""
     parameters = local_parameters(chunks)
-    table, layout = WeightTable(model, "causal_lm"), layout_of(mesh, model.vocab_size)
     found = []
-    for block in describe(parameters, table, layout):
+    for block in describe(parameters, table_of(chunks), layout_of(mesh, chunks[0].model)):
         tensor = parameters[block.parameter].tensor.detach()
         part = tensor.narrow(block.dim, block.start, block.hi - block.lo)
         found.append((part, Pattern(block, part)))
@@ -108,13 +117,13 @@ def parts(chunks: Sequence[StageModel], mesh: Mesh) -> list[tuple[Tensor, "Patte
 
 
 class Pattern:
-    """Values that every element of every whole tensor has, whatever the layout."""
+    """Values of a slice that depend only on its place in the full tensor, not on the layout."""
 
     def __init__(self, block: Block, part: Tensor) -> None:
         self.block, self.part = block, part
 
     def __call__(self) -> Tensor:
-        """Return the part's values."""
+        """Return the slice's expected values."""
         places = [torch.arange(n, device=self.part.device) for n in self.part.shape]
         places[self.block.dim] += self.block.lo
         key = zlib.crc32(self.block.tensor.encode())
@@ -126,23 +135,14 @@ class Pattern:
 
 def main() -> int:
     """Measure and print."""
-    options = common.parser(__doc__.partition("\n")[0])
+    options = common.parser(__doc__)
     options.set_defaults(hidden=2048, layers=16, heads=32, kv_heads=8, ffn=8192, vocab=32768)
     options.set_defaults(dtype="bfloat16", ranks=4, tensor_size=2, pipeline_size=2)
-    options.add_argument("--rollout-tensor-size", type=int, default=1)
-    options.add_argument("--rollout-pipeline-size", type=int, default=1)
-    options.add_argument("--bucket-mib", type=int, default=128, help="memory for all buckets")
-    args = options.parse_args()
-
-    def with_rollout(config: Config, mesh: Mesh) -> common.Result:
-        sizes = {
-            "tensor_size": args.rollout_tensor_size,
-            "pipeline_size": args.rollout_pipeline_size,
-        }
-        rollout = config.rollout.model_copy(update=sizes)
-        return measure(args, config.model_copy(update={"rollout": rollout}), mesh)
-
-    return common.run(args, with_rollout)
+    for axis in ("tensor", "pipeline"):
+        about = f"{axis}-parallel ranks of the rollout"
+        options.add_argument(f"--rollout-{axis}-size", type=int, default=1, help=about)
+    options.add_argument("--bucket-mib", type=int, default=128, help="MiB of all buckets together")
+    return common.run(options.parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""New tokens per second of generation with a random policy.
+"""Tokens per second that a random policy generates.
 
-    python tools/benchmark/rollout.py --ranks 4 [--lengths geometric:16:256 --slots 32] ...
+    python tools/benchmark/rollout.py --ranks 4 --lengths geometric:16:256 --slots 32
 
-No response ends early: each gets exactly the asked length. Prints readable lines and one JSON
-object.
+The end token stops nothing, so every response has exactly its requested length. Prints readable
+lines and one JSON object.
 """
 
 import argparse
@@ -14,20 +14,23 @@ import common
 
 from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.flops import forward_flops
+from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rollout.assignment import local_indices
 from marlhf_mega.rollout.sampling import SamplingRule
-from marlhf_mega.train.build import generator_in_place
-from marlhf_mega.update.ppo import local_indices
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
+from marlhf_mega.train.generation import generator_in_place
 
 
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
-    """Generate the batch again and again, and its first tokens alone."""
+    """Time generation of the whole batch and of its first tokens."""
     if args.cuda_graphs and mesh.platform.name != "cuda":
         raise ValueError("--cuda-graphs: needs a CUDA device; there is none. Leave it out.")
     chunks = common.build(config, mesh, "language", seed=args.seed)
     graphs = config.rollout.model_copy(update={"cuda_graphs": args.cuda_graphs})
     config = config.model_copy(update={"rollout": graphs})
-    generator = generator_in_place(chunks, config, mesh, eos_id=common.EOS)
+    generator = generator_in_place(chunks, config, mesh, stop=StopRule())
     own = local_indices(args.batch, args.batch, mesh)
     vocabulary = config.model.vocab_size or 0
     prompts = common.random_tokens(args.seed, [args.prompt_len] * args.batch, vocabulary)
@@ -36,23 +39,26 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     )
     mesh.platform.reset_memory_peak()
 
-    def generate(step: int, limits: list[int]) -> None:
+    def generate(step: int, limits: dict[int, int]) -> None:
         found = generator.generate(
             [prompts[i] for i in own],
             own,
-            rule=SamplingRule(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
-            max_response_tokens=limits,
-            seed=args.seed,
-            step=step,
-            slots=None if args.slots is None else max(1, args.slots // mesh.dp_size),
-            stop_at_eos=False,
+            RolloutOptions(
+                rule=SamplingRule(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+                max_response_tokens=limits,
+                seed=args.seed,
+                step=step,
+                slots=None if args.slots is None else max(1, args.slots // mesh.dp_size),
+            ),
         )
-        assert [len(r) for r in found.responses] == limits, "every response has its asked length"
+        assert [len(r) for r in found.responses] == [*limits.values()], (
+            "every response has its requested length"
+        )
 
-    limits = [lengths[i] for i in own]
+    limits = {i: lengths[i] for i in own}
     often = {"warmup": args.warmup, "iters": args.iters}
     whole = common.timed(mesh, lambda step: generate(step, limits), **often)
-    first = common.timed(mesh, lambda step: generate(step, [1] * len(own)), **often)
+    first = common.timed(mesh, lambda step: generate(step, dict.fromkeys(own, 1)), **often)
     forward = forward_flops(
         config.model,
         [args.prompt_len + n - 1 for n in lengths],
@@ -60,7 +66,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
         output_tokens=sum(lengths),
     )
     rates = [sum(lengths) / s for s in whole]
-    result = {
+    result: common.Result = {
         "seconds": {"rollout_s": common.spread(whole), "first_token_s": common.spread(first)},
         "flops": {"rollout": forward},
         "new_tokens": sum(lengths),
@@ -79,16 +85,21 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
 
 
 def decode_rates(
-    args: argparse.Namespace, config: Config, mesh: Mesh, chunks: list, *, seconds: float
+    args: argparse.Namespace,
+    config: Config,
+    mesh: Mesh,
+    chunks: list[StageModel],
+    *,
+    seconds: float,
 ) -> common.Result:
-    """Compare the bytes that one decode step has to read with what a large copy moves."""
+    """Compare the rate at which a decode step must read with that of a large copy."""
     model, item = config.model, next(chunks[0].parameters()).element_size()
     weights = sum(
         p.numel() for c in chunks for name, p in c.named_parameters() if "embedding" not in name
     )
     cache = 2 * model.num_layers * model.query_groups * model.kv_channels
     context = args.batch * (args.prompt_len + args.response_len / 2)
-    # A pipeline reads its weights once for every group of slots.
+    # A pipeline reads its weights once per group of slots.
     groups = min(mesh.pp_size, args.batch // mesh.dp_size)
     rate = item * (common.total(mesh, weights) * groups + cache * context) / seconds
     bandwidth = common.copy_bandwidth(mesh)
@@ -102,17 +113,18 @@ def decode_rates(
 
 def main() -> int:
     """Measure and print."""
-    options = common.parser(__doc__.partition("\n")[0])
+    options = common.parser(__doc__)
     options.add_argument("--lengths", help=common.LENGTHS_HELP)
-    options.add_argument("--slots", type=int, help="sequences decoded together, over all ranks")
     options.add_argument(
-        "--cuda-graphs", action="store_true", help="launch a decode step as one; on GPUs"
+        "--slots", type=int, help="sequences decoded together over all ranks; None means all"
     )
-    options.add_argument("--temperature", type=float, default=1.0)
-    options.add_argument("--top-k", type=int, default=0)
-    options.add_argument("--top-p", type=float, default=1.0)
-    args = options.parse_args()
-    return common.run(args, lambda config, mesh: measure(args, config, mesh))
+    options.add_argument(
+        "--cuda-graphs", action="store_true", help="launch a decode step as one CUDA graph"
+    )
+    options.add_argument("--temperature", type=float, default=1.0, help="0 decodes greedily")
+    options.add_argument("--top-k", type=int, default=0, help="0 means all tokens")
+    options.add_argument("--top-p", type=float, default=1.0, help="1 means all tokens")
+    return common.run(options.parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time of a training step on more and more ranks, each with the same work.
+"""Weak scaling: time a training step on growing numbers of ranks with the same work per rank.
 
-    python tools/benchmark/scaling.py [--world 1 2 4 --batch 8 --dtype bfloat16 ...]
+    python tools/benchmark/scaling.py --world 1 2 4 --batch 8 --dtype bfloat16
 
-Starts `train_step.py` once per size and round, sizes in turn, so that other load on the machine
-meets all of them. `--batch` is the sequences per rank; other options are those of `train_step.py`.
-Prints readable lines and one JSON object.
+Starts `train_step.py` once per world size and round. The sizes alternate, so that other load on the
+machine affects all of them alike. Further options go to `train_step.py`. Prints readable lines and
+one JSON object.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import common
 
 
 def step_seconds(ranks: int, batch: int, options: list[str]) -> dict[str, float]:
-    """Run the training step on so many ranks; return the spread of its seconds.
+    """Run `train_step.py` on a number of ranks; return the spread of its seconds.
 
     Raises:
-        CalledProcessError: it failed; its own message has been printed.
+        CalledProcessError: it failed and has printed why.
     """
     script = Path(__file__).with_name("train_step.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -36,14 +36,11 @@ def step_seconds(ranks: int, batch: int, options: list[str]) -> dict[str, float]
 
 def main() -> int:
     """Measure and print."""
-    options = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    options.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    options.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
     options.add_argument("--batch", type=int, default=8, help="sequences per rank")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--out", type=Path, help="also write the JSON object here")
+    options.add_argument("--rounds", type=int, default=5, help="runs per world size")
+    options.add_argument("--out", type=Path, help=common.OUT_HELP)
     args, others = options.parse_known_args()
     rounds = [
         {ranks: step_seconds(ranks, args.batch, others)["median"] for ranks in args.world}
@@ -53,8 +50,8 @@ def main() -> int:
     first = seconds[args.world[0]]["median"]
     growth = {ranks: s["median"] / first for ranks, s in seconds.items()}
     for ranks, s in seconds.items():
-        line = f"{ranks:3} ranks {s['median']:9.4f} s (least {s['min']:.4f}, most {s['max']:.4f})"
-        print(f"{line}, {growth[ranks]:.2f} of {args.world[0]}")
+        line = f"{ranks:3} ranks {s['median']:9.4f} s (min {s['min']:.4f}, max {s['max']:.4f})"
+        print(f"{line}, {growth[ranks]:.2f} times that of {args.world[0]}")
     settings = {"batch_per_rank": args.batch, "rounds": args.rounds, "options": others}
     found = {"benchmark": "scaling", "settings": settings, "step_s": seconds, "growth": growth}
     common.write_json(found, args.out)

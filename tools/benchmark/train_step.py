@@ -1,8 +1,8 @@
-"""Time of forward, backward and optimizer step of a random policy.
+"""Time forward, backward and optimizer step of a random policy.
 
-    python tools/benchmark/train_step.py --ranks 4 [--tensor-size 2] [--dtype bfloat16] ...
+    python tools/benchmark/train_step.py --ranks 4 --tensor-size 2 --dtype float32
 
-Cross entropy on every response token. Prints readable lines and one JSON object.
+The loss is cross entropy on every response token. Prints readable lines and one JSON object.
 """
 
 import argparse
@@ -13,12 +13,11 @@ import common
 from marlhf_mega.algorithm.losses import sft_loss
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
-from marlhf_mega.experience.forward import cut_rows
 from marlhf_mega.metrics.flops import forward_flops, training_flops
-from marlhf_mega.models.roles import LogprobStep
+from marlhf_mega.models.forward import logprob_forward, make_batches
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.schedule import run_forward_backward
+from marlhf_mega.parallel.schedule import pipeline_forward_backward
 
 
 def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Result:
@@ -35,15 +34,17 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     prompts = common.random_tokens(args.seed, [args.prompt_len] * share, vocabulary)
     responses = common.random_tokens(args.seed + 1, [args.response_len] * share, vocabulary)
     size = -(-share // args.microbatches)
-    limit = MicrobatchLimit(rows=size)
-    batches = [c.batch for c in cut_rows(prompts, responses, limit=limit, mesh=mesh)]
-    run = LogprobStep(1.0)
+    limit = MicrobatchLimit(sequences=size)
+    batches = make_batches(prompts, responses, limit=limit, mesh=mesh)
     mesh.platform.reset_memory_peak()
 
     def step(_: int) -> None:
         state.zero_grad()
-        run_forward_backward(
-            state.chunks, batches, run, lambda output, b: sft_loss(output[0], b.response_mask)
+        pipeline_forward_backward(
+            state.chunks,
+            batches.microbatches,
+            logprob_forward,
+            lambda output, part: sft_loss(output[0], part.batch.response_mask),
         )
         state.step()
 
@@ -58,7 +59,7 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
     rate = args.batch * length / seconds["median"]
     return {
         "seconds": {"step_s": seconds},
-        "flops": {"step": training_flops(forward)},
+        "flops": {"step": training_flops(config.model, forward)},
         "tokens_per_s": rate,
         "lines": [f"{rate:.0f} tokens per second"],
     }
@@ -66,12 +67,13 @@ def measure(args: argparse.Namespace, config: Config, mesh: Mesh) -> common.Resu
 
 def main() -> int:
     """Measure and print."""
-    options = common.parser(__doc__.partition("\n")[0])
-    options.add_argument("--microbatches", type=int, default=1, help="of one rank's share")
+    options = common.parser(__doc__)
+    options.add_argument(
+        "--microbatches", type=int, default=1, help="number of microbatches on each rank"
+    )
     options.add_argument("--overlap", action="store_true", help=common.OVERLAP_HELP)
     options.set_defaults(prompt_len=1, response_len=127)
-    args = options.parse_args()
-    return common.run(args, lambda config, mesh: measure(args, config, mesh))
+    return common.run(options.parse_args(), measure)
 
 
 if __name__ == "__main__":

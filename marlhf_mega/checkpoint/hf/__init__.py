@@ -1,1 +1,1 @@
-"""Hugging Face weights straight into sharded models and back, one slice in memory at a time."""
+"""Import and export Hugging Face weights of sharded models, with one slice in memory at a time."""

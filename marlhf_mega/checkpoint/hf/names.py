@@ -1,45 +1,46 @@
-"""Which Hugging Face tensors a Megatron-Core parameter is made of: one table per architecture."""
+"""Which Hugging Face tensors make up a Megatron-Core parameter: one table per architecture."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from marlhf_mega.config.hf_families import Head
+from marlhf_mega.config.hf_families import HfHead
 from marlhf_mega.config.model import ModelConfig
 
-Kind = Literal["replicated", "vocab", "qkv", "gate_up", "row"]
+Kind = Literal["replicated", "vocab", "qkv", "gate_up", "row_parallel"]
+"""How tensor-parallel ranks share the parameter."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One Megatron-Core parameter and the Hugging Face tensors it is fused from."""
+class Entry:
+    """One Megatron-Core parameter: the Hugging Face tensors that are fused into it."""
 
     kind: Kind
     tensors: dict[str, tuple[str, ...]]
-    """Name within the layer -> symbolic shape, see `WeightTable`; `{e}` is an expert."""
+    """Name within the layer -> symbolic shape, see `WeightTable`; `{e}` is the expert's number."""
 
 
-def _norm(name: str, size: str = "hidden") -> Row:
-    return Row("replicated", {f"{name}.weight": (size,)})
+def _norm(name: str, size: str = "hidden") -> Entry:
+    return Entry("replicated", {f"{name}.weight": (size,)})
 
 
-def _gate_up(gate: str, up: str, width: str) -> Row:
-    return Row("gate_up", {f"{n}.weight": (width, "hidden") for n in (gate, up)})
+def _gate_up(gate: str, up: str, width: str) -> Entry:
+    return Entry("gate_up", {f"{n}.weight": (width, "hidden") for n in (gate, up)})
 
 
-def _row(name: str, width: str) -> Row:
-    return Row("row", {f"{name}.weight": ("hidden", width)})
+def _row_parallel(name: str, width: str) -> Entry:
+    return Entry("row_parallel", {f"{name}.weight": ("hidden", width)})
 
 
 _QKV = {"self_attn.q_proj": "query", "self_attn.k_proj": "key", "self_attn.v_proj": "key"}
 _ATTENTION = {
     "input_layernorm.weight": _norm("input_layernorm"),
-    "self_attention.linear_qkv.weight": Row(
+    "self_attention.linear_qkv.weight": Entry(
         "qkv", {f"{name}.weight": (size, "hidden") for name, size in _QKV.items()}
     ),
-    "self_attention.linear_proj.weight": _row("self_attn.o_proj", "query"),
+    "self_attention.linear_proj.weight": _row_parallel("self_attn.o_proj", "query"),
 }
 _QKV_BIAS = {
-    "self_attention.linear_qkv.bias": Row(
+    "self_attention.linear_qkv.bias": Entry(
         "qkv", {f"{name}.bias": (size,) for name, size in _QKV.items()}
     )
 }
@@ -55,38 +56,42 @@ _GEMMA2_NORMS = {
 }
 _DENSE_MLP = {
     "mlp.linear_fc1.weight": _gate_up("mlp.gate_proj", "mlp.up_proj", "ffn"),
-    "mlp.linear_fc2.weight": _row("mlp.down_proj", "ffn"),
+    "mlp.linear_fc2.weight": _row_parallel("mlp.down_proj", "ffn"),
 }
 _MIXTRAL_EXPERTS = {
-    "mlp.router.weight": Row("replicated", {"block_sparse_moe.gate.weight": ("experts", "hidden")}),
+    "mlp.router.weight": Entry(
+        "replicated", {"block_sparse_moe.gate.weight": ("experts", "hidden")}
+    ),
     "mlp.experts.linear_fc1.weight": _gate_up(
         "block_sparse_moe.experts.{e}.w1", "block_sparse_moe.experts.{e}.w3", "expert_ffn"
     ),
-    "mlp.experts.linear_fc2.weight": _row("block_sparse_moe.experts.{e}.w2", "expert_ffn"),
+    "mlp.experts.linear_fc2.weight": _row_parallel("block_sparse_moe.experts.{e}.w2", "expert_ffn"),
 }
 _QWEN_EXPERTS = {
-    "mlp.router.weight": Row("replicated", {"mlp.gate.weight": ("experts", "hidden")}),
+    "mlp.router.weight": Entry("replicated", {"mlp.gate.weight": ("experts", "hidden")}),
     "mlp.experts.linear_fc1.weight": _gate_up(
         "mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj", "expert_ffn"
     ),
-    "mlp.experts.linear_fc2.weight": _row("mlp.experts.{e}.down_proj", "expert_ffn"),
+    "mlp.experts.linear_fc2.weight": _row_parallel("mlp.experts.{e}.down_proj", "expert_ffn"),
 }
 _SHARED_EXPERT = {
     "mlp.shared_experts.linear_fc1.weight": _gate_up(
         "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "shared_ffn"
     ),
-    "mlp.shared_experts.linear_fc2.weight": _row("mlp.shared_expert.down_proj", "shared_ffn"),
-    "mlp.shared_experts.gate_weight": Row(
+    "mlp.shared_experts.linear_fc2.weight": _row_parallel(
+        "mlp.shared_expert.down_proj", "shared_ffn"
+    ),
+    "mlp.shared_experts.gate_weight": Entry(
         "replicated", {"mlp.shared_expert_gate.weight": ("one", "hidden")}
     ),
 }
-EMBEDDING = Row("vocab", {"model.embed_tokens.weight": ("vocab", "hidden")})
-_LM_HEAD = Row("vocab", {"lm_head.weight": ("vocab", "hidden")})
-_SCALAR_HEAD = Row("replicated", {"score.weight": ("one", "hidden")})
+EMBEDDING = Entry("vocab", {"model.embed_tokens.weight": ("vocab", "hidden")})
+_LM_HEAD = Entry("vocab", {"lm_head.weight": ("vocab", "hidden")})
+_SCALAR_HEAD = Entry("replicated", {"score.weight": ("one", "hidden")})
 
 
-def model_rows(config: ModelConfig, head: Head) -> dict[str, Row]:
-    """Return the parameters outside of the layers."""
+def model_entries(config: ModelConfig, head: HfHead) -> dict[str, Entry]:
+    """Return the entries of parameters outside the layers, by their names."""
     output = EMBEDDING if config.tied_embeddings else _LM_HEAD
     return {
         "embedding.word_embeddings.weight": EMBEDDING,
@@ -95,18 +100,18 @@ def model_rows(config: ModelConfig, head: Head) -> dict[str, Row]:
     }
 
 
-def layer_rows(config: ModelConfig) -> dict[str, Row]:
-    """Return the parameters of one layer, by the local spec's names within the layer."""
-    rows = dict(_ATTENTION)
+def layer_entries(config: ModelConfig) -> dict[str, Entry]:
+    """Return the entries of one layer's parameters, by their names in Megatron's local spec."""
+    entries = dict(_ATTENTION)
     if config.qkv_bias:
-        rows |= _QKV_BIAS
+        entries |= _QKV_BIAS
     if config.qk_norm:
-        rows |= _QK_NORM
-    rows |= _GEMMA2_NORMS if config.post_norms else _PRE_MLP_NORM
+        entries |= _QK_NORM
+    entries |= _GEMMA2_NORMS if config.post_norms else _PRE_MLP_NORM
     if config.num_experts is None:
-        rows |= _DENSE_MLP
+        entries |= _DENSE_MLP
     else:
-        rows |= _MIXTRAL_EXPERTS if config.architecture == "mixtral" else _QWEN_EXPERTS
+        entries |= _MIXTRAL_EXPERTS if config.architecture == "mixtral" else _QWEN_EXPERTS
     if config.shared_expert_ffn_hidden_size is not None:
-        rows |= _SHARED_EXPERT
-    return rows
+        entries |= _SHARED_EXPERT
+    return entries

@@ -1,4 +1,4 @@
-"""The parameters of one rank, and the shards of the checkpoint they hold."""
+"""The parameters of one rank, and which shards of a Hugging Face checkpoint they hold."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 from marlhf_mega.checkpoint.hf.table import Layout, Shard, WeightTable
 from marlhf_mega.models.fp8 import exact_value
+from marlhf_mega.models.lora import NAME
 
 _LAYER = re.compile(r"decoder\.layers\.\d+")
+_ADAPTER = re.compile(rf"\.{NAME}\.[ab]$")
+LENGTH_HEAD = "output_layer.length_weight"
+"""A parameter that no Hugging Face model has: of a reward model in training."""
 
 
 @dataclass(frozen=True)
@@ -17,21 +21,34 @@ class LocalParameter:
     """One parameter of this rank."""
 
     name: str
-    """As its model chunk calls it."""
+    """Its name in the model chunk."""
     layer: int | None
-    """Number of its layer in the whole model, from 0; none outside of the layers."""
+    """Number of its layer in the whole model, from 0; None outside the layers."""
     tensor: Tensor
 
 
 def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
-    """List the parameters of a rank's model chunks with their global layer numbers.
+    """List the parameters of a rank's model chunks with their layer numbers.
+
+    Leaves out adapters and `LENGTH_HEAD`.
 
     Args:
-        chunks: unwrapped Megatron-Core GPT models, one per virtual pipeline stage.
+        chunks: this rank's chunks, not wrapped for training.
     """
+    return [p for p in _parameters(chunks) if not _ADAPTER.search(p.name)]
+
+
+def adapter_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
+    """List the parameters of the adapters likewise."""
+    return [p for p in _parameters(chunks) if _ADAPTER.search(p.name)]
+
+
+def _parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
     found = []
     for chunk in chunks:
         for name, tensor in chunk.named_parameters():
+            if name == LENGTH_HEAD:
+                continue
             match = _LAYER.match(name)
             layer: int | None = None
             if match:

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder, checked before anything is read from them."""
+"""The safetensors files of a Hugging Face folder, checked before any tensor is read."""
 
 import json
 from collections.abc import Mapping
@@ -17,28 +17,28 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class HfReader:
-    """Tensors by name. Files are mapped, so a slice costs the memory of that slice at most."""
+    """Reads slices of tensors. Files are memory-mapped, so a slice costs only its own memory."""
 
     where: str
-    """Begins every error message, such as `model.hf_path=DIR`."""
+    """The first words of every error message, such as `model.hf_path=DIR`."""
     _slices: dict[str, Any]
 
     @property
     def names(self) -> set[str]:
-        """Every tensor in the files."""
+        """Names of all tensors in the files."""
         return set(self._slices)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the full shape of a tensor."""
+        """Return the shape of a whole tensor."""
         return tuple(self._slices[name].get_shape())
 
     @property
     def dtypes(self) -> set[str]:
-        """Number formats in the files, as safetensors calls them: F32, BF16."""
+        """Number formats in the files, in safetensors' notation: F32, BF16."""
         return {part.get_dtype() for part in self._slices.values()}
 
     def read(self, piece: Piece) -> Tensor:
-        """Return one piece, on the CPU, in the number format of the file."""
+        """Return one piece on the CPU, in the file's number format."""
         assert piece.name is not None, "padding is not read"
         tensor: Tensor
         if piece.dim == 0:
@@ -53,12 +53,12 @@ def open_folder(folder: Path, *, key: str = "model.hf_path") -> HfReader:
     """Open every weight file of a folder and read its header.
 
     Args:
-        folder: holds `model.safetensors`, or shards and their index.
-        key: which configuration key named the folder.
+        folder: has `model.safetensors`, or shards and their index.
+        key: the config key that names the folder, for error messages.
 
     Raises:
-        ValueError: no safetensors, only pickles, a missing or truncated shard, an index that names
-            a file outside of the folder or a tensor that its file does not have.
+        ValueError: no safetensors, only pickles, a missing or truncated shard, or an index that
+            names a file outside the folder or a tensor that its file does not have.
     """
     where = f"{key}={folder}"
     slices: dict[str, Any] = {}
@@ -66,18 +66,18 @@ def open_folder(folder: Path, *, key: str = "model.hf_path") -> HfReader:
         path = folder / file
         if not path.is_file():
             raise ValueError(
-                f"{where}: every shard must be there; {file} is missing. Download it again."
+                f"{where}: every shard must exist; {file} is missing. Download it again."
             )
         try:
             opened: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{where}: {file} must be a whole safetensors file; {error}. Download it again."
+                f"{where}: {file} must be a complete safetensors file; {error}. Download it again."
             ) from None
         names = set(opened.keys())
         if absent := sorted((expected or names) - names):
             raise ValueError(
-                f"{where}: {INDEX_FILE} must fit the shards; {file} has no {_some(absent)}. "
+                f"{where}: {INDEX_FILE} must match the shards; {file} has no {_some(absent)}. "
                 "Download the folder again."
             )
         slices |= {name: opened.get_slice(name) for name in expected or names}
@@ -85,11 +85,11 @@ def open_folder(folder: Path, *, key: str = "model.hf_path") -> HfReader:
 
 
 def check_tensors(reader: HfReader, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what is in the files with what the model needs.
+    """Compare the tensors in the files with those that the model needs.
 
     Args:
         reader: the open folder.
-        tensors: names and shapes that must be there.
+        tensors: names and shapes that the model needs.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
@@ -108,11 +108,14 @@ def check_tensors(reader: HfReader, tensors: Mapping[str, tuple[int, ...]]) -> N
 
 
 def _files(folder: Path, where: str) -> dict[str, set[str] | None]:
-    """Map file names to the tensors the index promises; none where there is no index."""
+    """Map file names to the tensors that the index lists for them; None without an index.
+
+    Like transformers, it prefers the single file to shards.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: None}
     index = folder / INDEX_FILE
     if not index.is_file():
-        if (folder / SINGLE_FILE).is_file():
-            return {SINGLE_FILE: None}
         raise ValueError(f"{where}: {_what_is_there(folder)}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -120,7 +123,7 @@ def _files(folder: Path, where: str) -> dict[str, set[str] | None]:
         for name, file in weight_map.items():
             if PurePath(file).name != file or file == "..":
                 raise ValueError(
-                    f"{where}: {INDEX_FILE} must name files of the folder; it names {file}. Do "
+                    f"{where}: {INDEX_FILE} must name files in the folder; it names {file}. Do "
                     "not use this folder."
                 )
             files.setdefault(file, set())
@@ -137,16 +140,14 @@ def _files(folder: Path, where: str) -> dict[str, set[str] | None]:
 
 def _what_is_there(folder: Path) -> str:
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
-        return f"shards need {INDEX_FILE}; there is {_some(shards)} without it. Download the index."
+        return f"shards need {INDEX_FILE}; found {_some(shards)} without it. Download the index."
     if pickles := sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth")):
         return (
-            f"weights must be safetensors; there is only {_some(pickles)}, and pickles are never "
+            f"weights must be safetensors; found only {_some(pickles)}, and pickles are never "
             "loaded. Convert it in an isolated environment: load it with transformers and call "
             "save_pretrained."
         )
-    return (
-        f"weights must be {SINGLE_FILE} or shards with {INDEX_FILE}; there are none. Download them."
-    )
+    return f"weights must be {SINGLE_FILE} or shards with {INDEX_FILE}; found none. Download them."
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Safetensors files of known sizes, written piece by piece at known places."""
+"""Safetensors files of planned sizes, written block by block at planned offsets."""
 
 import json
 import os
@@ -12,46 +12,35 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.checkpoint.hf.reader import INDEX_FILE, SINGLE_FILE
-from marlhf_mega.checkpoint.hf.table import Piece
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_WRITE_BYTES = 64 * 2**20
-"""Bytes converted and written at a time."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lives."""
+    """Where one tensor is stored."""
 
     file: str
     offset: int
-    """Bytes from the beginning of the file."""
+    """Bytes from the start of the file."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which file holds which tensor; the same on every rank."""
+    """Which tensor goes where in which file; the same on every rank."""
 
     dtype: torch.dtype
     slots: dict[str, Slot]
     headers: dict[str, bytes]
-    """What each file begins with."""
+    """The header of each file."""
     sizes: dict[str, int]
-    """Bytes of each file."""
+    """Bytes of each file, its header included."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(self.sizes.values())
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """One piece and its values, which may be a view of a parameter on any device."""
-
-    piece: Piece
-    values: Tensor
 
 
 def plan_shards(
@@ -62,7 +51,7 @@ def plan_shards(
     Args:
         tensors: names and shapes.
         dtype: of every tensor in the files.
-        max_shard_bytes: a file is not continued beyond this; one larger tensor has its own file.
+        max_shard_bytes: largest size of a file; a larger tensor gets a file of its own.
     """
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
@@ -81,7 +70,7 @@ def plan_shards(
 
 
 def create_files(plan: ShardPlan, folder: Path) -> None:
-    """Write every header and give every file its size, so that all ranks can fill them."""
+    """Create every file with its header and final size, so that all ranks can fill in tensors."""
     for file, header in plan.headers.items():
         with (folder / file).open("wb") as stream:
             stream.write(header)
@@ -89,7 +78,7 @@ def create_files(plan: ShardPlan, folder: Path) -> None:
 
 
 def write_index(plan: ShardPlan, folder: Path) -> None:
-    """Write which file holds which tensor, where there is more than one file."""
+    """Write the index of which file holds which tensor, unless there is only one file."""
     if len(plan.headers) == 1:
         return
     headers = sum(len(header) for header in plan.headers.values())
@@ -100,15 +89,15 @@ def write_index(plan: ShardPlan, folder: Path) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class PieceWriter:
-    """Writes fragments into the files of a plan. Leaving the context syncs to disk."""
+class BlockWriter:
+    """Writes blocks into the files of a plan. Leaving the context flushes them to the disk."""
 
     def __init__(self, plan: ShardPlan, folder: Path) -> None:
         self._plan = plan
         self._folder = folder
         self._descriptors: dict[str, int] = {}
 
-    def __enter__(self) -> "PieceWriter":
+    def __enter__(self) -> "BlockWriter":
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
@@ -120,37 +109,26 @@ class PieceWriter:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
 
-    def write(self, fragment: Fragment) -> int:
-        """Convert and write one fragment; returns its bytes."""
-        assert fragment.piece.name is not None
-        slot = self._plan.slots[fragment.piece.name]
-        descriptor = self._descriptor(slot.file)
-        first, *rest = slot.shape
-        row_bytes = prod(rest) * self._plan.dtype.itemsize
-        lo, hi, skip = fragment.piece.lo, fragment.piece.hi, 0
-        if fragment.piece.dim == 1:
-            skip = lo * row_bytes // rest[0]
-            lo, hi = 0, first
-        step = max(1, _WRITE_BYTES // row_bytes)
-        for top in range(lo, hi, step):
-            rows = fragment.values[top - lo : min(top + step, hi) - lo]
-            data = _bytes_of(rows.detach().to("cpu", self._plan.dtype))
-            offset = slot.offset + top * row_bytes + skip
-            if data.size == rows.shape[0] * row_bytes:
-                _write_all(descriptor, memoryview(data.ravel()), offset)
-                continue
-            for number, row in enumerate(data):
-                _write_all(descriptor, memoryview(row), offset + number * row_bytes)
-        return fragment.values.numel() * self._plan.dtype.itemsize
+    def write(self, name: str, first_row: int, values: Tensor) -> int:
+        """Write whole rows of a tensor with one call to the system; return their bytes.
+
+        Args:
+            name: of the tensor.
+            first_row: where in it they begin.
+            values: [rows, *rest] of the plan's dtype, in host memory.
+        """
+        slot = self._plan.slots[name]
+        assert values.shape[1:] == slot.shape[1:], (name, values.shape)
+        row_bytes = prod(slot.shape[1:]) * self._plan.dtype.itemsize
+        content: Any = values.contiguous().view(torch.uint8).numpy()
+        data = memoryview(content.ravel())
+        _write_all(self._descriptor(slot.file), data, slot.offset + first_row * row_bytes)
+        return len(data)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self._folder / file, os.O_WRONLY)
         return self._descriptors[file]
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.contiguous().view(torch.uint8).numpy()
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

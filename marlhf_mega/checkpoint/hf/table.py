@@ -1,7 +1,7 @@
-"""Where every element of a sharded parameter lives in a Hugging Face checkpoint.
+"""Map every element of a sharded parameter to its place in a Hugging Face checkpoint.
 
-`WeightTable.shard` turns a row of the name table into the pieces one rank holds; import and export
-walk the same pieces. Nothing here communicates or touches a tensor.
+`WeightTable.shard` turns an entry of the name table into the pieces that one rank holds. Import and
+export use the same pieces. Nothing here communicates or reads a tensor.
 """
 
 import re
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from marlhf_mega.checkpoint.hf.names import EMBEDDING, Kind, Row, layer_rows, model_rows
-from marlhf_mega.config.hf_families import Head
+from marlhf_mega.checkpoint.hf.names import EMBEDDING, Entry, Kind, layer_entries, model_entries
+from marlhf_mega.config.hf_families import HfHead
 from marlhf_mega.config.model import ModelConfig
 
 
@@ -19,9 +19,9 @@ class Piece:
     """A range of one Hugging Face tensor."""
 
     name: str | None
-    """The tensor; none: zeros, which pad the vocabulary."""
+    """The tensor; None means zeros that pad the vocabulary."""
     dim: int
-    """Dimension that is cut."""
+    """Dim along which the tensor is sharded."""
     lo: int
     """First index of the range."""
     hi: int
@@ -35,19 +35,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter of one rank: its pieces, concatenated along their dimension."""
+    """One parameter of one rank: the concatenation of its pieces along their dim."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     is_first_replica: bool
     """Whether this rank is the first of the data-parallel ranks that hold the shard."""
     is_primary: bool
-    """Whether this rank is the only one that writes these elements."""
+    """Whether this rank is the one that exports these elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where one rank stands, and how many rows the padded vocabulary has."""
+    """The position of one rank in the mesh, and the size of the padded vocabulary."""
 
     padded_vocab_size: int
     tp_rank: int = 0
@@ -55,15 +55,15 @@ class Layout:
     ep_rank: int = 0
     ep_size: int = 1
     etp_rank: int = 0
-    """Among the ranks that share every expert's matrices."""
+    """Rank in the tensor-parallel group of the experts."""
     etp_size: int = 1
     data_rank: int = 0
-    """Among the ranks that hold the same dense shards (data and context parallel)."""
+    """Rank among those that hold the same dense shards (data and context parallel)."""
     expert_data_rank: int = 0
-    """Among the ranks that hold the same expert shards."""
+    """Rank among those that hold the same expert shards."""
 
 
-# Transformer Engine fuses a norm with the matrix behind it, and keeps all experts in one module.
+# Transformer Engine fuses a norm with the linear layer after it, and all experts into one module.
 _ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -75,42 +75,39 @@ _ENGINE_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")
 
 @dataclass(frozen=True)
 class WeightTable:
-    """The whole correspondence for one model."""
+    """The mapping between Megatron-Core parameters and Hugging Face tensors of one model."""
 
     config: ModelConfig
-    head: Head
+    head: HfHead
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the Hugging Face checkpoint and its shape, in the order of the model."""
+        """Name and shape of every tensor of the Hugging Face checkpoint, in the model's order."""
         found: dict[str, tuple[int, ...]] = {}
-        rows = self._model_rows
-        found |= self._named(rows["embedding.word_embeddings.weight"])
+        entries = self._model_entries
+        found |= self._named(entries["embedding.word_embeddings.weight"])
         for layer in range(self.config.num_layers):
-            for row in self._layer_rows.values():
-                is_expert = any("{e}" in name for name in row.tensors)
+            for entry in self._layer_entries.values():
+                is_expert = any("{e}" in name for name in entry.tensors)
                 experts = range(self.config.num_experts or 0) if is_expert else (0,)
                 for expert in experts:
-                    found |= self._named(row, f"model.layers.{layer}.", expert)
-        found |= self._named(rows["decoder.final_layernorm.weight"])
-        found |= self._named(rows["output_layer.weight"])
+                    found |= self._named(entry, f"model.layers.{layer}.", expert)
+        found |= self._named(entries["decoder.final_layernorm.weight"])
+        found |= self._named(entries["output_layer.weight"])
         return found
 
     def shard(self, name: str, layer: int | None, layout: Layout) -> Shard:
-        """Describe one parameter as a rank holds it.
+        """Describe the part of one parameter that a rank holds.
 
         Args:
-            name: as `named_parameters` of a model chunk says, local or Transformer Engine spec.
-            layer: the layer's number in the whole model; none outside of the layers.
-            layout: where the rank stands.
-
-        Returns:
-            The shard.
+            name: from `named_parameters` of a model chunk, of the local or Transformer Engine spec.
+            layer: the layer's number in the whole model; None outside the layers.
+            layout: the rank's position.
 
         Raises:
             RuntimeError: the parameter has no counterpart.
         """
-        row, prefix, local_expert = self._find(name, layer)
+        entry, prefix, local_expert = self._find(name, layer)
         rank, size = layout.tp_rank, layout.tp_size
         data_rank = layout.data_rank
         expert = 0
@@ -119,29 +116,29 @@ class WeightTable:
             data_rank = layout.expert_data_rank
             assert self.config.num_experts is not None
             expert = layout.ep_rank * (self.config.num_experts // layout.ep_size) + local_expert
-        named = self._named(row, prefix, expert)
-        pieces = tuple(self._pieces(row.kind, named, rank, size, layout.padded_vocab_size))
+        named = self._named(entry, prefix, expert)
+        pieces = tuple(self._pieces(entry.kind, named, rank, size, layout.padded_vocab_size))
         first = next(iter(named.values()))
         dim = pieces[0].dim
         shape = (*first[:dim], sum(piece.size for piece in pieces), *first[dim + 1 :])
-        is_copy = row.kind == "replicated" and rank > 0
-        # A tied output layer of the last pipeline stage is a copy of the first stage's embedding.
-        is_copy |= name == "output_layer.weight" and row is EMBEDDING
+        is_copy = entry.kind == "replicated" and rank > 0
+        # A tied output layer on the last pipeline stage is a copy of the first stage's embedding.
+        is_copy |= name == "output_layer.weight" and entry is EMBEDDING
         is_first = data_rank == 0
         return Shard(shape, pieces, is_first, is_primary=is_first and not is_copy)
 
     @cached_property
-    def _model_rows(self) -> dict[str, Row]:
-        return model_rows(self.config, self.head)
+    def _model_entries(self) -> dict[str, Entry]:
+        return model_entries(self.config, self.head)
 
     @cached_property
-    def _layer_rows(self) -> dict[str, Row]:
-        return layer_rows(self.config)
+    def _layer_entries(self) -> dict[str, Entry]:
+        return layer_entries(self.config)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
         config = self.config
-        assert config.vocab_size is not None, "the vocabulary is known when weights move"
+        assert config.vocab_size is not None, "the vocabulary is known by now"
         return {
             "one": 1,
             "vocab": config.vocab_size,
@@ -155,28 +152,28 @@ class WeightTable:
             "shared_ffn": config.shared_expert_ffn_hidden_size or 0,
         }
 
-    def _find(self, name: str, layer: int | None) -> tuple[Row, str, int | None]:
-        """Return the row, the prefix of its Hugging Face names and the expert's local number."""
-        rows, key, prefix, expert = self._model_rows, name, "", None
+    def _find(self, name: str, layer: int | None) -> tuple[Entry, str, int | None]:
+        """Return the entry, the prefix of its Hugging Face names and the local expert's number."""
+        entries, key, prefix, expert = self._model_entries, name, "", None
         if match := _LAYER.fullmatch(name):
             assert layer is not None, name
-            rows, prefix = self._layer_rows, f"model.layers.{layer}."
+            entries, prefix = self._layer_entries, f"model.layers.{layer}."
             key = _ENGINE_NAMES.get(match[1], match[1])
             if local := _LOCAL_EXPERT.fullmatch(key):
                 key, expert = f"mlp.experts.{local[2]}", int(local[1])
             elif engine := _ENGINE_EXPERT.fullmatch(key):
                 key, expert = f"mlp.experts.{engine[1]}", int(engine[2])
-        if key not in rows:
+        if key not in entries:
             raise RuntimeError(
                 f"{name}: every parameter must have a Hugging Face counterpart; model.architecture="
                 f"{self.config.architecture} has none for this one. Change the architecture."
             )
-        return rows[key], prefix, expert
+        return entries[key], prefix, expert
 
-    def _named(self, row: Row, prefix: str = "", expert: int = 0) -> dict[str, tuple[int, ...]]:
+    def _named(self, entry: Entry, prefix: str = "", expert: int = 0) -> dict[str, tuple[int, ...]]:
         return {
             prefix + name.replace("{e}", str(expert)): tuple(self._sizes[s] for s in shape)
-            for name, shape in row.tensors.items()
+            for name, shape in entry.tensors.items()
         }
 
     def _pieces(
@@ -185,7 +182,8 @@ class WeightTable:
         (first, shape), *_ = named.items()
         match kind:
             case "replicated":
-                yield Piece(first, 0, 0, shape[0])
+                for name, full in named.items():
+                    yield Piece(name, 0, 0, full[0])
             case "vocab":
                 lo, hi = _share(padded_vocab, rank, size)
                 yield from _clip([Piece(first, 0, 0, shape[0])], lo, hi)
@@ -194,14 +192,14 @@ class WeightTable:
             case "gate_up":
                 for name in named:
                     yield Piece(name, 0, *_share(shape[0], rank, size))
-            case "row":
+            case "row_parallel":
                 yield Piece(first, 1, *_share(shape[1], rank, size))
             case "qkv":
-                rows = sum(full[0] for full in named.values())
-                yield from _clip(self._query_groups(list(named)), *_share(rows, rank, size))
+                weight_rows = sum(full[0] for full in named.values())
+                yield from _clip(self._query_groups(list(named)), *_share(weight_rows, rank, size))
 
     def _query_groups(self, names: list[str]) -> Iterator[Piece]:
-        """Megatron-Core keeps, group by group, the query heads, then the key, then the value."""
+        """Yield the query heads, the key and the value of every group, in Megatron-Core's order."""
         width = self.config.kv_channels
         heads = self.config.num_attention_heads // self.config.query_groups
         for group in range(self.config.query_groups):
@@ -215,7 +213,7 @@ def _share(total: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def _clip(pieces: Iterator[Piece] | list[Piece], lo: int, hi: int) -> Iterator[Piece]:
-    """Cut the range [lo, hi) out of the concatenation of pieces."""
+    """Yield the range [lo, hi) of the concatenation of pieces."""
     start = 0
     for piece in pieces:
         left, right = max(lo, start), min(hi, start + piece.size)

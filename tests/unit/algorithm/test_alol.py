@@ -2,13 +2,17 @@ import math
 
 import pytest
 import torch
-from macro_oracles import noise
+from hypothesis import given
+from hypothesis import strategies as st
 
 from marlhf_mega.algorithm.alol import (
     importance_weights,
     offline_loss,
     sampling_probabilities,
 )
+from marlhf_mega.algorithm.macro_actions import MacroActions
+from marlhf_mega.algorithm.termination import whole_response
+from tests.unit.algorithm.macro_oracles import noise
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, math.nan], [-0.5, -0.5, -3.0]], dtype=torch.float64)
 REF = torch.tensor([[-1.5, -1.8, math.nan], [-0.5, -1.0, -2.0]], dtype=torch.float64)
@@ -59,9 +63,65 @@ def test_unclamped_advantages_push_bad_responses_down():
         MASK,
         rewards=REWARDS,
         values=VALUES,
-        clamp_advantages=False,
+        compat="lol_rl",
     )
     assert found.loss_sum.item() == pytest.approx(0.5 * 3 - 0.25 * 4)
+
+
+def test_macro_ratios_on_worked_numbers():
+    """Responses of actions [2] and [1, 2]; only the second has a positive advantage."""
+    actions = MacroActions.from_ids(torch.tensor([[0, 0, -1], [0, 1, 1]]))
+    found = macro_loss(actions, clip_range=0.45)
+    # Log-ratios 0 and 0.5 - 1: 1 * 0.5 and exp(-0.5) = 0.61 * 3.5.
+    assert found.loss_sum.item() == pytest.approx(0.25 * (0.5 + math.exp(-0.5) * 3.5), abs=1e-9)
+    clipped = macro_loss(actions, clip_range=0.3)
+    assert clipped.loss_sum.item() == pytest.approx(0.25 * (0.5 + 0.7 * 3.5), abs=1e-9)
+
+
+def macro_loss(actions, algorithm="a_lol_macro", **options):
+    rewards = torch.tensor([0.0, 0.75], dtype=torch.float64)
+    return offline_loss(
+        algorithm, LOGPROBS, REF, MASK, rewards=rewards, values=VALUES, actions=actions, **options
+    )
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.3])
+def test_the_limits_of_macro_ratios_are_those_of_tokens_and_of_responses(clip_range):
+    for starts, algorithm in ((MASK, "a_lol_seq"), (whole_response(MASK), "a_lol")):
+        actions = MacroActions.from_starts(starts, MASK)
+        found = macro_loss(actions, clip_range=clip_range).loss_sum
+        assert found == macro_loss(None, algorithm, clip_range=clip_range).loss_sum
+
+
+@given(st.integers(0, 10**6))
+def test_macro_ratios_are_those_of_a_loop_over_random_segments(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, ref = noise(seed, 3, 6), noise(seed + 1, 3, 6)
+    rewards, values = noise(seed + 2, 2, 3)
+    lengths = torch.randint(0, 7, (3,), generator=generator)
+    mask = torch.arange(6) < lengths[:, None]
+    starts = (torch.rand(3, 6, generator=generator) < 0.4) | (torch.arange(6) == 0)
+    actions = MacroActions.from_starts(starts & mask, mask)
+    found = offline_loss(
+        "a_lol_macro",
+        logprobs,
+        ref,
+        mask,
+        rewards=rewards,
+        values=values,
+        actions=actions,
+        clip_range=0.6,
+    ).loss_sum
+    expected = 0.0
+    for row in range(3):
+        ids = actions.ids[row].tolist()
+        for action in set(ids) - {-1}:
+            tokens = [t for t in range(6) if ids[t] == action]
+            gap = sum((logprobs - ref)[row, t].item() for t in tokens)
+            weight = min(max(math.exp(gap), 0.4), 1.6)
+            likelihood = sum(logprobs[row, t].item() for t in tokens)
+            expected -= max((rewards - values)[row].item(), 0) * weight * likelihood
+    assert found.item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_weights_carry_no_gradient():
@@ -85,8 +145,8 @@ def test_weights_carry_no_gradient():
     ],
 )
 def test_sampling_probabilities(strategy, expected):
-    good, other = torch.tensor([-1.0, 3.0, 1.0]), torch.tensor([1.0, -2.0, 0.0])
-    assert sampling_probabilities(good, strategy, other).tolist() == pytest.approx(expected)
+    advantages = torch.tensor([-1.0, 3.0, 1.0, 1.0, -2.0, 0.0][: len(expected)])
+    assert sampling_probabilities(advantages, strategy).tolist() == pytest.approx(expected)
 
 
 def test_nothing_is_drawn_when_no_advantage_is_positive():

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from macro_oracles import lengths_of, masks, noise, responses, weights_of
 
 from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
 from marlhf_mega.algorithm.termination import fixed_ngram
+from tests.unit.algorithm.macro_oracles import lengths_of, masks, noise, responses, weights_of
 
 MASK_7_4 = torch.arange(7) < torch.tensor([[7], [4]])
 
@@ -15,7 +15,6 @@ def test_worked_batch_of_two():
     assert actions.ids.tolist() == [[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, -1, -1, -1]]
     assert actions.num_macro_actions.tolist() == [3, 2]
     assert actions.lengths.tolist() == [[3, 3, 1], [3, 1, 0]]
-    assert actions.macro_mask.tolist() == [[True, True, True], [True, True, False]]
     assert actions.offsets()[MASK_7_4].tolist() == [0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 0]
     assert actions.pack().ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 0, 0, 0, 1]
 
@@ -89,3 +88,29 @@ def test_padding_may_hold_nan_when_pooling():
     actions = MacroActions.from_starts(fixed_ngram(MASK_7_4, n=3), MASK_7_4)
     tokens = torch.where(MASK_7_4, 1.0, torch.nan)
     assert actions.pool(tokens).tolist() == [[3.0, 3.0, 1.0], [3.0, 1.0, 0.0]]
+
+
+@given(responses())
+def test_every_token_can_be_an_action_of_its_own(rows):
+    starts, mask = masks(rows)
+    assume(mask.any())
+    actions, expected = (MacroActions.from_starts(each, mask) for each in (starts, mask))
+    for found, wanted in (
+        (actions.per_token(), expected),
+        (actions.pack().per_token(), expected.pack()),
+    ):
+        for name in ("ids", "num_macro_actions", "lengths", "slots", "response_mask"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
+def test_a_response_must_start_with_an_action():
+    starts = torch.tensor([[False, True, False], [True, False, False]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    with pytest.raises(ValueError, match="starts") as caught:
+        MacroActions.from_starts(starts, mask)
+    assert str(caught.value) == (
+        "starts: must be True on the first token of every response; it is not in rows [0]. Use a "
+        "rule of termination, or set starts[:, 0]."
+    )
+    nothing = torch.zeros(2, 3, dtype=torch.bool)  # responses without tokens need no start
+    assert MacroActions.from_starts(nothing, nothing).num_macro_actions.tolist() == [0, 0]

@@ -1,19 +1,21 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from macro_oracles import lengths_of, masks, noise, responses
 
 from marlhf_mega.algorithm.counter_rng import fold
 from marlhf_mega.algorithm.termination import (
+    entropy,
     fixed_ngram,
     ngrams_of_lengths,
     perplexity,
     post_process,
+    probability,
     random_ngram,
     sentence,
     whole_response,
 )
+from tests.unit.algorithm.macro_oracles import lengths_of, masks, noise, responses
 
 FORMS = ("token", "prefix", "segment")
 
@@ -119,6 +121,36 @@ def test_perplexity_forms_agree_with_loops(rows, seed):
             assert not found[form][row, len(u) :].any()
 
 
+def test_an_unlikely_token_starts_an_action():
+    probabilities = torch.tensor([[0.9, 0.8, 0.7, 0.1, 0.9, 0.95, 0.15], [0.1, 0.2] + [0.05] * 5])
+    found = probability(mask_of(7, 3), probabilities.log(), below=0.2)
+    assert torch.equal(found, flags("x..x..x x.x...."))
+    assert torch.equal(probability(mask_of(7, 3), probabilities.log(), below=1.0), mask_of(7, 3))
+
+
+def test_tokens_of_high_entropy_end_an_action():
+    entropies = torch.tensor(
+        [[0.1, 2, 0.3, 1.5, 0.2, 0.4, 0.05, 0.6, 0.7, 0.3], [1, 1, 1, 1, 9, 9, 9, 9, 9, 9]]
+    )
+    found = entropy(mask_of(10, 4), entropies, share=0.3)
+    # Ends at 1, 3, 8 and, of the second response, at the first two of four equal tokens.
+    assert torch.equal(found, flags("x.x.x....x xxx......."))
+
+
+@given(responses(max_tokens=20), st.sampled_from([0.07, 0.3, 0.5, 1.0]), st.integers(0, 100))
+def test_the_entropy_rule_agrees_with_sorting(rows, share, seed):
+    _, mask = masks(rows)
+    assume(mask.any())
+    entropies = noise(seed, *mask.shape).abs()
+    found = entropy(mask, entropies, share=share)
+    for row, flags_of_row in enumerate(rows):
+        length = len(flags_of_row)
+        own = entropies[row, :length].tolist()
+        ends = sorted(range(length), key=lambda t: -own[t])[: -(-length * int(100 * share) // 100)]
+        expected = [t for t in range(length) if t == 0 or t - 1 in ends]
+        assert found[row].nonzero()[:, 0].tolist() == expected
+
+
 def test_short_actions_join_the_previous_one():
     starts, mask = flags("x.xx...x. xx......."), mask_of(9, 2)
     found = post_process(starts, mask, min_length=2)
@@ -166,11 +198,11 @@ def test_post_processing_agrees_with_loops(rows, min_length, extra):
         (lambda m: fixed_ngram(m, n=0), r"^macro\.n=0: must be at least 1\."),
         (
             lambda m: random_ngram(m, lengths=(2, 0), repeats=1, mode="list", keys=torch.zeros(1)),
-            r"^macro\.lengths=\[2, 0\]: must name lengths of at least 1 token\.",
+            r"^macro\.lengths=\[2, 0\]: must list lengths of at least 1 token\.",
         ),
         (
             lambda m: random_ngram(m, lengths=(), repeats=1, mode="list", keys=torch.zeros(1)),
-            r"^macro\.lengths=\[\]: must name",
+            r"^macro\.lengths=\[\]: must list",
         ),
         (
             lambda m: random_ngram(m, lengths=(2,), repeats=0, mode="list", keys=torch.zeros(1)),

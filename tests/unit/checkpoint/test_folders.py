@@ -1,4 +1,4 @@
-"""Which checkpoint is used, which are removed, and what a killed save leaves."""
+"""Which checkpoint is used, which are removed, and what an interrupted save leaves."""
 
 import pytest
 
@@ -46,14 +46,14 @@ def test_without_a_folder_there_is_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["step_000009\n", "", "\x00\x01", "../other", "step_000002\nx"])
-def test_a_latest_that_names_nothing_is_remarked(tmp_path, text):
+def test_a_latest_that_names_no_checkpoint_is_reported(tmp_path, text):
     make(tmp_path, "step_000002", "step_000004", latest=text)
     order, (remark,) = folders.candidates(tmp_path)
     assert order == ["step_000004", "step_000002"]
     assert remark.startswith("latest names no checkpoint")
 
 
-def test_a_latest_that_is_not_text_is_remarked(tmp_path):
+def test_a_latest_that_is_not_text_is_reported(tmp_path):
     make(tmp_path, "step_000002")
     (tmp_path / "latest").write_bytes(b"\xff\xfe\x80")
     assert folders.candidates(tmp_path)[1][0].startswith("latest names no checkpoint")
@@ -69,19 +69,25 @@ def test_a_latest_that_is_not_text_is_remarked(tmp_path):
         (2, 4, [4, 5, 6]),
     ],
 )
-def test_the_newest_and_every_nth_stay(tmp_path, keep, keep_every, left):
+def test_the_newest_and_every_nth_are_kept(tmp_path, keep, keep_every, left):
     make(tmp_path, *(f"step_{step:06d}" for step in range(1, 7)), latest="step_000006")
     folders.rotate(tmp_path, 6, keep=keep, keep_every=keep_every)
     assert names(tmp_path) == ["latest", *(f"step_{step:06d}" for step in left)]
 
 
-def test_steps_of_a_future_that_was_given_up_do_not_push_out_good_ones(tmp_path):
+def test_the_best_is_kept(tmp_path):
+    make(tmp_path, *(f"step_{step:06d}" for step in range(1, 7)), latest="step_000006")
+    folders.rotate(tmp_path, 6, keep=1, keep_every=4, best=2)
+    assert names(tmp_path) == ["latest", *(f"step_{step:06d}" for step in (2, 4, 6))]
+
+
+def test_abandoned_later_steps_do_not_displace_good_ones(tmp_path):
     make(tmp_path, "step_000002", "step_000003", "step_000008", latest="step_000003")
     folders.rotate(tmp_path, 3, keep=2, keep_every=0)
     assert names(tmp_path) == ["latest", "step_000002", "step_000003", "step_000008"]
 
 
-def test_what_cannot_be_removed_is_warned_of(tmp_path, caplog):
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
     make(tmp_path, "step_000002", "step_000004", "step_000002.tmp", latest="step_000004")
     folders.rotate(tmp_path, 4, keep=1, keep_every=0)
     (record,) = caplog.records
@@ -107,7 +113,7 @@ def test_a_commit_makes_the_folder_the_latest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_000012\n"
 
 
-def test_a_step_done_again_replaces_the_old_one(tmp_path):
+def test_a_repeated_step_replaces_the_old_checkpoint(tmp_path):
     make(tmp_path, "step_000012", latest="step_000012")
     target = folders.path_of(tmp_path, 12)
     folders.begin(target, ["policy"])
@@ -115,3 +121,16 @@ def test_a_step_done_again_replaces_the_old_one(tmp_path):
     assert names(target) == ["manifest.json", "policy"]
     folders.rotate(tmp_path, 12, keep=1, keep_every=0)
     assert names(tmp_path) == ["latest", "step_000012"]
+
+
+def test_stray_files_and_folders_set_aside_do_not_block_a_save(tmp_path):
+    make(tmp_path, "step_000012", "step_000012.old", latest="step_000012")
+    (tmp_path / "step_000013.tmp").touch()
+    (tmp_path / "step_000014.tmp").symlink_to(tmp_path / "step_000012")
+    folders.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["latest", "step_000012", "step_000012.old"]
+    target = folders.path_of(tmp_path, 12)
+    folders.begin(target, ["policy"])
+    folders.commit(target, "{}")
+    assert names(target) == ["manifest.json", "policy"]
+    assert names(tmp_path) == ["latest", "step_000012", "step_000012.old"]

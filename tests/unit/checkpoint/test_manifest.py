@@ -30,7 +30,7 @@ def test_it_lists_every_file_with_size_and_sha256(folder):
     }
 
 
-def test_it_says_where_the_checkpoint_came_from(folder):
+def test_it_describes_where_the_checkpoint_came_from(folder):
     body = manifest.read(folder)
     assert (body["layout"], body["config"], body["step"]) == ("1 rank", "abc", 3)
     assert {"python", "torch", "megatron-core"} <= set(body["versions"])
@@ -65,7 +65,7 @@ def test_the_damage_is_named(folder, change, expected):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", "{}", '{"sha256": "x"}'])
-def test_a_manifest_that_is_none_is_damage(folder, text):
+def test_an_invalid_manifest_is_damage(folder, text):
     (folder / "manifest.json").write_text(text)
     assert manifest.find_damage(folder).startswith("manifest.json ")
 
@@ -84,3 +84,10 @@ def test_shares_cover_every_file_once(folder):
 
 def test_the_manifest_is_plain_json(folder):
     assert json.loads((folder / "manifest.json").read_text())["files"]
+
+
+def test_only_the_files_that_will_be_read_are_compared(folder):
+    (folder / "policy" / "a.bin").unlink()
+    assert manifest.find_damage(folder, only=["state.json"]) is None
+    assert manifest.find_damage(folder, only=["policy/a.bin"]) == "policy/a.bin is missing"
+    assert manifest.find_damage(folder, only=["policy/b.bin"]).endswith("lacks policy/b.bin")

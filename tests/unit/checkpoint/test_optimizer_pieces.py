@@ -1,4 +1,4 @@
-"""Runs of a tensor's elements are cut into few boxes that make up the run, in order."""
+"""Ranges of a tensor's elements are split into few boxes, in order."""
 
 import math
 
@@ -18,7 +18,7 @@ def runs(draw):
 
 
 @given(runs())
-def test_the_boxes_of_a_run_are_its_elements_in_order(run):
+def test_the_boxes_of_a_range_are_its_elements_in_order(run):
     shape, lo, hi = run
     numbers = torch.arange(math.prod(shape)).view(shape)
     found = []
@@ -30,7 +30,7 @@ def test_the_boxes_of_a_run_are_its_elements_in_order(run):
     assert len(cut) <= max(1, 2 * len(shape) - 1)
 
 
-def test_a_run_of_a_matrix_is_the_rest_of_a_row_whole_rows_and_the_start_of_a_row():
+def test_a_range_of_a_matrix_is_the_end_of_a_row_whole_rows_and_the_start_of_a_row():
     assert list(boxes((4, 10), 7, 32)) == [
         ((0, 7), (1, 3)),
         ((1, 0), (2, 10)),

@@ -23,9 +23,9 @@ def make(**sections):
     return Config.model_validate({"model": MODEL | sections.pop("model", {}), **sections})
 
 
-def world_problems(world_size, *, apart=0, **sections):
+def world_problems(world_size, *, num_rollout_ranks=0, **sections):
     with pytest.raises(ConfigError) as error:
-        check_world(make(**sections), world_size, apart=apart)
+        check_world(make(**sections), world_size, num_rollout_ranks=num_rollout_ranks)
     return str(error.value).splitlines()
 
 
@@ -35,7 +35,7 @@ def world_problems(world_size, *, apart=0, **sections):
         ({}, 1, 1),
         ({}, 4, 4),
         ({"tensor_size": 2}, 4, 2),
-        # Two key/value heads on four ranks: every one is held twice.
+        # Two key/value heads on four ranks: each is on two of them.
         ({"tensor_size": 4}, 4, 1),
         ({"tensor_size": 2, "pipeline_size": 2, "sequence_parallel": True}, 8, 2),
         ({"pipeline_size": 2, "virtual_pipeline_size": 2}, 2, 1),
@@ -97,8 +97,8 @@ def test_experts_that_fit():
                 "ffn_hidden_size": 96,
             },
             6,
-            "parallel.tensor_size=6: more ranks than model.num_query_groups=2 cut queries, keys and "
-            "values together, whose 2048 rows it must divide. Use 1 or 2.",
+            "parallel.tensor_size=6: more ranks than model.num_query_groups=2 must divide the 2048 "
+            "rows of queries, keys and values together. Use 1 or 2.",
         ),
         (
             {"tensor_size": 2},
@@ -118,7 +118,7 @@ def test_experts_that_fit():
             {},
             4,
             "parallel.pipeline_size=4 times virtual_pipeline_size=2: must divide "
-            "model.num_layers=4. Use a product among 1, 2 or 4.",
+            "model.num_layers=4. Change one of them to make the product 1, 2 or 4.",
         ),
         (
             {"virtual_pipeline_size": 2},
@@ -170,7 +170,7 @@ def test_a_layout_that_does_not_fit_says_what_would(parallel, model, world_size,
             {"pipeline_size": 4, "tensor_size": 1},
             {"num_layers": 6},
             "rollout.pipeline_size=4 times virtual_pipeline_size=1: must divide "
-            "model.num_layers=6. Use a product among 1, 2, 3 or 6.",
+            "model.num_layers=6. Change one of them to make the product 1, 2, 3 or 6.",
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_rollout_layout_that_does_not_fit_says_what_would(rollout, model, expe
     assert world_problems(4, parallel=parallel, model=model, rollout=rollout) == [expected]
 
 
-def test_the_rollout_has_the_training_layout_unless_told_otherwise():
+def test_the_rollout_has_the_training_layout_by_default():
     parallel = {"tensor_size": 2, "pipeline_size": 2, "virtual_pipeline_size": 2}
     config = make(parallel=parallel, rollout={"tensor_size": 2})
     assert config.rollout_parallel == config.parallel
@@ -226,13 +226,15 @@ def job_problems(tmp_path):
     return check
 
 
-@pytest.mark.parametrize("job", ["sft", "reward", "ppo", "offline", "evaluate", "generate"])
+@pytest.mark.parametrize(
+    "job", ["sft", "reward", "preference", "ppo", "offline", "evaluate", "generate"]
+)
 def test_a_job_that_has_all_it_needs(job_problems, job):
     # 40 prompt tokens and 60 response tokens are just the model's 100 positions.
     assert job_problems(job, data_size=4) == []
 
 
-@pytest.mark.parametrize("job", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("job", ["sft", "reward", "preference", "ppo"])
 def test_training_needs_training_data_and_no_validation_data(job_problems, job):
     nothing = {"train_path": None, "validation_path": None}
     assert job_problems(job, data=nothing) == [
@@ -247,6 +249,17 @@ def test_evaluation_needs_validation_data_only(job_problems):
     ]
 
 
+def test_a_comparison_needs_a_judge(job_problems):
+    other, nobody = {"against": "runs/sft"}, {"source": []}
+    assert job_problems("evaluate", evaluate=other, reward=nobody) == [
+        "evaluate.against=runs/sft: needs a judge of the answers; reward.source and evaluate.gold "
+        "are not set. Set one of them."
+    ]
+    gold = other | {"gold": "module:rule"}
+    assert job_problems("evaluate", evaluate=gold, reward=nobody) == []
+    assert job_problems("evaluate", evaluate=other) == []
+
+
 @pytest.mark.parametrize("key", ["train_path", "validation_path"])
 def test_a_data_file_must_exist(job_problems, key, tmp_path):
     missing = tmp_path / "gone.jsonl"
@@ -255,11 +268,25 @@ def test_a_data_file_must_exist(job_problems, key, tmp_path):
     ]
 
 
+def test_weights_are_refused_where_they_do_nothing(job_problems, tmp_path):
+    weighted = [{"path": str(tmp_path / "rows.jsonl"), "weight": 0.5}]
+    assert job_problems("sft", data={"train_path": weighted}) == []
+    assert job_problems("sft", data={"validation_path": weighted}) == [
+        f"data.validation_path={tmp_path / 'rows.jsonl'}: is judged once, whole; its weight is "
+        "0.5. Remove the weight."
+    ]
+    assert job_problems("offline", data={"train_path": weighted}) == [
+        "offline.sampling=good_priority: draws responses by their advantage, not by the weights of "
+        "data.train_path. Remove these, or use offline.sampling=all."
+    ]
+
+
 @pytest.mark.parametrize(
     ("job", "section"),
     [
         ("sft", "data"),
         ("reward", "data"),
+        ("preference", "data"),
         ("ppo", "rollout"),
         ("offline", "rollout"),
         ("offline", "data"),
@@ -278,6 +305,7 @@ def test_prompt_and_response_must_fit_in_the_positions(job_problems, job, sectio
     [
         ("sft", "sft", "batch_size"),
         ("reward", "reward_model", "batch_size"),
+        ("preference", "preference", "batch_size"),
         ("offline", "offline", "batch_size"),
     ],
 )
@@ -317,21 +345,21 @@ def test_pairs_are_enough_for_the_microbatches_of_an_interleaved_pipeline(job_pr
         assert job_problems("reward", parallel=parallel, reward_model=fits) == []
     odd = {"batch_size": 3, "microbatch_size": 1}
     assert job_problems("reward", parallel=parallel, reward_model=odd) == [
-        "reward_model.microbatch_size=1: cuts the 3 pairs of a rank to 3 microbatches; an "
+        "reward_model.microbatch_size=1: splits the 3 pairs of a rank into 3 microbatches; an "
         "interleaved pipeline needs a multiple of its 2 stages. Raise it, or make "
         "reward_model.batch_size a multiple of 2."
     ]
 
 
 @pytest.mark.parametrize("job", ["evaluate", "generate"])
-def test_what_does_not_train_leaves_the_folder_of_a_training_run_alone(job_problems, job, tmp_path):
+def test_evaluation_and_generation_do_not_overwrite_a_training_run(job_problems, job, tmp_path):
     run = {"dir": str(tmp_path / "run")}
     assert job_problems(job, run=run) == []
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert job_problems("ppo", run=run) == []
     assert job_problems(job, run=run) == [
-        f"run.dir={tmp_path}/run: holds a training run, whose config.yaml and samples {job} would "
-        "replace. Name another folder."
+        f"run.dir={tmp_path}/run: contains a training run, whose config.yaml and samples {job} "
+        "would overwrite. Use another folder."
     ]
 
 
@@ -340,8 +368,8 @@ def test_what_does_not_train_leaves_the_folder_of_a_training_run_alone(job_probl
     [
         (
             {"reward": {"source": []}},
-            "reward.source: ppo needs a reward. Give a reward model's directory or a rule "
-            "module:function.",
+            "reward.source: ppo needs a reward; it is not set. Give the directory of a reward model "
+            "or a code reward module:function.",
         ),
         (
             {"rollout": {"temperature": 0}},
@@ -351,6 +379,14 @@ def test_what_does_not_train_leaves_the_folder_of_a_training_run_alone(job_probl
             {"rollout": {"batch_size": 12}, "ppo": {"minibatch_size": 8}},
             "ppo.minibatch_size=8: must divide rollout.batch_size=12. Use 1, 2, 3, 4, 6 or 12.",
         ),
+        (
+            {
+                "rollout": {"batch_size": 12, "samples_per_prompt": 3, "filter": "best_worst"},
+                "ppo": {"minibatch_size": 12},
+            },
+            "ppo.minibatch_size=12: must divide rollout.batch_size=12, of which rollout.filter "
+            "leaves 8. Use 1, 2, 4 or 8.",
+        ),
     ],
 )
 def test_what_only_ppo_needs(job_problems, sections, expected):
@@ -358,15 +394,15 @@ def test_what_only_ppo_needs(job_problems, sections, expected):
     assert job_problems("evaluate", **sections) == []
 
 
-def test_advantages_need_scored_prompts(job_problems):
+def test_advantages_need_values_of_prompts(job_problems):
     lines = job_problems("offline", reward={"source": []}, data={"validation_path": None})
     assert lines == [
-        "reward.source: offline.algorithm=a_lol with offline.sampling=good_priority compares each "
-        "reward with what the prompt is worth, which is learned from scored responses; it is not "
-        "set. Give a reward model's directory or a rule module:function.",
-        "data.validation_path: offline.algorithm=a_lol with offline.sampling=good_priority "
-        "compares each reward with what the prompt is worth, which is learned from answers to "
-        "these prompts; it is not set. Give a file of prompts.",
+        "reward.source: offline.algorithm=a_lol with offline.sampling=good_priority needs the "
+        "values of prompts, which are learned from scored responses; it is not set. Give the "
+        "directory of a reward model or a code reward module:function.",
+        "data.validation_path: offline.algorithm=a_lol with offline.sampling=good_priority needs "
+        "the values of prompts, which are learned from responses to its prompts; it is not set. "
+        "Give a file of prompts.",
     ]
     likelihood = {"algorithm": "nll", "sampling": "all"}
     assert job_problems("offline", offline=likelihood, reward={"source": []}) == []
@@ -376,7 +412,7 @@ def test_advantages_need_scored_prompts(job_problems):
 def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     assert job_problems(job, ppo={"microbatch_tokens": 100}) == []
     assert job_problems(job, ppo={"microbatch_tokens": 99}) == [
-        "ppo.microbatch_tokens=99: must hold the longest sequence, data.max_prompt_tokens + "
+        "ppo.microbatch_tokens=99: must fit the longest sequence, data.max_prompt_tokens + "
         "rollout.max_response_tokens = 100 with padding. Use at least 100."
     ]
     parallel = {"tensor_size": 4, "sequence_parallel": True}
@@ -389,7 +425,7 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     # Two pieces for each of the ranks that share a sequence, packed or not.
     context = {"context_size": 4}
     assert job_problems(job, ppo={"microbatch_tokens": 103}, parallel=context) == [
-        "ppo.microbatch_tokens=103: must hold the longest sequence, data.max_prompt_tokens + "
+        "ppo.microbatch_tokens=103: must fit the longest sequence, data.max_prompt_tokens + "
         "rollout.max_response_tokens = 104 with padding. Use at least 104."
     ]
     assert len(job_problems(job, ppo=packed, parallel=context)) == 1
@@ -397,7 +433,7 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
         job_problems(job, ppo={"microbatch_tokens": 104, "packing": True}, parallel=context) == []
     )
     assert job_problems(job, ppo=packed) == [
-        "ppo.microbatch_tokens=98: must hold the longest sequence, data.max_prompt_tokens + "
+        "ppo.microbatch_tokens=98: must fit the longest sequence, data.max_prompt_tokens + "
         "rollout.max_response_tokens = 100. Use at least 100."
     ]
 
@@ -407,13 +443,13 @@ def test_a_token_budget_holds_the_longest_sequence(job_problems, job):
     [
         (
             {"recompute_num_layers": 1},
-            "memory.recompute_num_layers=1: needs memory.recompute=full; it is none. Leave it out "
-            "or set memory.recompute=full.",
+            "memory.recompute_num_layers=1: needs memory.recompute=full; it is none. Remove it or "
+            "set memory.recompute=full.",
         ),
         (
             {"recompute": "full", "recompute_num_layers": 3},
             "memory.recompute_num_layers=3: must not exceed the 2 layers of a stage's chunk. Lower "
-            "it, or leave it out for all of them.",
+            "it, or remove it to recompute all of them.",
         ),
     ],
 )
@@ -432,20 +468,27 @@ def test_recompute_may_cover_every_layer_of_a_chunk():
         (
             {"dtype": "float32"},
             {},
-            "precision.dtype=float32: FP8 needs bfloat16 beside it. Set it to bfloat16, or "
+            "precision.dtype=float32: FP8 needs bfloat16 for all else. Set it to bfloat16, or "
             "precision.fp8=off.",
         ),
         (
             {},
             {"attention_softcap": 50.0},
-            "precision.fp8=hybrid: Transformer Engine has neither softcaps nor post norms; "
-            "model.architecture=llama has. Set it to off.",
+            "precision.fp8=hybrid: Transformer Engine supports neither softcaps nor post norms; "
+            "model.architecture=llama has them. Set it to off.",
+        ),
+        (
+            {"attention_backend": "flash", "fp8": "off"},
+            {"attention_softcap": 50.0},
+            "precision.attention_backend=flash: chooses a kernel of Transformer Engine, which "
+            "supports neither softcaps nor post norms; model.architecture=llama has them. Set it "
+            "to auto.",
         ),
         (
             {"fp8_recipe": "delayed", "fp8_edge_layers_bf16": 1},
             {},
-            "precision.fp8_edge_layers_bf16=1: delayed scaling covers all layers. Set it to 0, or "
-            "another precision.fp8_recipe.",
+            "precision.fp8_edge_layers_bf16=1: delayed scaling always covers all layers. Set it "
+            "to 0, or use another precision.fp8_recipe.",
         ),
         (
             {"fp8_edge_layers_bf16": 3},
@@ -480,30 +523,31 @@ def test_fp8_suits_the_model(precision, model, line):
     assert problems == [line]
 
 
-@pytest.mark.parametrize(("rollout", "apart"), [({"tensor_size": 2}, 0), ({"ranks": 1}, 1)])
-def test_weights_in_fp8_stay_at_the_training_layout(rollout, apart):
+@pytest.mark.parametrize(
+    ("rollout", "num_rollout_ranks"), [({"tensor_size": 2}, 0), ({"ranks": 1}, 1)]
+)
+def test_fp8_weights_stay_in_the_training_layout(rollout, num_rollout_ranks):
     problems = world_problems(
         2,
-        apart=apart,
+        num_rollout_ranks=num_rollout_ranks,
         precision={"fp8": "hybrid", "fp8_param_gather": True},
         model={"hidden_size": 64},
         rollout=rollout,
     )
     assert problems == [
-        "precision.fp8_param_gather=true: weights in FP8 cannot move to ranks or a layout of the "
-        "rollout's own. Set it to false, or leave out rollout.ranks, rollout.tensor_size and "
-        "rollout.pipeline_size."
+        "precision.fp8_param_gather=true: FP8 weights cannot be resharded for generation. Set it "
+        "to false, or remove rollout.ranks, rollout.tensor_size and rollout.pipeline_size."
     ]
 
 
-def test_weights_in_mxfp8_do_not_travel_beside_passes():
+def test_mxfp8_weights_are_not_gathered_during_passes():
     settings = {
         "precision": {"fp8": "hybrid", "fp8_recipe": "mxfp8", "fp8_param_gather": True},
         "parallel": {"overlap": True},
         "model": {"hidden_size": 128},
     }
     assert world_problems(2, **settings) == [
-        "parallel.overlap=true: weights in mxfp8 travel through the gradients' memory, which the "
+        "parallel.overlap=true: mxfp8 weights are gathered in the gradients' memory, which the "
         "next step needs. Set it to false, or precision.fp8_param_gather=false."
     ]
     settings["precision"]["fp8_recipe"] = "tensorwise"
@@ -519,24 +563,26 @@ def test_weights_in_mxfp8_do_not_travel_beside_passes():
         ),
         (
             {"model": {"hidden_size": 64}, "precision": {"fp8": "hybrid"}},
-            "FP8, whose scales the CPU minds; precision.fp8=hybrid. Set it to false.",
+            "FP8, whose scales the CPU manages; precision.fp8=hybrid. Set it to false.",
         ),
     ],
 )
-def test_cuda_graphs_hold_what_needs_no_cpu(sections, rest):
+def test_cuda_graphs_need_no_cpu_inside(sections, rest):
     problems = world_problems(1, rollout={"cuda_graphs": True}, **sections)
-    assert problems == [f"rollout.cuda_graphs=true: cannot hold {rest}"]
+    assert problems == [f"rollout.cuda_graphs=true: does not work with {rest}"]
 
 
 def test_ranks_that_only_generate_leave_the_others_to_train():
     layout = {"parallel": {"tensor_size": 2}, "rollout": {"ranks": 3, "tensor_size": 1}}
-    assert check_world(make(**layout), 7, apart=3) == 2
-    assert world_problems(3, apart=3, **layout) == [
+    assert check_world(make(**layout), 7, num_rollout_ranks=3) == 2
+    assert world_problems(3, num_rollout_ranks=3, **layout) == [
         "rollout.ranks=3: must leave ranks that train; 3 are started. Lower it or start more ranks."
     ]
-    assert world_problems(6, apart=3, **layout)[0].startswith("parallel: tensor_size * pipeline")
+    assert world_problems(6, num_rollout_ranks=3, **layout)[0].startswith(
+        "parallel: tensor_size * pipeline"
+    )
     both = {"parallel": {"tensor_size": 2}, "rollout": {"ranks": 3}}
-    assert world_problems(7, apart=3, **both) == [
+    assert world_problems(7, num_rollout_ranks=3, **both) == [
         "rollout: tensor_size * pipeline_size * context_size = 2 must divide the number of ranks; "
         "it is 3. Start a multiple of 2 ranks."
     ]
@@ -544,37 +590,36 @@ def test_ranks_that_only_generate_leave_the_others_to_train():
 
 def test_stale_samples_need_other_ranks_and_a_correction(job_problems):
     stale = {"staleness": 1, "ranks": 1}
-    assert job_problems("ppo", rollout=stale, ppo={"sampler_cap": 2}) == []
+    assert job_problems("ppo", rollout=stale, ppo={"tis_cap": 2}) == []
     assert job_problems("ppo", rollout=stale, ppo={"old_logprobs": "sampler"}) == []
     assert job_problems("ppo", rollout=stale) == [
-        "rollout.staleness=1: samples of older weights need ppo.sampler_cap; it is not set. Set it "
-        "to 2, say, or ppo.old_logprobs=sampler."
+        "rollout.staleness=1: samples from older weights need the correction ppo.tis_cap; it is "
+        "not set. Set it to 2, for example, or ppo.old_logprobs=sampler."
     ]
-    assert job_problems("ppo", rollout={"staleness": 1}, ppo={"sampler_cap": 2}) == [
-        "rollout.staleness=1: needs rollout.ranks > 0, or nothing would overlap; it is 0. Set "
-        "rollout.ranks, or rollout.staleness=0."
+    assert job_problems("ppo", rollout={"staleness": 1}, ppo={"tis_cap": 2}) == [
+        "rollout.staleness=1: needs rollout.ranks > 0, for generation and training to overlap; it "
+        "is 0. Set rollout.ranks, or rollout.staleness=0."
     ]
 
 
 def test_ranks_that_only_generate_cannot_leave_fp8(job_problems):
     precision = {"fp8": "hybrid", "fp8_on_divergence": "leave"}
     assert job_problems("ppo", rollout={"ranks": 1}, precision=precision) == [
-        "precision.fp8_on_divergence=leave: ranks that only generate would not leave FP8. Set it "
-        "to warn, or rollout.ranks=0."
+        "precision.fp8_on_divergence=leave: ranks that only generate would stay in FP8; "
+        "rollout.ranks=1. Set it to warn, or rollout.ranks=0."
     ]
 
 
 @pytest.mark.parametrize("key", ["offload_idle", "offload_optimizer"])
-def test_only_models_that_rest_leave_the_device(job_problems, key):
+def test_only_idle_models_are_offloaded(job_problems, key):
     memory = {key: True}
     assert job_problems("ppo", memory=memory) == []
     assert job_problems("sft", memory=memory) == [
-        f"memory.{key}=true: only ppo has phases in which models rest; this is sft. Set it to "
-        "false."
+        f"memory.{key}=true: only ppo has phases with idle models; this is sft. Set it to false."
     ]
     precision = {"fp8": "hybrid", "fp8_param_gather": True}
     assert job_problems("ppo", memory=memory, precision=precision) == [
-        f"memory.{key}=true: weights in FP8 cannot leave the GPU. Set it to false, or "
+        f"memory.{key}=true: FP8 weights cannot be offloaded. Set it to false, or "
         "precision.fp8_param_gather=false."
     ]
 
@@ -582,16 +627,48 @@ def test_only_models_that_rest_leave_the_device(job_problems, key):
 def test_the_loss_of_a_router_needs_a_mean_over_tokens(job_problems):
     model = {"num_experts": 4, "router_aux_loss_coef": 0.01}
     assert job_problems("sft", model=model) == job_problems("ppo", model=model) == []
-    rule = "model.router_aux_loss_coef=0.01: has its weight beside a mean over tokens only; "
+    rule = "model.router_aux_loss_coef=0.01: needs a loss that is a mean over tokens; "
     assert job_problems("reward", model=model) == [
-        rule + "reward takes one over pairs. Set it to 0."
+        rule + "that of reward is one over pairs. Set it to 0."
     ]
     assert job_problems("ppo", model=model, ppo={"aggregation": "macro_mean"}) == [
-        rule + "ppo takes one over ppo.aggregation=macro_mean. Set it to 0."
+        rule + "that of ppo has ppo.aggregation=macro_mean. Set it to 0."
     ]
 
 
-def test_a_run_directory_may_be_there_or_be_made(tmp_path):
+def test_adapters_that_a_model_or_a_job_cannot_have_are_named(job_problems):
+    experts = {"num_experts": 4, "architecture": "mixtral"}
+    on = {"rank": 4}
+    assert job_problems("sft", model={"lora": on}) == []
+    assert job_problems("sft", model=experts | {"lora": on | {"targets": ["q_proj"]}}) == []
+    assert job_problems(
+        "sft", model=experts | {"lora": on | {"targets": ["q_proj", "up_proj"]}}
+    ) == [
+        "model.lora.targets=[q_proj,up_proj]: model.architecture=mixtral has experts, which get no "
+        "adapters, instead of up_proj. Use [q_proj,k_proj,v_proj,o_proj] or some of these."
+    ]
+    assert len(job_problems("ppo", model=experts | {"lora": on})) == 1
+    # Nothing is trained: a file may be shared with the job that does.
+    assert job_problems("evaluate", model=experts | {"lora": on}) == []
+    assert job_problems(
+        "sft", model={"lora": on}, precision={"fp8": "hybrid", "fp8_param_gather": True}
+    ) == [
+        "model.lora.rank=4: adapters are trained, and not gathered in FP8; "
+        "precision.fp8_param_gather=true. Set that to false."
+    ]
+    routed = experts | {"router_aux_loss_coef": 0.1, "lora": on | {"targets": ["q_proj"]}}
+    assert job_problems("sft", model=routed) == [
+        "model.router_aux_loss_coef=0.1: routers do not learn with model.lora.rank=4. Set it to 0."
+    ]
+    for job in ("ppo", "offline", "evaluate"):
+        (problem,) = job_problems(job, model={"lora": on | {"path": "adapters"}})
+        assert problem == (
+            f"model.lora.path=adapters: {job} begins with a whole model. Merge the adapters into "
+            "it with `python tools/convert_hf.py merge`, and remove the key."
+        )
+
+
+def test_a_run_directory_may_exist_or_be_created(tmp_path):
     check_folder(tmp_path, key="run.dir")
     check_folder(tmp_path / "a" / "b", key="run.dir")
     assert list(tmp_path.iterdir()) == []
@@ -604,8 +681,8 @@ def test_a_file_in_the_way_of_the_run_directory_is_named(tmp_path, below):
     with pytest.raises(ConfigError) as error:
         check_folder(file / below, key="run.dir")
     assert str(error.value) == (
-        f"run.dir={file / below}: must be a folder that can be written to; {file} is not a folder. "
-        "Use another folder."
+        f"run.dir={file / below}: must be a writable folder; {file} is not a folder. Use another "
+        "folder."
     )
 
 
@@ -629,6 +706,92 @@ def test_a_run_directory_on_a_read_only_file_system_is_refused(read_only, below)
     with pytest.raises(ConfigError) as error:
         check_folder(read_only / below, key="run.dir")
     assert str(error.value) == (
-        f"run.dir={read_only / below}: must be a folder that can be written to; {read_only} "
-        "cannot be written to. Use another folder."
+        f"run.dir={read_only / below}: must be a writable folder; {read_only} is not writable. Use "
+        "another folder."
     )
+
+
+@pytest.mark.parametrize(
+    ("job", "sections", "line"),
+    [
+        (
+            "ppo",
+            {"macro": {"rule": "token", "min_length": 2}},
+            "macro.min_length=2: macro.rule=token makes actions of one token. Use "
+            "macro.rule=fixed_ngram macro.n=2, or remove it.",
+        ),
+        (
+            "ppo",
+            {"macro": {"reward": "mean", "discount": "per_token"}, "ppo": {"gamma": 0.9}},
+            "macro.discount=per_token: discounts the token rewards of an action, of which "
+            "macro.reward=mean takes the mean. Use macro.reward=sum, or macro.discount=per_macro.",
+        ),
+        (
+            "ppo",
+            {"ppo": {"kl_target": 6.0, "kl_coef": 0.0}},
+            "ppo.kl_target=6: the coefficient is adapted by factors; ppo.kl_coef=0 stays 0. Set "
+            "ppo.kl_coef, or ppo.kl_target=null.",
+        ),
+        (
+            "evaluate",
+            {"evaluate": {"samples_per_prompt": 4, "temperature": 0}},
+            "evaluate.samples_per_prompt=4: with evaluate.temperature=0 all responses to a prompt "
+            "are the same. Set it to 1, or raise the temperature.",
+        ),
+        (
+            "reward",
+            {"reward_model": {"length_coef": 0.5, "loss": "span"}},
+            "reward_model.length_coef=0.5: correlates the scores of last tokens with the length; "
+            "reward_model.loss=span compares those of all tokens. Use reward_model.loss=last, or "
+            "set it to 0.",
+        ),
+        (
+            "offline",
+            {"offline": {"algorithm": "a_lol_kl"}},
+            "offline.kl_coef=0: offline.algorithm=a_lol_kl without it is a_lol. Set it, or use "
+            "offline.algorithm=a_lol.",
+        ),
+        (
+            "offline",
+            {"offline": {"compat": "lol_rl"}},
+            "offline.compat=lol_rl: changes only offline.sampling=all_priority, and "
+            "offline.algorithm=a_lol_ref_free with offline.sampling=all. Remove it.",
+        ),
+        (
+            "offline",
+            {
+                "offline": {"algorithm": "a_lol_macro"},
+                "macro": {"rule": "token", "min_length": 2},
+            },
+            "macro.min_length=2: macro.rule=token makes actions of one token. Use "
+            "macro.rule=fixed_ngram macro.n=2, or remove it.",
+        ),
+        (
+            "offline",
+            {"reward": {"source": "a:b", "dense": {"source": "dpo", "kind": "rto"}}},
+            "reward.dense=[dpo]: shapes the scores of ppo; offline takes the rewards of its rows "
+            "as they are. Remove it.",
+        ),
+        (
+            "offline",
+            {"reward": {"source": "a:b", "constraints": {"source": "c:d", "threshold": 1}}},
+            "reward.constraints=[c:d]: shapes the scores of ppo; offline takes the rewards of its "
+            "rows as they are. Remove it.",
+        ),
+        (
+            "offline",
+            {"reward": {"source": "module:rule", "shaping": ["z_score", "overlong"]}},
+            "reward.shaping=[z_score,overlong]: shapes the scores of ppo; offline takes the "
+            "rewards of its rows as they are. Remove it.",
+        ),
+        (
+            "offline",
+            {"reward": {"source": "module:rule", "normalize": "running"}},
+            "reward.normalize=running: shapes the scores of ppo; offline takes the rewards of its "
+            "rows as they are. Remove it.",
+        ),
+    ],
+)
+def test_a_key_that_would_change_nothing_is_refused(job_problems, job, sections, line):
+    assert job_problems(job, **sections) == [line]
+    assert job_problems("sft", **sections) == []

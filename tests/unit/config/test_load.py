@@ -28,7 +28,8 @@ def test_without_a_file_every_key_has_its_default():
 
 def test_what_a_run_notes_beside_its_settings_is_no_setting(yaml_file):
     noted = "tokenizer_fingerprint: a\nlayout: b\nversions: {python: c}\ngit_revision: null\n"
-    assert load_config(yaml_file(f"{noted}run: {{seed: 7}}\n")).run.seed == 7
+    for more in ("", "prompt_fingerprint: d\n", "prompt_fingerprint: d\ndtype: float32\n"):
+        assert load_config(yaml_file(f"{noted}{more}run: {{seed: 7}}\n")).run.seed == 7
     assert refused(path=yaml_file("layout: b\n")).startswith("layout: unknown key.")
 
 
@@ -128,7 +129,6 @@ def test_an_unknown_key_names_the_nearest_or_all(override, message):
         ("macro.lengths=[2,true]", "macro.lengths=[2, True]: input should be a number, not true"),
         ("policy.lr=.inf", "policy.lr=inf: input should be a finite number. Change the value."),
         ("ppo.epochs=null", "ppo.epochs=null: input should be a valid integer. Change the value."),
-        ("run.name=3", "run.name=3: input should be a valid string"),
         ("rollout.temperature=hot", "rollout.temperature=hot: input should be a valid number"),
         ("data.shuffle=maybe", "data.shuffle=maybe: input should be a valid boolean"),
         ("macro.rule=words", "macro.rule=words: input should be 'token', 'fixed_ngram'"),
@@ -144,7 +144,7 @@ def test_a_value_of_the_wrong_type_or_range_is_shown(override, message):
     assert refused(override).startswith(message)
 
 
-@pytest.mark.parametrize("override", ["run.steps=off", "ppo.dual_clip=0", "logging.wandb=3"])
+@pytest.mark.parametrize("override", ["run.steps=off", "ppo.dual_clip=0"])
 def test_a_wrong_value_of_a_key_that_may_be_null_says_how_to_unset_it(override):
     assert refused(override).endswith(". Change the value, or write null to unset it.")
 
@@ -160,7 +160,7 @@ def test_every_problem_is_reported_on_a_line_of_its_own():
 
 @pytest.mark.parametrize("override", ["run.seed", "=1", ""])
 def test_an_override_is_key_equals_value(override):
-    line = f"{override}: an override is key=value. Write for example run.seed=1."
+    line = f"{override}: an override must be key=value. Write for example run.seed=1."
     assert refused(override) == line
 
 
@@ -171,8 +171,8 @@ def test_an_override_is_key_equals_value(override):
         ("run: {seed: 1, seed: 2}", ":1: not valid YAML; found duplicate key seed."),
         ("run:\n\tseed: 1", ":2: not valid YAML; found character that cannot start any token."),
         (b"\xff\xfe", ": not valid YAML; 'utf-8' codec can't decode byte 0xff"),
-        ("- 1\n", ": must be a mapping of sections. Mend the file."),
-        ("7\n", ": must be a mapping of sections. Mend the file."),
+        ("- 1\n", ": must be a mapping of sections; it is not. Fix the file."),
+        ("7\n", ": must be a mapping of sections; it is not. Fix the file."),
     ],
 )
 def test_a_file_that_is_no_mapping_is_named_with_its_line(yaml_file, text, problem):
@@ -188,17 +188,17 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_an_interpolation_that_leads_nowhere():
-    message = refused("run.name=${run.nam}")
+    message = refused("run.steps=${run.nam}")
     assert message == (
-        "run.name: must be resolvable; Interpolation key 'run.nam' not found. "
-        "Name keys that the file or an override sets."
+        "run.steps: must be resolvable; Interpolation key 'run.nam' not found. "
+        "Refer to keys that the file or an override sets."
     )
 
 
 def test_an_override_inside_a_list_of_the_file(yaml_file):
     path = yaml_file("reward: {source: [{source: 'a:b'}]}")
     assert refused("reward.source.0.weight=2", path=path) == (
-        "--config: an override cannot set a key inside a list of the file. Override the list."
+        "--config: an override cannot set a key inside a list. Override the whole list."
     )
 
 
@@ -238,7 +238,7 @@ def test_an_override_inside_a_list_of_the_file(yaml_file):
         ),
         (
             ["model.hf_path=here", "model.init=there"],
-            "model.init=there: with model.hf_path the weights come from there. "
+            "model.init=there: cannot be combined with model.hf_path, which gives the weights too. "
             "Remove one of the two.",
         ),
     ],
@@ -251,3 +251,58 @@ def test_keys_that_contradict_each_other(overrides, message):
 def test_an_origin_that_is_not_there(key, tmp_path):
     line = refused(f"{key}={tmp_path / 'gone'}")
     assert line.startswith(f"{key}={tmp_path / 'gone'}: must be a run directory or a Hugging Face")
+
+
+@pytest.mark.parametrize(
+    "text", ["d #2", "12:30", "2024", "${x}", "a: b", "[1]", "true", "1e3", "~"]
+)
+def test_texts_and_paths_mean_what_they_say(text):
+    config = load_config(None, [f"run.name={text}", f"run.dir={text}", f"macro.parser={text}"])
+    assert (config.run.name, str(config.run.dir), config.macro.parser) == (text, text, text)
+
+
+def test_a_text_that_may_be_unset_is_unset_by_null():
+    assert load_config(None, ["logging.wandb=null"]).logging.wandb is None
+    assert load_config(None, ["tokenizer.path=none"]).tokenizer.path is None
+    assert load_config(None, ["run.name=null"]).run.name == "null"
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1, 10**23])
+def test_a_seed_that_is_no_63_bit_number_is_refused(seed):
+    with pytest.raises(ConfigError, match=r"^run\.seed=\d+: input should be less than"):
+        load_config(None, [f"run.seed={seed}"])
+    assert load_config(None, [f"run.seed={2**63 - 1}"]).run.seed == 2**63 - 1
+
+
+def test_data_may_be_a_path_or_a_list_of_paths_with_weights(yaml_file):
+    config = load_config(None, ["data.train_path=a: [b] #1.jsonl", "data.fields={prompt: q}"])
+    assert [source.path for source in config.data.train_path] == ["a: [b] #1.jsonl"]
+    assert config.data.fields == {"prompt": "q"}
+    path = yaml_file("data: {train_path: [a.jsonl, {path: b.parquet, weight: 0.3}]}")
+    config = load_config(path)
+    found = [(source.path, source.weight) for source in config.data.train_path]
+    assert found == [("a.jsonl", 1.0), ("b.parquet", 0.3)]
+    assert load_config(yaml_file(dump_config(config))) == config
+    for unset in ("null", "[]", ""):
+        assert load_config(path, [f"data.train_path={unset}"]).data.train_path is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train_path=[{weight: 1}]", "data.train_path.0.path: must be given; it is not."),
+        ("data.train_path=[{path: a, weight: 0}]", "data.train_path.0.weight=0: input should be "),
+        ("data.train_path={path: a}", "data.train_path={'path': 'a'}: input should be a list"),
+        ("data.fields=question", "data.fields=question: input should be a mapping, such as {a: b}"),
+        ("data.fields={promt: q}", "data.fields.promt.[key]=promt: input should be 'prompt', "),
+    ],
+)
+def test_data_of_another_form_is_refused(override, message):
+    assert refused(override).startswith(message)
+
+
+def test_steps_and_epochs_exclude_each_other():
+    assert refused("run.steps=3", "run.epochs=2") == (
+        "run.epochs=2: cannot be combined with run.steps=3, which gives the length too. Remove one "
+        "of the two, or set it to null."
+    )

@@ -1,15 +1,10 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from marlhf_mega.data import toy
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.data.train_tokenizer import train_tokenizer
-
-# A busy machine is not a fault of the code under test.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 PROGRAM = """def area(width, height):
     total = 0

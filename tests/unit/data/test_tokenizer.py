@@ -122,11 +122,8 @@ def test_invalid_bytes_become_replacement_characters(sentencepiece_file: Tokeniz
 
 def test_special_tokens_are_added_only_on_request(byte_level: Tokenizer) -> None:
     plain = byte_level.encode("the cat")
-    assert byte_level.encode("the cat", add_bos=True, add_eos=True) == [0, *plain, 1]
-    assert byte_level.encode_batch(["the cat", ""], add_eos=True) == [[*plain, 1], [1]]
     assert byte_level.prompt_prefix == [0]
     assert byte_level.decode([0, *plain, 1]) == "the cat"
-    assert byte_level.decode([0, *plain, 1], skip_special=False) == "<|begin|>the cat<|end|>"
 
 
 def test_added_tokens_that_are_not_special_are_text(byte_level: Tokenizer) -> None:
@@ -142,12 +139,6 @@ def test_padding_falls_back_to_the_end_of_sequence(
     assert (toy_tokenizer.pad_id, toy_tokenizer.eos_id, toy_tokenizer.bos_id) == (0, 2, 1)
     assert byte_level.vocab_size == 281
     assert toy_tokenizer.vocab_size == 512
-
-
-def test_bos_cannot_be_added_where_there_is_none(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_byte_level_folder(tmp_path, bos_token=None))
-    with pytest.raises(ValueError, match=r"tokenizer.add_bos=True: needs a begin-of-sequence"):
-        tokenizer.encode("a", add_bos=True)
 
 
 def test_a_model_file_and_its_package_are_the_same_vocabulary(
@@ -174,6 +165,9 @@ def test_sentence_ends_ignore_quotes_brackets_and_blanks(tmp_path: Path) -> None
     tokenizer = Tokenizer.load(folder)
     found = {text: tokenizer.ends_sentence[tokenizer.encode(text)[-1]] for text in [*ends, *others]}
     assert {text for text, is_end in found.items() if is_end} == set(ends)
+    clauses = tokenizer.ends_clause()
+    found = {text: clauses[tokenizer.encode(text)[-1]] for text in [*ends, *others]}
+    assert {text for text, is_end in found.items() if is_end} == {*ends, ",", ";"}
     assert not tokenizer.ends_sentence[tokenizer.eos_id]
 
 
@@ -184,7 +178,7 @@ def test_chats_go_through_the_template_up_to_the_next_turn(byte_level: Tokenizer
 
 
 def test_a_template_that_refuses_the_messages_is_an_error(byte_level: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"prompt: must suit .* it says: no system turns"):
+    with pytest.raises(ValueError, match=r"prompt: must suit .* which reports: no system turns"):
         byte_level.apply_chat_template([{"role": "system", "content": "x"}])
 
 
@@ -192,7 +186,9 @@ def test_chats_without_a_template_are_an_error(
     toy_tokenizer: Tokenizer, sentencepiece_file: Tokenizer
 ) -> None:
     for tokenizer in (toy_tokenizer, sentencepiece_file):
-        with pytest.raises(ValueError, match=r"prompt: must be text .* there is no chat_template"):
+        with pytest.raises(
+            ValueError, match=r"prompt: must be text, as this tokenizer has no chat_template"
+        ):
             tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
 
 
@@ -236,3 +232,98 @@ def test_a_tokenizer_that_cannot_be_used_is_one_line(
         Tokenizer.load(folder)
     assert str(caught.value).startswith(f"tokenizer.path={folder}: ")
     assert "\n" not in str(caught.value)
+
+
+def declare(path: Path, **values: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+def test_every_declared_end_token_is_one(tmp_path: Path) -> None:
+    """A chat ends its turns with `<|end|>`, id 1; `<|begin|>` is 0, `<tool>` 280 and no token."""
+    folder, model = write_byte_level_folder(tmp_path), tmp_path / "model"
+    assert Tokenizer.load(folder).end_ids == (1,)
+    declare(folder / "config.json", eos_token_id=7)
+    assert Tokenizer.load(folder).end_ids == (1, 7)
+    declare(folder / "generation_config.json", eos_token_id=[1, 280])
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.end_ids == (1, 280)
+    assert tokenizer.decode([*tokenizer.encode("a"), 280]) == "a"
+    # The model's ids are taken where this vocabulary has control tokens there.
+    declare(model / "generation_config.json", eos_token_id=[5, 0])
+    assert Tokenizer.load(folder, model=model).end_ids == (1, 280, 0)
+    stopped = Tokenizer.load(folder, stop=(9, "<|begin|>", "\nUser:"))
+    assert (stopped.end_ids, stopped.stop_texts) == ((1, 280, 9, 0), (b"\nUser:",))
+    with pytest.raises(
+        ValueError, match=r"rollout.stop=281: must be an id of the tokenizer, below"
+    ):
+        Tokenizer.load(folder, stop=(281,))
+    declare(folder / "generation_config.json", eos_token_id="</s>")
+    with pytest.raises(ValueError, match=r"eos_token_id must be an id or a list of ids; it is"):
+        Tokenizer.load(folder)
+
+
+def test_the_prompt_fingerprint_knows_what_changes_prompts(tmp_path: Path) -> None:
+    one = Tokenizer.load(write_byte_level_folder(tmp_path))
+    assert Tokenizer.load(tmp_path).prompt_fingerprint() == one.prompt_fingerprint()
+    others = [Tokenizer.load(write_byte_level_folder(tmp_path, chat_template=TEMPLATE + " "))]
+    write_byte_level_folder(tmp_path)
+    declare(tmp_path / "generation_config.json", eos_token_id=9)
+    others.append(Tokenizer.load(tmp_path))
+    (tmp_path / "generation_config.json").unlink()
+    layout = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout | {"post_processor": None}))
+    others.append(Tokenizer.load(tmp_path))
+    for other in others:
+        assert other.fingerprint() == one.fingerprint()
+    assert len({t.prompt_fingerprint() for t in [one, *others]}) == 4
+
+
+def test_the_end_token_of_a_response_can_be_shown(toy_tokenizer: Tokenizer) -> None:
+    words = toy_tokenizer.encode("the end")
+    assert toy_tokenizer.end_text([*words, toy_tokenizer.eos_id]) == "</s>"
+    assert toy_tokenizer.end_text(words) is None
+    assert toy_tokenizer.end_text([]) is None
+
+
+def test_rules_see_special_tokens_only_if_asked(tmp_path: Path) -> None:
+    folder = write_byte_level_folder(tmp_path)
+    ids = Tokenizer.load(folder).encode("a<|begin|>b<|end|>")
+    assert Tokenizer.load(folder).response_text(ids) == "ab"
+    kept = Tokenizer.load(folder, keep_special=True)
+    assert kept.response_text(ids) == "a<|begin|>b"
+    assert kept.response_text(ids[:-1]) == "a<|begin|>b"
+    assert kept.decode(ids) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "problem"),
+    [
+        ("added_tokens.json", {"<tool>": 360}, "'<tool>', id 360"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"360": {"content": "<|im_end|>"}}, "eos_token": "<|im_end|>"},
+            "'<|im_end|>', id 360, eos_token '<|im_end|>'",
+        ),
+        ("special_tokens_map.json", {"bos_token": {"content": "<x>"}}, "bos_token '<x>'"),
+    ],
+)
+def test_a_sentencepiece_folder_that_says_more_than_its_model_is_refused(
+    code_folder: Path, tmp_path: Path, file: str, values: dict[str, object], problem: str
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((code_folder / "tokenizer.model").read_bytes())
+    same = {"added_tokens_decoder": {"2": {"content": "</s>"}}, "eos_token": "</s>"}
+    declare(tmp_path / "tokenizer_config.json", **same)
+    assert Tokenizer.load(tmp_path).eos_id == 2
+    declare(tmp_path / file, **values)
+    with pytest.raises(ValueError, match="must hold tokenizer.json") as caught:
+        Tokenizer.load(tmp_path)
+    assert f"what tokenizer.model lacks; {problem}. Save" in str(caught.value)
+    assert Tokenizer.load(tmp_path / "tokenizer.model").eos_id == 2
+
+
+def test_another_vocabulary_is_told_by_its_first_other_token(
+    byte_level: Tokenizer, sentencepiece_file: Tokenizer, code_folder: Path
+) -> None:
+    assert sentencepiece_file.difference(Tokenizer.load(code_folder)) is None
+    assert byte_level.difference(sentencepiece_file) == "id 0 is '<pad>' there and '<|begin|>' here"

@@ -9,9 +9,11 @@ import pytest
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.tokenizer import Tokenizer
-from marlhf_mega.data.train_tokenizer import package_sentencepiece, train_tokenizer
+from marlhf_mega.data.train_tokenizer import CHATML, package_sentencepiece, train_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "train_tokenizer.py"
 TEXTS = [
@@ -159,5 +161,44 @@ def test_the_tool_reports_a_missing_field_in_one_line(tmp_path: Path) -> None:
     data.write_text('{"text": "one"}\n')
     result = run_tool(tmp_path / "out", "--vocab-size", 300, data)
     assert result.returncode == 2
-    expected = f"{data}:1: prompt: must be text; the row has the fields: text. Use --fields.\n"
+    expected = (
+        f"{data}:1: must have text in one of prompt, response, chosen, rejected, messages; the row "
+        "has the fields: text. Use --fields.\n"
+    )
     assert result.stderr == expected
+
+
+def test_files_of_several_kinds_train_one_tokenizer(tmp_path: Path) -> None:
+    """Alphabets tell which fields have been read; a byte would do for what was not."""
+    talk = [{"role": "user", "content": "\u03b1\u03b2"}]
+    write_jsonl(tmp_path / "demos.jsonl", [{"prompt": "word " * 200, "response": "\u0436 other"}])
+    write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": "\u05d0", "rejected": "\u05d1"}])
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": talk}])
+    files = [tmp_path / f"{name}.jsonl" for name in ("demos", "pairs", "chats")]
+    assert run_tool(tmp_path / "tok", "--vocab-size", 275, *files).returncode == 0
+    tokenizer = Tokenizer.load(tmp_path / "tok")
+    assert [len(tokenizer.encode(char)) for char in "\u0436\u05d0\u05d1\u03b1\u03b2"] == [1] * 5
+
+
+def test_a_chat_template_brings_its_control_tokens(tmp_path: Path) -> None:
+    texts = ["Hello Ann, the end. user assistant"] * 20
+    train_tokenizer(texts, tmp_path, vocab_size=280, chat_template=CHATML)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.encode("<|im_start|>"), tokenizer.encode("<|im_end|>")) == ([4], [5])
+    assert (tokenizer.turn_end.id, tokenizer.end_ids) == (5, (2, 5))
+    chat = [{"role": "user", "content": "Hello"}]
+    text = tokenizer.apply_chat_template(chat)
+    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    library = AutoTokenizer.from_pretrained(tmp_path)
+    found = library.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    assert tokenizer.encode(text) == found["input_ids"]
+
+
+def test_a_template_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    arguments = ("--vocab-size", 275, "--chat-template", "gone.jinja", tmp_path / "a.jsonl")
+    done = run_tool(tmp_path / "tok", *arguments)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "--chat-template=gone.jinja: must be chatml or a file; not found. Give one.\n"
+    )

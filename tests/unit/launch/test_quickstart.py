@@ -49,6 +49,12 @@ def test_what_is_right_is_started_on_four_ranks(quickstart):
     done = quickstart('echo "$OMP_NUM_THREADS: $*"', "run.dir=a b")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
+        "1: -m marlhf_mega quickstart run.dir=a b --check\n"
         "1: -m torch.distributed.run --standalone --nproc-per-node 4 "
         "-m marlhf_mega quickstart run.dir=a b\n"
     )
+
+
+def test_a_quickstart_that_is_complete_is_not_started(quickstart):
+    done = quickstart('echo "already complete: $#"')
+    assert (done.returncode, done.stdout, done.stderr) == (0, "already complete: 4\n", "")

@@ -80,7 +80,7 @@ def test_no_other_end_is_queued_again(launch, cluster, calls, code):
     cluster(code=code)
     done = launch("slurm.sbatch", "ppo", **JOB)
     assert done.returncode == code
-    assert "not queued again" in done.stderr
+    assert "not requeued" in done.stderr
     assert not any("requeue" in line for line in calls())
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.metrics.flops import forward_flops, mfu, peak_flops, training_flops
+from marlhf_mega.metrics.flops import forward_flops, peak_flops, training_flops
 
 DENSE = ModelConfig(
     num_layers=3, hidden_size=8, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=16
@@ -61,7 +61,8 @@ def test_a_7b_model_needs_about_two_operations_per_weight_and_token():
 
 
 def test_training_is_three_forwards():
-    assert training_flops(7.0) == 21.0
+    assert training_flops(ModelConfig(), 7.0) == 21.0
+    assert training_flops(ModelConfig(lora={"rank": 1}), 7.0) == 14.0
 
 
 def test_peaks_by_device_name():
@@ -70,8 +71,3 @@ def test_peaks_by_device_name():
     assert peak_flops("NVIDIA GH200 480GB") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("some processor") is None
-
-
-def test_mfu_by_hand_and_absent_without_a_peak():
-    assert mfu(989e12, seconds=2.0, num_devices=4, peak=989e12) == pytest.approx(1 / 8)
-    assert mfu(1e12, seconds=1.0, num_devices=1, peak=None) is None

@@ -11,7 +11,6 @@ def declared() -> MetricSums:
         mean=["policy/loss", "rollout/score_mean"],
         total=["data/tokens"],
         maximum=["perf/peak_memory_gib"],
-        minimum=["rollout/score_min"],
     )
 
 
@@ -33,15 +32,14 @@ def test_mean_is_the_global_sum_over_the_global_count_not_a_mean_of_means():
     assert combine([first, second])["policy/loss"] == pytest.approx(9.0 / 5.0)
 
 
-def test_totals_maxima_and_minima_over_ranks():
+def test_totals_and_maxima_over_ranks():
     first, second = declared(), declared()
-    for rank, tokens, memory, score in ((first, 10, 1.5, 4.0), (second, 5, 2.5, -3.0)):
+    for rank, tokens, memory in ((first, 10, 1.5), (second, 5, 2.5)):
         rank.add_total("data/tokens", tokens)
-        rank.add_extreme("perf/peak_memory_gib", memory)
-        rank.add_extreme("rollout/score_min", torch.tensor(score))
-        rank.add_extreme("rollout/score_min", 100.0)
+        rank.add_maximum("perf/peak_memory_gib", torch.tensor(memory))
+        rank.add_maximum("perf/peak_memory_gib", -1.0)
     values = combine([first, second])
-    assert values == {"data/tokens": 15, "perf/peak_memory_gib": 2.5, "rollout/score_min": -3.0}
+    assert values == {"data/tokens": 15, "perf/peak_memory_gib": 2.5}
 
 
 def test_every_element_of_a_tensor_counts():
@@ -53,18 +51,18 @@ def test_every_element_of_a_tensor_counts():
 def test_a_rank_that_adds_nothing_changes_nothing():
     busy = declared()
     busy.add_means({"policy/loss": 3.0}, count=2)
-    busy.add_extreme("rollout/score_min", 7.0)
+    busy.add_maximum("perf/peak_memory_gib", 7.0)
     assert combine([busy, declared(), declared()]) == combine([busy])
 
 
 def test_ranks_pack_the_same_layout_whatever_the_order_of_declaration():
-    first = MetricSums(mean=["a", "b"], maximum=["c"], minimum=["d"])
-    second = MetricSums(minimum=["d"], maximum=["c"], mean=["b", "a"])
+    first = MetricSums(mean=["a", "b"], maximum=["c", "d"])
+    second = MetricSums(maximum=["d", "c"], mean=["b", "a"])
     for rank in (first, second):
         rank.add_means({"a": 1.0}, count=1)
         rank.add_means({"b": 2.0}, count=1)
-        rank.add_extreme("c", 3.0)
-        rank.add_extreme("d", 4.0)
+        rank.add_maximum("c", 3.0)
+        rank.add_maximum("d", 4.0)
     assert combine([first, second]) == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
 
 
@@ -78,8 +76,8 @@ def test_sums_are_kept_in_float64():
 def test_a_nan_is_seen_not_hidden():
     sums = declared()
     sums.add_means({"policy/loss": torch.tensor(math.nan)}, count=4)
-    sums.add_extreme("perf/peak_memory_gib", 1.0)
-    sums.add_extreme("perf/peak_memory_gib", math.nan)
+    sums.add_maximum("perf/peak_memory_gib", 1.0)
+    sums.add_maximum("perf/peak_memory_gib", math.nan)
     values = combine([sums])
     assert math.isnan(values["policy/loss"])
     assert math.isnan(values["perf/peak_memory_gib"])
@@ -97,3 +95,14 @@ def test_values_keep_no_graph():
     loss = torch.ones(3, requires_grad=True).sum()
     sums.add_means({"policy/loss": loss}, count=3)
     assert not sums.pack()[0].requires_grad
+
+
+def test_moments_are_a_mean_and_a_variance_and_never_negative():
+    sums = MetricSums(moments=["x", "unused"])
+    sums.add_moments("x", torch.tensor([1.0, 2.0]))
+    sums.add_moments("x", torch.tensor([6.0, 0.0]), count=1)
+    found = reduce_metrics(sums, lambda v: v, lambda v: v)
+    assert found == {"x_mean": 3.0, "x_variance": pytest.approx(14 / 3)}
+    same = MetricSums(moments=["x"])
+    same.add_moments("x", torch.full((3,), 0.1))
+    assert reduce_metrics(same, lambda v: v, lambda v: v)["x_variance"] >= 0.0

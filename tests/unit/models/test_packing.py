@@ -1,4 +1,4 @@
-"""Packed sequences: each is computed as if it were alone, by attention and by whole models."""
+"""Packed sequences: attention and whole models compute each as if it were alone."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ def attention(groups, **options):
     softcap=st.sampled_from([None, 1.5]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_no_sequence_sees_another(lengths, rest, groups, window, softcap, dtype):
+def test_no_sequence_attends_to_another(lengths, rest, groups, window, softcap, dtype):
     width = sum(lengths) + rest
     packing = Packing.of(lengths, width=width, device=CPU)
     tensors = draw(width, groups, dtype)
@@ -90,7 +90,7 @@ def test_no_sequence_sees_another(lengths, rest, groups, window, softcap, dtype)
 
 
 class EngineLike(torch.nn.Module):
-    """Attention with the two inputs of Megatron-Core's module around Transformer Engine."""
+    """Attention with the interface of Megatron-Core's wrapper of Transformer Engine."""
 
     def forward(self, query, key, value, attention_mask, attn_mask_type, packed_seq_params=None):
         assert (attention_mask, attn_mask_type) == (None, AttnMaskType.causal)
@@ -108,7 +108,7 @@ class EngineLike(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engines_attention_takes_packed_and_padded_rows(dtype):
+def test_transformer_engine_attention_accepts_packed_and_padded_rows(dtype):
     module = packing_engine(EngineLike)()
     packing, tensors = Packing.of([4, 1, 6], width=12, device=CPU), draw(12, 2, dtype)
     how = {"attention_mask": None, "attn_mask_type": AttnMaskType.causal}
@@ -131,7 +131,9 @@ def test_the_engines_attention_takes_packed_and_padded_rows(dtype):
         (2, torch.bfloat16, 8, False),
     ],
 )
-def test_what_the_engines_ring_cannot_do_is_ours(cp_size, dtype, window, expected):
+def test_our_attention_is_used_where_the_ring_of_transformer_engine_does_not_fit(
+    cp_size, dtype, window, expected
+):
     model, mesh = ModelConfig(sliding_window=window), SimpleNamespace(cp_size=cp_size)
     assert engine_attends(model, mesh, dtype) is expected
 
@@ -168,7 +170,7 @@ def gradients(chunk, run, batch):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("head", ["language", "scalar"])
-def test_packed_sequences_give_what_padded_ones_do(mesh, name, recompute, head):
+def test_packed_and_padded_sequences_give_equal_results(mesh, name, recompute, head):
     shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48}
     case = {"model": shape | {"vocab_size": 40, "init_std": 0.3} | MODELS[name]}
     config = Config.model_validate(case | {"memory": {"recompute": recompute}})
@@ -187,9 +189,7 @@ def test_packed_sequences_give_what_padded_ones_do(mesh, name, recompute, head):
             gradients(
                 chunk,
                 chunk,
-                SequenceBatch.create(
-                    prompts, responses, pad_id=0, multiple=4, device=CPU, packed=packed
-                ),
+                SequenceBatch.create(prompts, responses, multiple=4, device=CPU, packed=packed),
             )
             for packed in (False, True)
         )

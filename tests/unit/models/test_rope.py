@@ -30,7 +30,7 @@ def test_linear_scaling_divides_every_frequency():
     assert speeds(kind="linear", factor=4) == pytest.approx([0.25, 0.025, 0.0025, 0.00025])
 
 
-def test_llama3_scaling_divides_slow_frequencies_keeps_fast_ones_and_blends_between():
+def test_llama3_scaling_divides_low_frequencies_keeps_high_ones_and_interpolates_between():
     # With theta = 1e6 and 4 pairs the wavelengths are 2 pi times 1, 31.6, 1000 and 31623:
     # 6.28, 199, 6283 and 198692. Below 8192 / 4 = 2048 a frequency stays, above 8192 it is
     # divided by 8. 6283 lies between: 8192 / 6283.185 = 1.303797 turns, a third of the way

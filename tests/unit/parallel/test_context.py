@@ -1,4 +1,4 @@
-"""Which rank holds which tokens of sequences that ranks share."""
+"""Zigzag sharding: which rank holds which tokens."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlhf_mega.parallel.context import ContextShare, Piece
+from marlhf_mega.parallel.context import ContextShare, SequencePiece
 
 CPU = torch.device("cpu")
 
@@ -29,30 +29,35 @@ def shares(lengths, count):
 
 def test_pieces_worked_by_hand():
     first, second = shares([8, 4], 2)
-    assert first.pieces == [Piece(0, 0, 2), Piece(0, 6, 8), Piece(8, 8, 9), Piece(8, 11, 12)]
-    assert first.places.tolist() == [0, 1, 6, 7, 8, 11]
-    assert second.places.tolist() == [2, 3, 4, 5, 9, 10]
+    assert first.pieces == [
+        SequencePiece(0, 0, 2),
+        SequencePiece(0, 6, 8),
+        SequencePiece(8, 8, 9),
+        SequencePiece(8, 11, 12),
+    ]
+    assert first.indices.tolist() == [0, 1, 6, 7, 8, 11]
+    assert second.indices.tolist() == [2, 3, 4, 5, 9, 10]
 
 
-def test_tokens_are_found_where_they_are():
+def test_each_token_is_found_on_the_rank_that_holds_it():
     first, second = shares([8, 4], 2)
-    places = torch.tensor([7, 2, 8, 11, 5])
-    found, here = first.find(places)
+    indices = torch.tensor([7, 2, 8, 11, 5])
+    found, here = first.find(indices)
     assert (found.tolist(), here.tolist()) == ([0, 2, 3], [3, 4, 5])
-    found, here = second.find(places)
+    found, here = second.find(indices)
     assert (found.tolist(), here.tolist()) == ([1, 4], [0, 3])
 
 
 @given(pieces=st.lists(st.integers(1, 5), min_size=1, max_size=4), count=st.integers(1, 5))
-def test_every_token_is_held_once_and_attention_is_the_same_work(pieces, count):
+def test_every_token_is_held_once_and_every_rank_has_equal_work(pieces, count):
     lengths = [2 * count * n for n in pieces]
     everyone = shares(lengths, count)
-    held = sorted(place for share in everyone for place in share.places.tolist())
+    held = sorted(index for share in everyone for index in share.indices.tolist())
     assert held == list(range(sum(lengths)))
     starts = [start for share in everyone for start in {piece.start for piece in share.pieces}]
     assert set(starts) == {sum(lengths[:n]) for n in range(len(lengths))}
     pairs = {
-        sum(place - p.start + 1 for p in share.pieces for place in range(p.first, p.end))
+        sum(index - p.start + 1 for p in share.pieces for index in range(p.first, p.end))
         for share in everyone
     }
     assert len(pairs) == 1

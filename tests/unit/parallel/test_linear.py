@@ -19,24 +19,24 @@ def group():
 def test_value_and_gradients_are_those_of_torch_in_float64(group, sizes, summed):
     seq, batch, size_in, size_out = sizes
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(seq, batch, size_in, generator=generator).requires_grad_()
+    hidden = torch.randn(seq, batch, size_in, generator=generator).requires_grad_()
     weight = torch.randn(size_out, size_in, generator=generator).requires_grad_()
     pull = torch.randn(seq, batch, size_out, generator=generator)
-    found = linear(rows, weight, sum_over=group if summed else None)
-    grads = torch.autograd.grad((found * pull).sum(), (rows, weight))
-    rows64, weight64 = (x.detach().double().requires_grad_() for x in (rows, weight))
-    expected = torch.nn.functional.linear(rows64, weight64)
-    wanted = torch.autograd.grad((expected * pull).sum(), (rows64, weight64))
+    found = linear(hidden, weight, sum_over=group if summed else None)
+    grads = torch.autograd.grad((found * pull).sum(), (hidden, weight))
+    hidden64, weight64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    expected = torch.nn.functional.linear(hidden64, weight64)
+    wanted = torch.autograd.grad((expected * pull).sum(), (hidden64, weight64))
     for mine, other in zip((found, *grads), (expected, *wanted), strict=True):
         assert mine.shape == other.shape
         assert (mine.double() - other).abs().max() < 1e-5 * other.abs().max()
 
 
 def test_frozen_sides_get_no_gradient():
-    rows, weight = torch.ones(2, 3), torch.ones(4, 3)
-    assert not linear(rows, weight).requires_grad
-    linear(rows, weight.requires_grad_()).sum().backward()
+    hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
+    assert not linear(hidden, weight).requires_grad
+    linear(hidden, weight.requires_grad_()).sum().backward()
     assert weight.grad.tolist() == [[2.0] * 3] * 4
-    rows.requires_grad_(), weight.requires_grad_(False)
-    linear(rows, weight).sum().backward()
-    assert rows.grad.tolist() == [[4.0] * 3] * 2
+    hidden.requires_grad_(), weight.requires_grad_(False)
+    linear(hidden, weight).sum().backward()
+    assert hidden.grad.tolist() == [[4.0] * 3] * 2

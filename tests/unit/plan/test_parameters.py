@@ -6,19 +6,28 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shapes import GEMMA2_27B, GEMMA_2B, GEMMA_7B, LLAMA_8B, LLAMA_70B, QWEN2_7B, QWEN3_30B
 
 from marlhf_mega import platform
+from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.spec import uses_transformer_engine
 from marlhf_mega.models.train_state import TrainState
-from marlhf_mega.parallel.imagined import imagined_mesh
+from marlhf_mega.parallel.fake_mesh import fake_mesh
 from marlhf_mega.plan.buffers import buffers
-from marlhf_mega.plan.layout import Layout
-from marlhf_mega.plan.parameters import count, stage_parameters, whole_model_size
-from marlhf_mega.platform import Platform, device
+from marlhf_mega.plan.layout import WorldLayout
+from marlhf_mega.plan.parameters import count, learning, stage_parameters, whole_model_size
+from marlhf_mega.platform import Platform, Support, device
+from tests.unit.plan.shapes import (
+    GEMMA2_27B,
+    GEMMA_2B,
+    GEMMA_7B,
+    LLAMA_8B,
+    LLAMA_70B,
+    QWEN2_7B,
+    QWEN3_30B,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +47,19 @@ def test_published_models_have_their_published_sizes(shape, size):
 
 
 def test_the_first_rank_of_llama_3_70b():
-    layout = Layout.of(ParallelConfig(tensor_size=8, pipeline_size=4), 128)
+    layout = WorldLayout.of(ParallelConfig(tensor_size=8, pipeline_size=4), 128)
     model = ModelConfig(**LLAMA_70B)
     sizes = [
         count(stage_parameters(model, layout, head="language", stage=stage)) for stage in range(4)
     ]
     assert sizes == [2_270_756_864, 2_139_422_720, 2_139_422_720, 2_270_765_056]
+
+
+def test_the_adapters_of_llama_3_8b_have_the_size_that_peft_prints():
+    # Each of 32 layers: inputs and outputs of q and o, of k and v, and of the three of width 14336.
+    model = ModelConfig(**LLAMA_8B, lora={"rank": 16})
+    assert whole_model_size(model, "language", only_learning=True) == 41_943_040
+    assert whole_model_size(model, "scalar", only_learning=True) == 41_943_040 + 4096
 
 
 def test_padding_of_the_vocabulary_does_not_count_as_model():
@@ -53,13 +69,13 @@ def test_padding_of_the_vocabulary_does_not_count_as_model():
     assert whole_model_size(other, "language") - whole_model_size(model, "language") == rows * 8
 
 
-def test_an_imagined_rank_takes_no_memory_of_a_gpu_that_is_there(monkeypatch):
+def test_a_fake_rank_takes_no_memory_of_a_gpu_that_is_there(monkeypatch):
     here = Platform("cuda", torch.device("cuda", 0), "nccl", torch.bfloat16)
     monkeypatch.setattr(platform, "current", lambda: here)
-    monkeypatch.setattr(device, "_engine_imports", lambda: True)
-    assert here.has_transformer_engine
+    monkeypatch.setattr(device, "_engine", lambda: Support(True, ""))
+    assert here.transformer_engine
     model = ModelConfig(vocab_size=50, num_layers=1, hidden_size=8, num_attention_heads=2)
-    with imagined_mesh(ParallelConfig(), rank=0, world_size=1) as mesh:
+    with fake_mesh(ParallelConfig(), rank=0, world_size=1) as mesh:
         (chunk,) = build_chunks(model, PrecisionConfig(), mesh, head="language")
         assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
         assert not uses_transformer_engine(model, mesh)
@@ -67,7 +83,7 @@ def test_an_imagined_rank_takes_no_memory_of_a_gpu_that_is_there(monkeypatch):
 
 def built(model, parallel, world, rank, head, bucket_size):
     """Build one rank on the meta device: parameters, and what its train state allocates."""
-    with imagined_mesh(parallel, rank=rank, world_size=world) as mesh:
+    with fake_mesh(parallel, rank=rank, world_size=world) as mesh:
         chunks = build_chunks(model, PrecisionConfig(dtype="bfloat16"), mesh, head=head)
         names = [
             [
@@ -76,6 +92,7 @@ def built(model, parallel, world, rank, head, bucket_size):
                     tuple(p.shape),
                     not getattr(p, "allreduce", True),
                     getattr(p, "shared_embedding", False),
+                    not p.requires_grad,
                 )
                 for name, p in chunk.named_parameters()
             ]
@@ -105,16 +122,16 @@ def built(model, parallel, world, rank, head, bucket_size):
 
 
 def assert_level_1_is_level_2(model, parallel, world, ranks, bucket_size=None):
-    layout = Layout.of(parallel, world)
+    layout = WorldLayout.of(parallel, world)
     for rank in ranks:
         for head in ("language", "scalar"):
             stage, names, real = built(model, parallel, world, rank, head, bucket_size)
             planned = stage_parameters(model, layout, head=head, stage=stage)
             assert names == [
-                [(p.name, p.shape, p.is_expert, p.is_shared_embedding) for p in chunk]
+                [(p.name, p.shape, p.is_expert, p.is_shared_embedding, p.is_frozen) for p in chunk]
                 for chunk in planned
             ]
-            laid_out = buffers(planned, layout, stage=stage, bucket_size=bucket_size)
+            laid_out = buffers(learning(planned), layout, stage=stage, bucket_size=bucket_size)
             place = rank % (world // parallel.pipeline_size)
             assert real == {
                 "buckets": sorted(laid_out.buckets),
@@ -130,6 +147,11 @@ def assert_level_1_is_level_2(model, parallel, world, ranks, bucket_size=None):
         (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4, "overlap": True}, 128),
         (LLAMA_70B, {"tensor_size": 8, "pipeline_size": 4, "virtual_pipeline_size": 5}, 128),
         (LLAMA_8B, {"tensor_size": 2, "overlap": True}, 96),
+        (
+            LLAMA_70B | {"lora": {"rank": 64}},
+            {"tensor_size": 8, "pipeline_size": 2, "sequence_parallel": True},
+            16,
+        ),
         (GEMMA_2B, {"tensor_size": 4, "pipeline_size": 2}, 24),
         (GEMMA2_27B, {"tensor_size": 8, "pipeline_size": 2}, 16),
         (
@@ -185,7 +207,10 @@ def cases(draw):
         num_experts=experts,
         expert_ffn_hidden_size=choose(None, 12) if experts else None,
         shared_expert_ffn_hidden_size=None if shared is None else shared * tensor,
+        lora=choose({}, {"rank": 3, "targets": ["q_proj", "v_proj", "o_proj"]}),
     )
+    if experts is None and model.lora.is_on:
+        model = model.adapted(LoraConfig(rank=choose(1, 70)))
     parallel = ParallelConfig(
         tensor_size=tensor,
         pipeline_size=pipeline,

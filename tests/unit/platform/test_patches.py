@@ -1,37 +1,38 @@
-"""PatchSet: replacements are exact to take back, also those of names the owner only inherited."""
+"""Modules are patched before other modules can bind names from them."""
 
-from marlhf_mega.platform.patches import PatchSet
+import importlib
+import sys
 
+import pytest
 
-class Parent:
-    greeting = "parent"
-
-
-class Child(Parent):
-    colour = "red"
+from marlhf_mega.platform import patches
 
 
-def test_uninstall_restores_replaced_inherited_and_new_names():
-    patches = PatchSet(lambda patches, module: None)
-    before = dict(vars(Child))
-    patches.install()
-    patches.replace(Child, "colour", "blue")
-    patches.replace(Child, "colour", "green")
-    patches.replace(Child, "greeting", "child")
-    patches.replace(Child, "size", 3)
-    assert (Child.colour, Child.greeting, Child.size) == ("green", "child", 3)
+@pytest.fixture
+def hook(tmp_path, monkeypatch):
+    """A hook for a package of three modules; it adds 1 to their `value`."""
+    package = tmp_path / "patched"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "early.py").write_text("value = 1")
+    (package / "late.py").write_text("value = 2")
+    (package / "importer.py").write_text("from patched.late import value as bound")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(patches, "MEGATRON", "patched")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
 
-    patches.uninstall()
+    def add_one(module):
+        if hasattr(module, "value"):
+            module.value += 1
 
-    assert dict(vars(Child)) == before
-    assert Child.greeting == "parent"
+    yield patches.PatchOnImport(add_one)
+    for name in [name for name in sys.modules if name.split(".")[0] == "patched"]:
+        del sys.modules[name]
 
 
-def test_install_and_uninstall_twice_are_harmless():
-    patches = PatchSet(lambda patches, module: None)
-    patches.install()
-    patches.install()
-    assert patches.installed
-    patches.uninstall()
-    patches.uninstall()
-    assert not patches.installed
+def test_modules_are_patched_whether_imported_before_or_after(hook):
+    early = importlib.import_module("patched.early")
+    hook.install()
+    hook.install()
+    assert early.value == 2
+    assert importlib.import_module("patched.importer").bound == 3

@@ -1,4 +1,4 @@
-"""Reward functions that behave and that misbehave; run by the rule's own process."""
+"""Reward functions that behave well or badly; run by the rule's process."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A real server on this machine, well and ill."""
+"""A real server on this machine that works or fails in many ways."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from marlhf_mega.rewards import http
 from marlhf_mega.rewards.combine import check_enough_valid
 from marlhf_mega.rewards.http import HttpReward
 
-ODD = [float("nan"), None, "1", True, float("inf")]
+ODD = [float("nan"), None, "1", True, float("inf"), 1e39, 10**400]
 
 ANSWERS = {
     "/score": lambda lengths, _: (200, {"scores": lengths}),
@@ -26,10 +26,11 @@ ANSWERS = {
     "/list": lambda lengths, _: (200, lengths),
     "/odd": lambda lengths, _: (200, {"scores": [*ODD, *lengths[len(ODD) :]]}),
 }
+TEXTS = {"/text": b"no json", "/deep": b"[" * 100_000, "/digits": b"7" * 5000}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The path says how it behaves."""
+    """Its path selects its behaviour."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -42,9 +43,9 @@ class Handler(BaseHTTPRequestHandler):
             status, value = ANSWERS[path](lengths, count)
             self.begin(status)
             self.wfile.write(json.dumps(value).encode())
-        elif path == "/text":
+        elif path in TEXTS:
             self.begin(200)
-            self.wfile.write(b"no json")
+            self.wfile.write(TEXTS[path])
         elif path == "/drips":
             self.drip()
         elif path == "/hangs":
@@ -126,12 +127,14 @@ def test_the_token_comes_from_the_environment(server, monkeypatch):
         ("/short", 1, "the server sent 2 scores for 3 responses"),
         ("/list", 1, 'the server\'s answer has no list "scores"'),
         ("/text", 1, "the server's answer is not JSON"),
+        ("/deep", 1, "the server's answer is not JSON"),
+        ("/digits", 1, "the server's answer is not JSON"),
         ("/hangs_up", 3, "the server did not answer: RemoteDisconnected: "),
         ("/hangs", 3, "the server did not answer: "),
         ("/drips", 3, "the server did not answer: TimeoutError: took longer than 0.3 s"),
     ],
 )
-def test_a_failure_masks_the_samples_after_bounded_tries(server, path, tries, reason):
+def test_a_failure_masks_the_samples_after_bounded_attempts(server, path, tries, reason):
     start = time.monotonic()
     result = score(server, path, ["a", "bb", "ccc"], timeout_seconds=0.3)
     assert time.monotonic() - start < 3
@@ -157,34 +160,36 @@ def test_a_server_that_is_not_there(server, monkeypatch):
 
 
 def test_a_score_that_is_no_number_masks_its_sample_only(server):
-    result = score(server, "/odd", ["a"] * 7)
-    assert result.valid.tolist() == [False] * 5 + [True, True]
-    assert result.scores.tolist() == [0.0] * 5 + [1.0, 1.0]
+    result = score(server, "/odd", ["a"] * 9)
+    assert result.valid.tolist() == [False] * 7 + [True, True]
+    assert result.scores.tolist() == [0.0] * 7 + [1.0, 1.0]
     assert result.errors == [
         "the server's score is nan",
         "the server's score is NoneType, not a number",
         "the server's score is str, not a number",
         "the server's score is bool, not a number",
         "the server's score is inf",
+        "the server's score is 1e+39",
+        "the server's score is too large",
     ]
 
 
 def test_too_many_failures_stop_the_run(server):
     result = score(server, "/fails", ["a"] * 4)
     with pytest.raises(RuntimeError, match="4 of 4 have no score, most often: the server answered"):
-        check_enough_valid(
-            num_invalid=4, num_samples=4, max_invalid_fraction=0.5, errors=result.errors
-        )
+        check_enough_valid(result, max_invalid_fraction=0.5, sum_over_data=lambda vector: vector)
 
 
 @pytest.mark.parametrize("address", ["http://", "http://host:port/", "https:///score"])
 def test_an_address_without_a_host_is_refused(address):
-    with pytest.raises(ConfigError, match="must be an address; it has no host or a wrong port"):
+    with pytest.raises(
+        ConfigError, match="must be a web address; its host is missing or its port is wrong"
+    ):
         load_config(None, [f"reward.source={address}"])
 
 
 def test_a_password_in_the_address_is_refused_and_not_shown():
-    with pytest.raises(ConfigError, match="must not hold a password") as caught:
+    with pytest.raises(ConfigError, match="must not contain a password") as caught:
         load_config(None, ["reward.source=http://me:s3cret@host/score"])
     assert "s3cret" not in str(caught.value)
 
@@ -194,7 +199,7 @@ def test_an_address_is_neither_a_model_nor_a_rule():
     assert (term.is_server, term.is_model, term.is_rule) == (True, False, False)
 
 
-def test_off_may_be_written_without_quotes():
+def test_sandbox_off_needs_no_quotes():
     (term,) = load_config(None, ["reward.source={source: a:b, sandbox: off}"]).reward.source
     assert term.sandbox == "off"
     assert load_config(None, ["precision.fp8=off"]).precision.fp8 == "off"

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlhf_mega.rewards.rule import RuleReward, Scores, check_importable
+from marlhf_mega.config.schema import RewardTerm
+from marlhf_mega.rewards.rule import RuleReward, check_importable
+from marlhf_mega.rewards.scores import Scores
 
 HERE = Path(__file__).parent
 
@@ -39,7 +41,7 @@ def score(reward: RuleReward, responses: list[str], **fields: object) -> Scores:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    """Whether a process has ended, even if its exit code has not been read yet."""
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
@@ -105,7 +107,7 @@ def test_a_failure_masks_its_sample_only_and_says_why(rule, response, reason):
 
 
 @pytest.mark.parametrize("response", ["hang", "hang in C"])
-def test_a_hang_is_cut_off_and_masks_its_sample_only(rule, response):
+def test_a_hang_times_out_and_masks_its_sample_only(rule, response):
     reward = rule("misbehave", timeout_seconds=0.5)
     start = time.monotonic()
     result = score(reward, ["good", response, "good", response, "good"])
@@ -120,7 +122,7 @@ def test_the_process_is_started_once(rule):
     assert counts == [100, 200, 300]
 
 
-def test_what_the_function_prints_and_reads_does_not_disturb(rule):
+def test_the_function_may_print_and_read(rule):
     result = score(rule("misbehave"), ["print", "read", "good"])
     assert result.scores.tolist() == [2.0, 0.0, 1.0]
     assert result.valid.all()
@@ -157,7 +159,7 @@ def test_what_cannot_be_imported_is_refused_before_the_run(source, reason):
     message = str(caught.value)
     assert message.startswith(f"evaluate.gold={source}: ")
     assert reason in message
-    assert message.endswith("Mend the module, or add its folder to PYTHONPATH.")
+    assert message.endswith("Fix the module, or add its folder to PYTHONPATH.")
     assert "\n" not in message
 
 
@@ -167,6 +169,45 @@ def test_what_can_be_imported_passes_also_from_the_current_folder(tmp_path, monk
     check_importable("rule_of_this_folder:f")
 
 
+def test_a_function_may_be_named_by_its_file_and_use_what_lies_beside_it(tmp_path, monkeypatch):
+    folder = tmp_path / "some rules.d"
+    folder.mkdir()
+    (folder / "lengths.py").write_text("def length(text): return len(text)")
+    (folder / "my-rules.py").write_text(
+        "from dataclasses import dataclass\nfrom lengths import length\n"
+        "@dataclass\nclass Answer:\n    text: str\n"
+        "def f(prompt, response): return length(Answer(response).text)"
+    )
+    monkeypatch.chdir(tmp_path)
+    for source in (f"{folder}/my-rules.py:f", "some rules.d/my-rules.py:f"):
+        assert RewardTerm(source=source).is_rule
+        reward = RuleReward(source)
+        assert score(reward, ["four", ""]).scores.tolist() == [4.0, 0.0]
+        reward.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("gone.py:f", "", "FileNotFoundError: there is no file {folder}/gone.py"),
+        ("rule.py:g", "def f(): pass", "AttributeError: module 'rule' has no attribute 'g'"),
+        ("rule.py:f", "import not_there_at_all", "ModuleNotFoundError: No module named"),
+        ("rule.py:f", "def f(:", "SyntaxError: invalid syntax"),
+        ("rule.py:f", "f = 1", "TypeError: f is int, not a function"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_refused_in_one_line(tmp_path, name, text, reason):
+    (tmp_path / "rule.py").write_text(text)
+    source = f"{tmp_path}/{name}"
+    with pytest.raises(ValueError, match="must name a function that can be imported") as caught:
+        check_importable(source)
+    message = str(caught.value)
+    assert message.startswith(f"reward.source={source}: ")
+    assert reason.format(folder=tmp_path) in message
+    assert message.endswith("Fix the file, or its path.")
+    assert "\n" not in message
+
+
 def test_a_module_that_vanishes_during_the_run_stops_it(tmp_path, monkeypatch):
     module = tmp_path / "vanishing.py"
     module.write_text("import os\ndef f(prompt, response): os._exit(1)")
@@ -174,7 +215,9 @@ def test_a_module_that_vanishes_during_the_run_stops_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     reward = RuleReward("vanishing:f")
     module.unlink()
-    with pytest.raises(RuntimeError, match=r"reward\.source=vanishing:f: must be importable again"):
+    with pytest.raises(
+        RuntimeError, match=r"reward\.source=vanishing:f: must be importable after a restart"
+    ):
         score(reward, ["a"])
     reward.close()
 
@@ -186,7 +229,7 @@ def test_closing_ends_the_process(rule):
     assert is_gone(pid)
 
 
-def test_a_time_out_also_ends_what_the_function_started(rule, tmp_path):
+def test_a_time_out_also_ends_processes_that_the_function_started(rule, tmp_path):
     pids = tmp_path / "pids"
     result = rule("hang_with_child", timeout_seconds=2.0).score([str(pids)], ["r"], [{}])
     assert result.valid.tolist() == [False]

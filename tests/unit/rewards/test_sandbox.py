@@ -1,4 +1,4 @@
-"""Programs that try to read, reach, keep or use more than they may: nothing leaves."""
+"""Programs that try to read, reach, keep or use more than they are allowed to."""
 
 import contextlib
 import os
@@ -76,7 +76,7 @@ def test_no_socket_reaches_even_this_machine():
 
 
 @isolated
-def test_nothing_can_be_written_but_a_little_in_tmp_which_is_gone_afterwards():
+def test_only_tmp_is_writable_and_is_gone_afterwards():
     program = """
 import os, sys
 for folder in ("/", "/usr", sys.base_prefix, sys.base_prefix + "/lib", "/dev", "/etc"):
@@ -111,7 +111,7 @@ except OSError as error:
 
 
 @isolated
-def test_a_file_and_the_output_have_a_largest_size():
+def test_the_size_of_files_and_output_is_limited():
     outcome = run("import sys\nwhile True: sys.stdout.write('x' * 65536)")
     assert outcome.code != 0
     assert len(outcome.stdout) <= Limits().file_bytes
@@ -147,7 +147,7 @@ except OSError as error:
 
 
 @isolated
-def test_the_clock_ends_a_program_and_all_it_started():
+def test_a_time_out_ends_a_program_and_all_its_descendants():
     name, rename = _own_name()
     program = f"""{rename}
 import os, signal, time
@@ -195,7 +195,7 @@ print(libc.unshare(0x10000000), libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
 
 
 @isolated
-def test_many_at_once_do_not_disturb_each_other():
+def test_concurrent_programs_do_not_interfere():
     results = {}
 
     def one(number):
@@ -221,14 +221,14 @@ NO_NAMESPACES = "sandbox: [Errno 1] unshare: Operation not permitted"
 CODE = "marlhf_mega.rewards.code:compiler_signal"
 
 
-def test_untrusted_code_is_refused_where_there_are_no_namespaces(monkeypatch):
+def test_untrusted_code_is_refused_without_namespaces(monkeypatch):
     monkeypatch.setattr("marlhf_mega.rewards.rule.sandbox_problem", lambda: NO_NAMESPACES)
-    with pytest.raises(ValueError, match="runs untrusted programs") as caught:
+    with pytest.raises(ValueError, match="needs user namespaces") as caught:
         RuleReward(CODE)
     assert str(caught.value) == (
-        f"reward.source={CODE}: runs untrusted programs in namespaces of their own; "
-        f"{NO_NAMESPACES}. Allow user namespaces on this machine, or write sandbox: off beside the "
-        "source to run those programs with all rights of this user."
+        f"reward.source={CODE}: needs user namespaces to isolate untrusted programs; "
+        f"{NO_NAMESPACES}. Allow user namespaces on this machine, or add sandbox: off to the "
+        "source to run these programs with all rights of this user."
     )
     RuleReward(CODE, sandbox="off").close()
 
@@ -250,7 +250,7 @@ nested = pytest.mark.skipif(
 
 
 @nested
-def test_a_kernel_that_forbids_namespaces_is_noticed():
+def test_a_kernel_that_forbids_namespaces_is_detected():
     program = (
         "from pathlib import Path\n"
         "Path('/proc/sys/user/max_user_namespaces').write_text('0')\n"
@@ -274,7 +274,7 @@ def test_a_user_without_rights_can_isolate_too():
     assert "Read-only file system" in done.stdout
 
 
-def test_a_child_that_says_nothing_is_an_error(monkeypatch, tmp_path):
+def test_a_child_without_an_answer_is_an_error(monkeypatch, tmp_path):
     silent = tmp_path / "silent.py"
     silent.write_text("")
     monkeypatch.setattr(sandbox, "CHILD", silent)

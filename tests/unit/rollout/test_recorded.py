@@ -15,10 +15,12 @@ from marlhf_mega.rollout import recorded
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
 from marlhf_mega.rollout.work import Decode
 
 PROMPTS = [[3, 4, 5], [6], [7, 8], [9, 10, 11, 12], [13, 14]]
-LIMITS = [30, 45, 12, 21, 40]
+LIMITS = dict(enumerate([30, 45, 12, 21, 40]))
 
 
 class Recorder:
@@ -62,14 +64,16 @@ def model():
 
 
 def generate(chunks, mesh, **options):
-    return Generator(chunks, mesh, eos_id=-1, **options).generate(
+    return Generator(chunks, mesh, stop=StopRule(), **options).generate(
         PROMPTS,
         range(5),
-        rule=SamplingRule(temperature=1.0),
-        max_response_tokens=LIMITS,
-        slots=3,
-        seed=0,
-        step=0,
+        RolloutOptions(
+            rule=SamplingRule(temperature=1.0),
+            max_response_tokens=LIMITS,
+            slots=3,
+            seed=0,
+            step=0,
+        ),
     )
 
 
@@ -78,7 +82,7 @@ def test_responses_are_those_of_plain_steps(model, monkeypatch, slot_step, lengt
     recorder = Recorder()
     monkeypatch.setattr(recorded, "GraphRecorder", lambda: recorder)
     monkeypatch.setattr(recorded, "SLOT_STEP", slot_step)
-    monkeypatch.setattr(recorded, "LENGTH_STEP", length_step)
+    monkeypatch.setattr(recorded, "GRAPH_LENGTH_STEP", length_step)
     plain, found = generate(*model), generate(*model, cuda_graphs=True)
     assert found.responses == plain.responses
     torch.testing.assert_close(found.logprobs, plain.logprobs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from marlhf_mega.algorithm.replay_mask import read_mask
 from marlhf_mega.parallel.vocab import VocabShard
 from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 
@@ -48,19 +49,40 @@ def allowed(logits, rule):
 def test_evenly_spread_numbers_give_the_wanted_frequencies(shard, rule):
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
     numbers = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
-    tokens, logprobs = sample_tokens(logits.expand(DRAWS, -1), numbers, rule=rule, shard=shard)
-    frequencies = tokens.bincount(minlength=VOCAB) / DRAWS
-    assert torch.allclose(frequencies, allowed(logits, rule), atol=2.0 / DRAWS * VOCAB)
+    found = sample_tokens(logits.expand(DRAWS, -1), numbers, rule=rule, shard=shard)
+    frequencies, wanted = found.tokens.bincount(minlength=VOCAB) / DRAWS, allowed(logits, rule)
+    assert torch.allclose(frequencies, wanted, atol=2.0 / DRAWS * VOCAB)
+    assert torch.allclose(found.logprobs, wanted.log()[found.tokens], atol=1e-5)
     unfiltered = (logits / rule.temperature).log_softmax(-1)
-    assert torch.allclose(logprobs, unfiltered[tokens], atol=1e-5)
+    assert torch.allclose(found.full_logprobs, unfiltered[found.tokens], atol=1e-5)
+    assert found.kept is None
+    recorded = sample_tokens(
+        logits.expand(2, -1), numbers[:2], rule=replace(rule, record_kept=True), shard=shard
+    ).kept
+    if not rule.is_filtered:
+        assert recorded is None
+    else:
+        kept = read_mask(recorded, start=0, count=VOCAB)
+        assert torch.equal(kept, (wanted > 0).expand(2, -1))
+
+
+def test_filtered_log_probs_are_those_of_the_worked_example(shard):
+    """Logits 2 1 0 -1, of which top-k 2 keeps the first two."""
+    four = replace(shard, num_real=4, num_total=4)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(2, -1)
+    rule = SamplingRule(temperature=1.0, top_k=2)
+    found = sample_tokens(logits, torch.tensor([0.1, 0.9]).double(), rule=rule, shard=four)
+    assert found.tokens.tolist() == [0, 1]
+    assert found.logprobs.tolist() == pytest.approx([-0.313262, -1.313262], abs=1e-6)
+    assert found.full_logprobs.tolist() == pytest.approx([-0.440190, -1.440190], abs=1e-6)
 
 
 def test_temperature_zero_takes_the_best_and_scores_it_at_temperature_one(shard):
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(4))
     rule = SamplingRule(temperature=0.0)
-    tokens, logprobs = sample_tokens(logits, torch.rand(5).double(), rule=rule, shard=shard)
-    assert torch.equal(tokens, logits.argmax(-1))
-    assert torch.allclose(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-6)
+    found = sample_tokens(logits, torch.rand(5).double(), rule=rule, shard=shard)
+    assert torch.equal(found.tokens, logits.argmax(-1))
+    assert torch.allclose(found.logprobs, logits.log_softmax(-1).amax(-1), atol=1e-6)
 
 
 def test_of_equal_logits_at_the_edge_those_with_the_smaller_ids_stay(shard):
@@ -71,10 +93,10 @@ def test_of_equal_logits_at_the_edge_those_with_the_smaller_ids_stay(shard):
     ranked = sorted(range(size), key=lambda i: (-logits[i].item(), i))
     assert logits[ranked[kept - 1]] == logits[ranked[kept]]
     numbers = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
-    tokens, _ = sample_tokens(
+    found = sample_tokens(
         logits.expand(DRAWS, -1),
         numbers,
         rule=SamplingRule(temperature=1.0, top_k=kept),
         shard=replace(shard, num_real=size, num_total=size),
     )
-    assert set(tokens.tolist()) == set(ranked[:kept])
+    assert set(found.tokens.tolist()) == set(ranked[:kept])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import run_forked
+
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "tools" / "benchmark"
 TINY = """--hidden 32 --layers 2 --heads 4 --kv-heads 2 --ffn 48 --vocab 64 --batch 8
@@ -15,8 +17,13 @@ TINY = """--hidden 32 --layers 2 --heads 4 --kv-heads 2 --ffn 48 --vocab 64 --ba
 
 
 def benchmark(name, *options, check=True):
-    command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *TINY, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=check, timeout=120)
+    if "--ranks" not in options:  # it needs no torchrun
+        done = run_forked(FOLDER / f"{name}.py", *TINY, *options)
+    else:
+        command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *TINY, *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def test_rollout_writes_what_it_prints_and_starts_its_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_ppo_step_times_the_three_phases_of_an_iteration():
-    options = ["--microbatches", "2", "--overlap"]
+    options = ["--minibatches", "2", "--overlap"]
     found = json.loads(benchmark("ppo_step", *options).stdout.splitlines()[-1])
     seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
     assert set(seconds) == {"iter_s", "generation_s", "scoring_s", "update_s"}
@@ -69,8 +76,10 @@ def test_overlap_runs_the_job_three_ways(tmp_path):
     found = json.loads(out.read_text())
     assert found["together"]["generation"]["median"] == 0
     for way in ("in turn", "one step ahead"):
-        assert 0 < found[way]["generation"]["median"] < found[way]["step"]["median"]
+        assert found[way]["generation"]["median"] > 0
         assert found[way]["reshard"]["median"] > 0
+    in_turn = found["in turn"]
+    assert in_turn["generation"]["median"] < in_turn["step"]["median"]
 
 
 @pytest.mark.slow
@@ -95,20 +104,20 @@ def test_train_step_counts_every_token():
 
 @pytest.mark.slow
 def test_packed_microbatches_hold_only_real_tokens(common):
-    ways = ["rows:4", "tokens:25", "packed:40"]
+    ways = ["sequences:4", "tokens:25", "packed:40"]
     options = ["--lengths", "geometric:3:20", "--minibatches", "2", *ways]
     found = json.loads(benchmark("microbatches", *options).stdout.splitlines()[-1])["ways"]
     lengths = common.response_lengths("geometric:3:20", count=8, fixed=0, seed=1234)
     assert found["packed:40"]["tokens"] == 8 * 5 + sum(lengths) < found["tokens:25"]["tokens"]
-    assert found["tokens:25"]["tokens"] < found["rows:4"]["tokens"]
-    assert found["rows:4"]["microbatches"] == 2
+    assert found["tokens:25"]["tokens"] < found["sequences:4"]["tokens"]
+    assert found["sequences:4"]["microbatches"] == 2
     assert found["packed:40"]["scoring_s"]["median"] > 0
 
 
 @pytest.mark.slow
 def test_scaling_gives_every_rank_the_same_work(tmp_path):
     script, out = FOLDER / "scaling.py", tmp_path / "scaling.json"
-    options = [*TINY, "--world", "1", "2", "--batch", "2", "--rounds", "2", "--out", str(out)]
+    options = [*TINY, "--world", "1", "2", "--batch", "2", "--rounds", "1", "--out", str(out)]
     command = [sys.executable, "-W", "ignore", str(script), *options]
     subprocess.run(command, check=True, timeout=240)
     found = json.loads(out.read_text())
@@ -130,7 +139,7 @@ def test_the_head_takes_no_more_memory_for_more_tokens():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--microbatches", "3"], "--microbatches=3: must cut --batch=8 into"),
+        (["--minibatches", "3"], "--minibatches=3: must split --batch=8 into"),
         (["--fp8", "e4m3"], "--fp8=e4m3: cannot be used here; there is no CUDA device. Use off."),
     ],
 )

@@ -1,7 +1,9 @@
-"""What a run directory holds for the runs that go on from it."""
+"""What a run directory holds for the runs that resume from it."""
 
 import shutil
 from types import SimpleNamespace
+
+import torch
 
 from marlhf_mega.config.origin import run_fingerprint
 from marlhf_mega.config.schema import Config
@@ -10,7 +12,9 @@ from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.data.train_tokenizer import train_tokenizer
 from marlhf_mega.train.output import write_run_directory
 
-MESH = SimpleNamespace(describe=lambda: "1 rank")
+MESH = SimpleNamespace(
+    describe=lambda: "1 rank", platform=SimpleNamespace(default_dtype=torch.bfloat16)
+)
 
 
 def test_the_tokenizer_of_a_run_puts_in_front_of_prompts_what_the_given_one_does(tmp_path):
@@ -31,4 +35,5 @@ def test_the_tokenizer_of_a_run_puts_in_front_of_prompts_what_the_given_one_does
         write_run_directory(config, given, tmp_path / name, MESH)
         kept = Tokenizer.load(run_dir / "tokenizer")
         assert kept.prompt_prefix == given.prompt_prefix == prefix
+        assert "\ndtype: bfloat16\n" in (run_dir / "config.yaml").read_text()
         assert run_fingerprint(run_dir) == kept.fingerprint() == given.fingerprint()

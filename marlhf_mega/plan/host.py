@@ -1,0 +1,85 @@
+"""Host memory of one machine: what saving, loading, offloading and data take beside the devices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlhf_mega.config.limits import READ_BLOCK_BYTES, SMALL_DATA_BYTES
+from marlhf_mega.config.schema import DataSource
+from marlhf_mega.plan.memory import StageMemory
+from marlhf_mega.plan.workload import Workload
+
+_COPY_AHEAD = 10_000_000
+"""Bytes that torch's writer copies from the device before it writes them."""
+_BYTES_PER_TOKEN = 118
+"""Of a small training file in each process, measured."""
+_MAPPED_BYTES_PER_TOKEN = 4
+"""Of a larger one in the cache that all ranks of a machine map, beside its text."""
+_CHARACTERS_PER_TOKEN = 4
+"""Of English text, by the tokenizers of current models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Peaks in bytes on one machine, all of its ranks together."""
+
+    save: int
+    """Copies of what its ranks write, or buffers if a save is not done in the background."""
+    load: int
+    """Buffers of reads; a rank reads straight into the tensors that it owns."""
+    offload: int
+    """Weights and optimizer states that are on the host between the phases that use them."""
+    data: int | None
+    """Tokenised training data, estimated from the size of the files; None if they are not here. Of
+    a file that ranks map, the system takes back what is not in use."""
+
+    @property
+    def total(self) -> int:
+        """Sum of what is held at the same time: a load is over before anything is saved."""
+        return max(self.save, self.load) + self.offload + (self.data or 0)
+
+
+def host_memory(
+    work: Workload, stages: Sequence[StageMemory], *, gpus_per_node: int, checkpoint_bytes: int
+) -> HostMemory:
+    """Return the host memory that the ranks of one machine take.
+
+    Args:
+        work: the job.
+        stages: memory of the training ranks of each pipeline stage.
+        gpus_per_node: ranks of a machine.
+        checkpoint_bytes: size of a checkpoint, which the training ranks write in equal shares.
+    """
+    copies = work.config.checkpoint.async_save
+    save = -(-checkpoint_bytes // work.layout.world) if copies else _COPY_AHEAD
+    return HostMemory(
+        save=save * gpus_per_node,
+        load=READ_BLOCK_BYTES * gpus_per_node,
+        offload=max(_offloaded(work, stage) for stage in stages) * gpus_per_node,
+        data=_data(work.config.data.train_path, num_ranks=gpus_per_node),
+    )
+
+
+def _offloaded(work: Workload, stage: StageMemory) -> int:
+    """Return the bytes of one rank's host buffers; gradients come back as zeros and have none."""
+    memory = work.config.memory
+    found = 0
+    if work.job == "ppo" and memory.offload_idle:
+        found += sum(role.weights for name, role in stage.roles.items() if name != "policy")
+    if work.job == "ppo" and memory.offload_optimizer:
+        found += sum(role.optimizer for role in stage.roles.values())
+    return found
+
+
+def _data(sources: Sequence[DataSource] | None, *, num_ranks: int) -> int | None:
+    paths = [Path(file) for source in sources or () for file in source.files()]
+    if not paths or not all(path.is_file() for path in paths):
+        return None
+    return sum(_of_file(path.stat().st_size, num_ranks=num_ranks) for path in paths)
+
+
+def _of_file(size: int, *, num_ranks: int) -> int:
+    tokens = size // _CHARACTERS_PER_TOKEN
+    if size < SMALL_DATA_BYTES:
+        return tokens * _BYTES_PER_TOKEN * num_ranks
+    return tokens * _MAPPED_BYTES_PER_TOKEN + 2 * size  # rows, and their prompts as text

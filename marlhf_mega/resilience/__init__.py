@@ -1,0 +1,1 @@
+"""Hang and failure detection, preemption, stragglers, and fault injection for tests."""

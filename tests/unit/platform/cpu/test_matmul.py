@@ -1,0 +1,53 @@
+"""The CPU's matrix product against float64, in every memory order that projections use."""
+
+import pytest
+import torch
+
+from marlhf_mega.platform.cpu.matmul import MIN_MULTIPLICATIONS, matmul
+
+
+def draw(rows, columns, seed):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sizes", [(128, 96, 112), (1, 1024, 1200), (2100, 32, 17)])
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+def test_large_products_agree_with_float64_in_every_memory_order(sizes, transposed):
+    rows, inner, columns = sizes
+    assert rows * inner * columns >= MIN_MULTIPLICATIONS
+    left, right = draw(rows, inner, 0), draw(inner, columns, 1)
+    given = [
+        x.t().contiguous().t() if flip else x
+        for x, flip in zip((left, right), transposed, strict=True)
+    ]
+    found = matmul(*given)
+    assert found.shape == (rows, columns)
+    error = (found.double() - left.double() @ right.double()).abs().max()
+    assert error < 1e-5 * inner**0.5
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(0, torch.float32), (3, torch.float32), (64, torch.float64)]
+)
+def test_small_products_and_other_dtypes_are_left_to_torch(rows, dtype):
+    left, right = draw(rows, 256, 0).to(dtype), draw(256, 128, 1).to(dtype)
+    assert torch.equal(matmul(left, right), left @ right)
+
+
+def test_bfloat16_stays_bfloat16():
+    left, right = draw(128, 128, 0).bfloat16(), draw(128, 128, 1).bfloat16()
+    assert torch.equal(matmul(left, right), left @ right)
+
+
+@pytest.mark.parametrize("sizes", [(704, 100, 128), (33, 512, 128), (8, 640, 256), (2112, 2048, 8)])
+def test_a_transposed_factor_is_right_on_several_threads(sizes):
+    rows, inner, columns = sizes
+    left, right = draw(inner, rows, 0).t(), draw(inner, columns, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = matmul(left, right)
+    finally:
+        torch.set_num_threads(threads)
+    error = (found.double() - left.double() @ right.double()).abs().max()
+    assert error < 1e-5 * inner**0.5
