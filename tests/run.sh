@@ -31,6 +31,13 @@ gpu = sum("tests.gpu" in name for name in names)
 print(f"GPU tests skipped: {gpu}; other tests skipped: {len(names) - gpu}")
 END
 fi
+# Some tests measure memory and time of processes, which other work on a machine disturbs.
+if ((tests == 1)); then
+    echo "What failed is run once more, alone." >&2
+    tests=0
+    "$VENV_PYTHON" -m pytest --last-failed --last-failed-no-failures none --maxfail 3 -v "$@" ||
+        tests=$?
+fi
 if ((lint)); then
     echo "ruff check failed, see the top" >&2
 fi

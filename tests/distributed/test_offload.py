@@ -71,9 +71,12 @@ def test_memory_falls_by_what_leaves_in_each_phase(one_rank):
         "update": 4 * (policy + critic),
     }
     fall = {phase: (plain[phase] - found[phase]) * 2**30 for phase in expected}
-    assert fall == pytest.approx(expected, rel=0.1)
+    # Pages of libraries and the heap come and go: a few MiB.
+    assert fall == pytest.approx(expected, rel=0.1, abs=10 * 2**20)
     before, after = (planned(SETTINGS[name]) for name in ("nothing", "both"))
-    assert fall == pytest.approx({p: before.total(p) - after.total(p) for p in fall}, rel=0.1)
+    assert fall == pytest.approx(
+        {p: before.total(p) - after.total(p) for p in fall}, rel=0.1, abs=10 * 2**20
+    )
 
 
 @pytest.mark.parametrize("setting", ["both", "idle", "optimizer"])
