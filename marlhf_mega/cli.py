@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
             nargs="*",
             metavar="key=value",
             help="override a key, for example ppo.epochs=2; key=null unsets an optional key; "
-            "marlhf_mega/config/schema.py documents all keys",
+            "configs/KEYS.md lists all keys",
         )
     return parser
 

@@ -13,18 +13,14 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from marlhf_mega.config.schema import (
-    Config,
-    DataSource,
-    DenseTerm,
-    RewardConstraint,
-    RewardTerm,
-)
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import DataSource
+from marlhf_mega.config.sections.reward import DenseTerm, RewardConstraint, RewardTerm
 
 TARGET = Path(__file__).parents[1] / "configs" / "KEYS.md"
 ABOUT = """# Configuration keys
 
-Written by `tools/config_keys.py` from [schema.py](../marlhf_mega/config/schema.py) and
+Written by `tools/config_keys.py` from [sections/](../marlhf_mega/config/sections/) and
 [model.py](../marlhf_mega/config/model.py), whose texts these are. `null` unsets a key that may be
 null.
 """

@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from marlhf_mega.config.schema import Config, ParallelConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.rewards.sandbox import sandbox_problem
 
 if TYPE_CHECKING:  # its import can fail, and the doctor reports that

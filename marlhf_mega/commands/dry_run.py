@@ -15,7 +15,9 @@ from marlhf_mega.checkpoint.sharded import bytes_to_write
 from marlhf_mega.checkpoint.weights import layout_of, table_of
 from marlhf_mega.config.checks import Job, check_sizes
 from marlhf_mega.config.limits import GIB
-from marlhf_mega.config.schema import Config, MemoryConfig, OptimizerConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.hardware import MemoryConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel, build_chunks
 from marlhf_mega.models.spec import compute_dtype, transformer_config
 from marlhf_mega.models.train_state import TrainState

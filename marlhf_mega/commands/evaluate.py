@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 
 from marlhf_mega.checkpoint.weights import fill_from
-from marlhf_mega.config.schema import START
+from marlhf_mega.config.sections.run import START
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.evaluation import Judged

@@ -9,7 +9,8 @@ from typing import Any
 
 from marlhf_mega import durable
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import Config, show_sources
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import show_sources
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.files import data_hash, write_jsonl
 from marlhf_mega.data.microbatch import MicrobatchLimit

@@ -11,7 +11,9 @@ from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.lora import ATTENTION, FEED_FORWARD
 from marlhf_mega.config.methods import method_problems, preference_problems
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import Config, MemoryConfig, ParallelConfig, RolloutConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.hardware import MemoryConfig, ParallelConfig
+from marlhf_mega.config.sections.rollout import RolloutConfig
 
 TrainingJob = Literal["sft", "reward", "preference", "ppo", "offline"]
 Job = TrainingJob | Literal["evaluate", "generate"]

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from marlhf_mega.config.schema import ControlTokens, LongPrompts, Turns
+from marlhf_mega.config.sections.data import ControlTokens, LongPrompts
+from marlhf_mega.config.sections.training import Turns
 from marlhf_mega.data.files import SAFE, Row, Rows, is_conversation
 from marlhf_mega.data.tokenizer import Messages, Tokenizer
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from marlhf_mega.config.schema import DataSource, FieldName
+from marlhf_mega.config.sections.data import DataSource, FieldName
 from marlhf_mega.data.hub import hub_hash, read_hub
 from marlhf_mega.data.messages import (
     check_conversation,

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from marlhf_mega.config.schema import OfflineConfig, PPOConfig, SftConfig
+from marlhf_mega.config.sections.offline import OfflineConfig
+from marlhf_mega.config.sections.ppo import PPOConfig
+from marlhf_mega.config.sections.training import SftConfig
 
 
 @dataclass(frozen=True, kw_only=True)

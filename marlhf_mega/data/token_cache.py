@@ -24,7 +24,7 @@ import numpy
 
 from marlhf_mega import durable
 from marlhf_mega.config.limits import SMALL_DATA_BYTES
-from marlhf_mega.config.schema import FieldName
+from marlhf_mega.config.sections.data import FieldName
 from marlhf_mega.data.datasets import (
     ExampleBuilder,
     LengthReport,

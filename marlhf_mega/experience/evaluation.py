@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf_mega.config.schema import Config, RewardConfig, RewardTerm
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.reward import RewardConfig, RewardTerm
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.tokenizer import Tokenizer

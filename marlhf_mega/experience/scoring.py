@@ -11,7 +11,7 @@ from torch import Tensor
 from marlhf_mega.algorithm.macro_actions import MacroActions
 from marlhf_mega.algorithm.rewards import log_ratio_rewards, segment_rewards
 from marlhf_mega.algorithm.termination import sentence
-from marlhf_mega.config.schema import RewardConfig, RewardSource
+from marlhf_mega.config.sections.reward import RewardConfig, RewardSource
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.models.forward import (
     Batches,

@@ -10,7 +10,7 @@ from marlhf_mega.algorithm.counter_rng import fold
 from marlhf_mega.algorithm.macro_actions import MacroActions
 from marlhf_mega.algorithm.parsing import Parser, parse_boundaries
 from marlhf_mega.algorithm.rule_chunker import RuleChunker
-from marlhf_mega.config.schema import MacroConfig
+from marlhf_mega.config.sections.rollout import MacroConfig
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.parallel.collectives import share_in_replica
 from marlhf_mega.parallel.mesh import Mesh

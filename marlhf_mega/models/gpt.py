@@ -19,7 +19,7 @@ from torch import Tensor
 
 from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.config.model import Head, ModelConfig
-from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.last_layer_pruning import LastLayerPruning, can_prune
 from marlhf_mega.models.lora import adapter_state_dict, attach, freeze_others

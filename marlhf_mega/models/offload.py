@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from marlhf_mega.config.schema import MemoryConfig
+from marlhf_mega.config.sections.hardware import MemoryConfig
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.platform.device import Platform

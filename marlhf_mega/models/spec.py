@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.layers import (
     LocalColumnParallelLinear,
     LocalRowParallelLinear,

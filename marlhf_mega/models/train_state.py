@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from marlhf_mega.config.schema import OptimizerConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel
 
 

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from marlhf_mega import platform
 from marlhf_mega.config.limits import context_multiple, describe_layout
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.launch import Launch
 from marlhf_mega.platform import Platform
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from marlhf_mega.config.limits import logits_chunk_tokens
 from marlhf_mega.config.model import Head, ModelConfig
-from marlhf_mega.config.schema import MemoryConfig
+from marlhf_mega.config.sections.hardware import MemoryConfig
 from marlhf_mega.plan.layout import WorldLayout
 from marlhf_mega.plan.workload import MicrobatchShape, Role
 

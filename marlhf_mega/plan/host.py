@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlhf_mega.config.limits import READ_BLOCK_BYTES, SMALL_DATA_BYTES
-from marlhf_mega.config.schema import DataSource
+from marlhf_mega.config.sections.data import DataSource
 from marlhf_mega.plan.memory import StageMemory
 from marlhf_mega.plan.workload import Workload
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from marlhf_mega.config.limits import context_multiple, describe_layout
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

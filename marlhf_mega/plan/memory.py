@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
-from marlhf_mega.config.schema import MemoryConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
 from marlhf_mega.plan.activations import (
     Formats,
     chunk_kept,

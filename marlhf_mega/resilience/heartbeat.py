@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from marlhf_mega.config.exit_codes import EXIT_HUNG
-from marlhf_mega.config.schema import WatchdogConfig
+from marlhf_mega.config.sections.run import WatchdogConfig
 
 WAITING = "waiting for the training ranks"
 """Phase of disaggregated rollout ranks; without a limit, since the training ranks are watched."""

@@ -23,7 +23,8 @@ from typing import NoReturn, Self
 from marlhf_mega import durable
 from marlhf_mega.config.exit_codes import EXIT_FAILED, EXIT_HUNG, code_for_launcher
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import START, Config
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.run import START
 from marlhf_mega.parallel import launch
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.platform.cpu import collectives

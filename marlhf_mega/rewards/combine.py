@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.shaping import maxmin, robust
-from marlhf_mega.config.schema import RewardConfig
+from marlhf_mega.config.sections.reward import RewardConfig
 from marlhf_mega.rewards.scores import Scores
 
 

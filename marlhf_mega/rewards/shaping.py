@@ -9,7 +9,7 @@ from torch import Tensor
 from marlhf_mega.algorithm import shaping
 from marlhf_mega.algorithm.masked import masked_moments, mean_and_variance
 from marlhf_mega.algorithm.rewards import RunningMoments, handle_missing_eos, shape_scores
-from marlhf_mega.config.schema import RewardConfig
+from marlhf_mega.config.sections.reward import RewardConfig
 from marlhf_mega.rewards.scores import Scores
 
 

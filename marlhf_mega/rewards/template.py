@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from marlhf_mega.config.schema import RewardSource
+from marlhf_mega.config.sections.reward import RewardSource
 
 
 def fill_template(

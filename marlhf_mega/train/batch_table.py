@@ -8,14 +8,10 @@ from rich.table import Table
 
 from marlhf_mega.config.checks import TrainingJob
 from marlhf_mega.config.limits import round_up
-from marlhf_mega.config.schema import (
-    Config,
-    OfflineConfig,
-    PPOConfig,
-    PreferenceConfig,
-    RewardModelConfig,
-    SftConfig,
-)
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.offline import OfflineConfig, PreferenceConfig
+from marlhf_mega.config.sections.ppo import PPOConfig
+from marlhf_mega.config.sections.training import RewardModelConfig, SftConfig
 from marlhf_mega.parallel.mesh import Mesh
 
 _Supervised = SftConfig | RewardModelConfig | PreferenceConfig | OfflineConfig

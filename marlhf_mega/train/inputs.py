@@ -20,7 +20,8 @@ from marlhf_mega.config.checks import (
 )
 from marlhf_mega.config.hf_write import hf_config_from_model
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import Config, DataSource
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import DataSource
 from marlhf_mega.data.datasets import ExampleBuilder, Prompt
 from marlhf_mega.data.files import RowKind, data_hash
 from marlhf_mega.data.stream import SampleStream, SourcePart, epoch_size

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.algorithm.reward_models import correlation, head_overlap, odin_penalty
-from marlhf_mega.config.schema import RewardModelConfig
+from marlhf_mega.config.sections.training import RewardModelConfig
 from marlhf_mega.models.forward import both_scores_forward
 from marlhf_mega.models.gpt import ScalarHead
 from marlhf_mega.models.train_state import TrainState

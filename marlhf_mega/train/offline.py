@@ -19,7 +19,8 @@ from marlhf_mega import durable
 from marlhf_mega.algorithm.alol import offline_loss, sampling_probabilities
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.algorithm.macro_actions import MacroActions
-from marlhf_mega.config.schema import Config, show_sources
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import show_sources
 from marlhf_mega.data.datasets import OfflineExample
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.microbatch import MicrobatchLimit

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from marlhf_mega.config.schema import Config, show_sources
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import show_sources
 from marlhf_mega.data.datasets import OfflineExample
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.stream import SampleStream, SourcePart

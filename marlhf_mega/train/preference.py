@@ -9,7 +9,8 @@ from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.algorithm.preference_losses import held_out_columns, segment_discounts
-from marlhf_mega.config.schema import Config, show_sources
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import show_sources
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.segmentation import Segmenter, TokenEvidence

@@ -10,7 +10,7 @@ from torch import Tensor
 from marlhf_mega.algorithm import preference_losses as losses
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import PreferenceConfig
+from marlhf_mega.config.sections.offline import PreferenceConfig
 from marlhf_mega.data.datasets import PreferencePair
 
 

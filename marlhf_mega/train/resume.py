@@ -12,7 +12,8 @@ from marlhf_mega.checkpoint.store import find, load, newest_state, read_state
 from marlhf_mega.config.checks import Job, read_sections
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import run_fingerprint
-from marlhf_mega.config.schema import Config, show_sources
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.data import show_sources
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import broadcast_object
 from marlhf_mega.parallel.mesh import Mesh

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput, preference_loss, preference_span_loss
-from marlhf_mega.config.schema import RewardModelConfig
+from marlhf_mega.config.sections.training import RewardModelConfig
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.parallel.mesh import Mesh

@@ -11,7 +11,7 @@ from torch import Tensor
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.store import load
 from marlhf_mega.config.checks import SECTIONS, TrainingJob
-from marlhf_mega.config.schema import OptimizerConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.data.stream import SampleStream, WeightedStream
 from marlhf_mega.metrics import rates
 from marlhf_mega.metrics.held_out import HeldOut, SinceStart

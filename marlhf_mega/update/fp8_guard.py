@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput
-from marlhf_mega.config.schema import Config, PrecisionConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.hardware import PrecisionConfig
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.models.forward import Forward, logprob_forward
 from marlhf_mega.models.fp8 import switch_off, without_fp8

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from marlhf_mega.checkpoint import saver, store
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from tests.distributed import checkpoint_model as tiny
 

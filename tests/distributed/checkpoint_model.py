@@ -9,7 +9,8 @@ import torch.distributed as dist
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.weights import digest_of_base, fill_adapters, fill_random
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import OptimizerConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import PrecisionConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.train_state import TrainState

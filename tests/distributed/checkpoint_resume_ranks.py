@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from marlhf_mega.checkpoint import manifest, saver, sharded, store
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from tests.distributed import checkpoint_model as tiny
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from marlhf_mega.checkpoint.weights import fill_random
-from marlhf_mega.config.schema import Config, OptimizerConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.forward import logprob_forward
 from marlhf_mega.models.fp8 import without_fp8
 from marlhf_mega.models.gpt import build_chunks

@@ -21,7 +21,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from marlhf_mega.algorithm.losses import sft_loss
 from marlhf_mega.checkpoint.weights import fill_adapters, fill_random
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig, PrecisionConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.models import spec
 from marlhf_mega.models.forward import logprob_forward, make_batches, run_forward, value_forward

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.weights import fill_random
-from marlhf_mega.config.schema import Config, OptimizerConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.forward import logprob_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks

@@ -11,7 +11,7 @@ from marlhf_mega.checkpoint import manifest, optimizer_state, saver, sharded, st
 from marlhf_mega.checkpoint.hf import exporter
 from marlhf_mega.checkpoint.hf.parameters import local_parameters
 from marlhf_mega.checkpoint.hf.side_files import SideFiles
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.collectives import share_sampled
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from tests.distributed import checkpoint_model as tiny

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from marlhf_mega.config.schema import PrecisionConfig
+from marlhf_mega.config.sections.hardware import PrecisionConfig
 from marlhf_mega.update.fp8_guard import Divergence
 from tests.distributed.ranks import run_ranks
 

@@ -5,7 +5,8 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch.distributed as dist
 
-from marlhf_mega.config.schema import Config, OptimizerConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer

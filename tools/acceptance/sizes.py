@@ -8,7 +8,7 @@ from typing import Any
 
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import ParallelConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig, PrecisionConfig
 from marlhf_mega.models.gpt import StageModel, build_chunks
 from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from marlhf_mega.platform import Platform

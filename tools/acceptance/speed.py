@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marlhf_mega.algorithm.losses import sft_loss
 from marlhf_mega.config import limits
-from marlhf_mega.config.schema import OptimizerConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.metrics.flops import forward_flops, peak_flops, training_flops
 from marlhf_mega.models.forward import logprob_forward, make_batches

@@ -20,7 +20,7 @@ from torch import Tensor
 from marlhf_mega.checkpoint.weights import fill_from, fill_random
 from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin
-from marlhf_mega.config.schema import ParallelConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig, PrecisionConfig
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.models.forward import logprob_forward, make_batches, run_forward, value_forward
 from marlhf_mega.models.gpt import StageModel, build_chunks

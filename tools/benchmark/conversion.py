@@ -146,7 +146,7 @@ def read_plain(path: Path) -> None:
 def plan(args: argparse.Namespace) -> int:
     """Compute from shapes what an import of Llama-3-70B needs on the first rank; print it."""
     from marlhf_mega.checkpoint.hf.table import Layout, WeightTable
-    from marlhf_mega.config.schema import ParallelConfig
+    from marlhf_mega.config.sections.hardware import ParallelConfig
     from marlhf_mega.plan.layout import WorldLayout
     from marlhf_mega.plan.parameters import chunk_parameters
 

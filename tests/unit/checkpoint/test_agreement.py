@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from marlhf_mega.checkpoint.agreement import Together, reason
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
 

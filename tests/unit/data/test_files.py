@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from marlhf_mega.config.schema import DataSource
+from marlhf_mega.config.sections.data import DataSource
 from marlhf_mega.data.files import content_hash, data_hash, read_rows, write_jsonl
 
 CHAT = [{"role": "user", "content": "hi"}]

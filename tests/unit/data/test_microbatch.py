@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlhf_mega.config.schema import PPOConfig
+from marlhf_mega.config.sections.ppo import PPOConfig
 from marlhf_mega.data.microbatch import (
     MicrobatchLimit,
     assign_by_tokens,

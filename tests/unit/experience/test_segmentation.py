@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from marlhf_mega.config.schema import MacroConfig, ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
+from marlhf_mega.config.sections.rollout import MacroConfig
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.experience.segmentation import Segmenter, TokenEvidence, load_parser
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh

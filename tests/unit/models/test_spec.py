@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import OptimizerConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import PrecisionConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.spec import (
     TransformerConfig,
     _unfused_engine_spec,

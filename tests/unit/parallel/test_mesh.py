@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.fake_mesh import fake_mesh
 
 

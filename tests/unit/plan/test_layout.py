@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlhf_mega.config.schema import ParallelConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.plan.layout import WorldLayout
 
 

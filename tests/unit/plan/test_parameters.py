@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from marlhf_mega import platform
 from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from marlhf_mega.config.sections.hardware import ParallelConfig, PrecisionConfig
+from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.spec import uses_transformer_engine
 from marlhf_mega.models.train_state import TrainState

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from marlhf_mega.config.schema import WatchdogConfig
+from marlhf_mega.config.sections.run import WatchdogConfig
 from marlhf_mega.resilience import heartbeat
 from marlhf_mega.resilience.heartbeat import (
     WAITING,

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from marlhf_mega.config.schema import RewardConfig
+from marlhf_mega.config.sections.reward import RewardConfig
 from marlhf_mega.rewards.combine import check_enough_valid, combine, constrain
 from marlhf_mega.rewards.scores import Scores
 

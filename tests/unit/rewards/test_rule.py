@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlhf_mega.config.schema import RewardTerm
+from marlhf_mega.config.sections.reward import RewardTerm
 from marlhf_mega.rewards.rule import RuleReward, check_importable
 from marlhf_mega.rewards.scores import Scores
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.rewards import RunningMoments
-from marlhf_mega.config.schema import RewardConfig
+from marlhf_mega.config.sections.reward import RewardConfig
 from marlhf_mega.rewards.scores import Scores
 from marlhf_mega.rewards.shaping import Answers, Shaper
 

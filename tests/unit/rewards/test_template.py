@@ -3,7 +3,7 @@
 import pytest
 
 from marlhf_mega.config.load import ConfigError, load_config
-from marlhf_mega.config.schema import RewardTerm
+from marlhf_mega.config.sections.reward import RewardTerm
 from marlhf_mega.rewards.template import fill_template
 
 SALMON = "{response}\n\nInstruction: {prompt}\n{principles}\n{{The quality}} is"

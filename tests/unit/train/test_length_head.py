@@ -7,7 +7,9 @@ from marlhf_mega.algorithm.losses import preference_loss
 from marlhf_mega.algorithm.reward_models import correlation, head_overlap, odin_penalty
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.model import ModelConfig
-from marlhf_mega.config.schema import Config, PrecisionConfig, RewardModelConfig
+from marlhf_mega.config.schema import Config
+from marlhf_mega.config.sections.hardware import PrecisionConfig
+from marlhf_mega.config.sections.training import RewardModelConfig
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.models.forward import both_scores_forward
 from marlhf_mega.models.gpt import build_chunks
