@@ -1,0 +1,223 @@
+"""A study: its grid, what its runner starts and leaves, and its numbers by hand."""
+
+import csv
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from marlhf_mega.config.load import ConfigError, load_config
+from marlhf_mega.train.complete import record_complete
+
+STUDY = Path(__file__).parents[3] / "tools" / "study"
+ALMOST_EQUAL = pytest.mark.filterwarnings("ignore:Precision loss")
+
+
+@pytest.fixture(scope="module")
+def study():
+    """Return the program's modules by name; they import each other as scripts do."""
+    sys.path.insert(0, str(STUDY))
+    yield {n: importlib.import_module(n) for n in ("grid", "runner", "results", "page", "study")}
+    sys.path.remove(str(STUDY))
+
+
+GRID = """
+runs: {{job: sft, config: study:base.yaml, overrides: [run.steps=2]}}
+seeds: [1, 2]
+baseline: {baseline}
+arms:
+  slow: [policy.lr=1e-4]
+  {other}: [policy.lr=1e-3]
+"""
+
+
+def grid_file(folder, baseline="slow", other="fast", text=GRID):
+    path = folder / "grid.yaml"
+    path.write_text(text.format(baseline=baseline, other=other))
+    return path
+
+
+def test_the_shipped_grid_is_one(study):
+    grid = study["grid"].load_grid(STUDY / "toy.yaml")
+    assert grid.baseline == "token"
+    assert len(grid.seeds) == 5
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"baseline": "fats"},
+            "baseline=fats: must be an arm; there are slow, fast. Choose one of them.",
+        ),
+        (
+            {"other": "a/b"},
+            "'a/b': must be letters, digits, '.', '-' or '_', since directories are named so. "
+            "Rename it.",
+        ),
+        ({"text": GRID + "grids: 3\n"}, "grids: Extra inputs are not permitted"),
+        (
+            {"text": GRID.replace("[1, 2]", "[1, 1]")},
+            "seeds=[1, 1]: must be different numbers, one at least. Change them.",
+        ),
+    ],
+)
+def test_a_wrong_grid_is_refused(study, tmp_path, keys, message):
+    path = grid_file(tmp_path, **keys)
+    with pytest.raises(ConfigError) as caught:
+        study["grid"].load_grid(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_a_grid_that_is_not_there(study, tmp_path, capsys):
+    assert study["study"].main(["run", str(tmp_path / "none.yaml"), str(tmp_path)]) == 2
+    assert "cannot be read: No such file or directory. Give a YAML file." in capsys.readouterr().err
+
+
+def test_an_arm_that_is_not_in_the_grid(study, tmp_path):
+    grid = study["grid"].load_grid(grid_file(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        study["runner"].arm_runs(grid, tmp_path, arms=["fest"])
+    assert str(caught.value) == (
+        "--arms fest: must be in the grid, which has slow, fast. Choose among them."
+    )
+
+
+def test_runs_of_a_seed_stand_together_and_know_the_directory(study, tmp_path):
+    grid = study["grid"].load_grid(grid_file(tmp_path))
+    runs = study["runner"].arm_runs(grid, tmp_path, seeds=[2])
+    assert [run.name for run in runs] == ["slow seed 2", "fast seed 2"]
+    assert runs[1].config == tmp_path / "base.yaml"
+    assert runs[1].overrides == (
+        "run.steps=2",
+        "policy.lr=1e-3",
+        "run.seed=2",
+        "run.name=fast seed 2",
+        f"run.dir={tmp_path}/fast/seed-2",
+    )
+
+
+def test_what_is_finished_is_left_and_what_fails_is_told(study, tmp_path, capsys):
+    """The real command is started, and refuses a run without data."""
+    (tmp_path / "base.yaml").write_text("model: {num_layers: 1}\n")
+    path = grid_file(tmp_path, text=GRID.replace("[1, 2]", "[1]"))
+    grid = study["grid"].load_grid(path)
+    slow, _ = study["runner"].arm_runs(grid, tmp_path)
+    config = load_config(slow.config, slow.overrides)
+    config.run.dir.mkdir(parents=True)
+    record_complete(config, {}, [])
+    assert study["study"].main(["run", str(path), str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("1 of 2 runs are complete\n[1/1] fast seed 1: exit code 2, see ")
+    assert "data.train_path" in (tmp_path / "fast" / "seed-1.log").read_text()
+
+
+def test_a_signal_reaches_the_jobs_and_the_rest_is_not_started(
+    study, tmp_path, capsys, monkeypatch
+):
+    """A job that saves and ends with 75, as ours do (tests/e2e/test_stop.py)."""
+    job = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    runner = study["runner"]
+    (tmp_path / "base.yaml").write_text("model: {num_layers: 1}\n")
+    runs = runner.arm_runs(study["grid"].load_grid(grid_file(tmp_path)), tmp_path)
+    monkeypatch.setattr(runner.Run, "command", lambda _: [sys.executable, "-c", job])
+    before = signal.getsignal(signal.SIGTERM)
+    assert runner.run_all(runs, parallel=1) == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    said = capsys.readouterr().out
+    assert "[1/4] slow seed 1: exit code 75" in said
+    assert "[2/4]" not in said
+    assert said.endswith("stopped; the same command goes on\n")
+
+
+def test_where_a_curve_reaches_a_level(study):
+    steps_to = study["results"].steps_to
+    steps, gold = np.array([0.0, 10, 20]), np.array([0.0, 0.4, 0.8])
+    assert steps_to(0.5, steps, gold) == pytest.approx(12.5)
+    assert steps_to(0.0, steps, gold) == 0
+    assert np.isinf(steps_to(0.9, steps, gold))
+
+
+@pytest.fixture
+def arms(study):
+    """Two arms that differ by almost the same at both seeds, so that resamples hardly matter."""
+
+    def arm(name, gold, kl):
+        gold = np.array([gold, np.add(gold, 0.1)])
+        kl = np.array([kl, kl])
+        return study["results"].Arm(
+            name=name,
+            seeds=(1, 2),
+            steps=np.array([0.0, 10, 20]),
+            curves={"eval/gold_mean": gold, "eval/kl": kl},
+            seconds=np.array([[0.0, 5, 10]] * 2),
+        )
+
+    return {
+        "token": arm("token", [0.0, 0.2, 0.4], [0.0, 2, 4]),
+        "ngram": arm("ngram", [0.0, 0.4, 0.6], [0.0, 1, 4]),
+    }
+
+
+@ALMOST_EQUAL
+def test_an_arm_against_the_baseline_by_hand(study, arms):
+    token, ngram = study["results"].compare(arms, "token")
+    assert (token.difference, token.speed_up, token.p_value) == (None, None, None)
+    assert token.final.value == pytest.approx(0.45)
+    assert (token.final.low, token.final.high) == pytest.approx((0.4, 0.5))
+    assert ngram.area.value == pytest.approx((0.2 + 0.5) / 2 + 0.05)
+    found = ngram.difference
+    assert [found.value, found.low, found.high] == pytest.approx([0.2] * 3)
+    assert ngram.speed_up.value == pytest.approx(2)  # token's 0.4 at step 20, here at step 10
+    # Half of the baseline's KL is 2: at step 10 for it, at step 13.33 here.
+    assert ngram.at_equal_kl.value == pytest.approx(0.4 + 0.2 / 3 - 0.2)
+
+
+@ALMOST_EQUAL
+def test_an_arm_that_never_gets_there(study, arms):
+    arms = {"ngram": arms["ngram"], "token": arms["token"]}
+    token = study["results"].compare(arms, "ngram")[1]
+    assert token.speed_up.value == 0
+
+
+def test_an_interval_is_that_of_all_resamples(study):
+    results = study["results"]
+    ends = np.array([0.0, 1.0])
+    found = results.estimate(lambda rows: ends[rows].mean(), results.resamples(2))
+    # (0, 0), (0, 1), (1, 0), (1, 1): a quarter of all at either end.
+    assert [found.value, found.low, found.high] == [0.5, 0, 1]
+
+
+@ALMOST_EQUAL
+def test_page_and_table(study, arms, tmp_path):
+    page = study["page"].write_page(arms, "token", tmp_path)
+    text = page.read_text()
+    assert "| ngram | 2 | 0.6500 [0.6000, 0.7000] |" in text
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(rows) == 12
+    assert rows[4] == {
+        "arm": "token",
+        "seed": "2",
+        "step": "10.0",
+        "seconds": "5.0",
+        "eval/gold_mean": "0.30000000000000004",
+        "eval/kl": "2.0",
+    }
+    for figure in ("steps.svg", "kl.svg"):
+        assert (tmp_path / figure).read_text().count("<path") > 3
+
+
+def test_a_report_needs_the_baseline(study, tmp_path, capsys):
+    path = grid_file(tmp_path)
+    assert study["study"].main(["report", str(path), str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: must have a finished run of the baseline slow. Run it first.\n"
+    )

@@ -1,0 +1,168 @@
+"""Runs the jobs of a study, a few at a time; what is finished is left, what was stopped resumes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grid import Grid, Step
+
+from marlhf_mega.config.exit_codes import EXIT_PREEMPTED
+from marlhf_mega.config.load import ConfigError, load_config
+from marlhf_mega.train.complete import find_complete
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a job."""
+
+    name: str
+    job: str
+    config: Path | None
+    overrides: tuple[str, ...]
+    log: Path
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether exactly this has been run to its end."""
+        return find_complete(load_config(self.config, self.overrides)) is not None
+
+    def command(self) -> list[str]:
+        """Return what starts it."""
+        given = [] if self.config is None else ["--config", str(self.config)]
+        return [sys.executable, "-m", "marlhf_mega", self.job, *given, *self.overrides]
+
+
+def shared_runs(grid: Grid, folder: Path) -> list[Run]:
+    """Return the jobs that all arms share, in their order."""
+    return [
+        _run(step, folder, folder / name, name=name, more=()) for name, step in grid.prepare.items()
+    ]
+
+
+def arm_runs(
+    grid: Grid, folder: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Run]:
+    """Return the runs of all or some arms, seed by seed, so that what is there is comparable."""
+    for kind, asked, known in (("arms", arms, grid.arms), ("seeds", seeds, grid.seeds)):
+        for item in asked:
+            if item not in known:
+                raise ConfigError(
+                    f"--{kind} {item}: must be in the grid, which has "
+                    f"{', '.join(map(str, known))}. Choose among them."
+                )
+    return [
+        _run(
+            grid.runs,
+            folder,
+            run_dir(folder, arm, seed),
+            name=f"{arm} seed {seed}",
+            more=(*grid.arms[arm], f"run.seed={seed}"),
+        )
+        for seed in seeds or grid.seeds
+        for arm in arms or grid.arms
+    ]
+
+
+def run_dir(folder: Path, arm: str, seed: int) -> Path:
+    """Return the run directory of an arm and a seed."""
+    return folder / arm / f"seed-{seed}"
+
+
+def _run(step: Step, folder: Path, target: Path, *, name: str, more: tuple[str, ...]) -> Run:
+    def placed(text: str) -> str:
+        return text.replace("study:", f"{folder}/", 1)
+
+    overrides = *step.overrides, *more, f"run.name={name}", f"run.dir={target}"
+    return Run(
+        name=name,
+        job=step.job,
+        config=None if step.config is None else Path(placed(str(step.config))),
+        overrides=tuple(placed(item) for item in overrides),
+        log=target.with_name(f"{target.name}.log"),
+    )
+
+
+def run_all(runs: Sequence[Run], *, parallel: int) -> int:
+    """Run what is not complete, at most `parallel` at a time.
+
+    Returns:
+        0; 1 if a run failed, after all others; 75 if a signal stopped them.
+    """
+    left = [run for run in runs if not run.is_complete]
+    if len(left) < len(runs):
+        print(f"{len(runs) - len(left)} of {len(runs)} runs are complete", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    start, done, failed = time.monotonic(), 0, 0
+    with _Stop() as stop:
+        for run, code, seconds in _finished(left, parallel, environment, stop):
+            done += 1
+            failed += code not in (0, EXIT_PREEMPTED)
+            result = "done" if code == 0 else f"exit code {code}, see {run.log}"
+            time_left = (time.monotonic() - start) / done * (len(left) - done) / 60
+            print(
+                f"[{done}/{len(left)}] {run.name}: {result}, {seconds:.0f} s; "
+                f"{time_left:.0f} min left",
+                flush=True,
+            )
+    if stop.asked:
+        print("stopped; the same command goes on", flush=True)
+        return EXIT_PREEMPTED
+    return int(failed > 0)
+
+
+class _Stop:
+    """Notes Ctrl-C and SIGTERM, which the jobs get from here."""
+
+    asked = False
+
+    def __enter__(self) -> "_Stop":
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self._before = {kind: signal.signal(kind, self._ask) for kind in kinds}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def _finished(
+    runs: Sequence[Run], parallel: int, environment: dict[str, str], stop: _Stop
+) -> Iterator[tuple[Run, int, float]]:
+    """Start the runs and yield each with its exit code and seconds when it ends."""
+    waiting = list(runs)
+    alive: list[tuple[Run, subprocess.Popen[bytes], float]] = []
+    told = False
+    while alive or (waiting and not stop.asked):
+        if stop.asked and not told:  # they save at the end of their step
+            told = True
+            for _, process, _ in alive:
+                process.terminate()
+        while waiting and len(alive) < parallel and not stop.asked:
+            alive.append(_start(waiting.pop(0), environment))
+        for entry in list(alive):
+            run, process, since = entry
+            code = process.poll()
+            if code is not None:
+                alive.remove(entry)
+                yield run, code, time.monotonic() - since
+        time.sleep(POLL_SECONDS)
+
+
+def _start(run: Run, environment: dict[str, str]) -> tuple[Run, "subprocess.Popen[bytes]", float]:
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with run.log.open("ab") as log:
+        process = subprocess.Popen(  # a session of its own: Ctrl-C reaches it once, from here
+            run.command(), stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    return run, process, time.monotonic()
