@@ -6,10 +6,41 @@ row per position: with top-k as int32 ids, -1 where fewer were kept; with top-p 
 token of the vocabulary, in uint8.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _POWERS = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def nucleus_mask(
+    tokens: Tensor,
+    probabilities: Tensor,
+    *,
+    top_p: float,
+    min_kept: int,
+    always_kept: Sequence[int] = (),
+) -> Tensor:
+    """Return which tokens a mask policy leaves to the policy, bool [batch, vocab].
+
+    NLPO (arXiv 2210.01241, section 4.1): the mask policy is an older copy of the policy, which then
+    draws from its own distribution, renormalised over the mask policy's smallest set of tokens with
+    a probability of `top_p`. As in the released code a set has at least some tokens, and special
+    tokens are always in it. Of a policy that is its own mask, with `min_kept=1`, it is plain top-p.
+
+    Args:
+        tokens: [batch, vocab] int64 ids, the mask policy's most likely token first.
+        probabilities: [batch, vocab] of these tokens by the mask policy.
+        top_p: a token stays while those before it have not reached this probability.
+        min_kept: so many most likely tokens stay in any case.
+        always_kept: ids that stay in any case, such as end tokens.
+    """
+    kept = probabilities.cumsum(-1) - probabilities < top_p
+    kept[:, :min_kept] = True
+    kept = torch.zeros_like(kept).scatter_(1, tokens, kept)
+    kept[:, list(always_kept)] = True
+    return kept
 
 
 def mask_width(*, top_k: int, vocab_size: int) -> tuple[int, torch.dtype]:

@@ -177,11 +177,7 @@ def stage_role(folder: Path, role: Saveable, mesh: Mesh, *, copy: bool) -> Stage
     Raises:
         CheckpointException: planning failed on some rank; the same on all ranks.
     """
-    if isinstance(role, TrainState):
-        optimizer_state.fill_empty(role)
-        tensors = _role_tensors(role, mesh)
-    else:
-        tensors = _model_tensors(role, mesh)
+    tensors = _tensors(role, mesh)
     force_all_tensors_to_non_fp8(tensors)
     apply_factories(tensors)
     staged = Staged(folder, copy=copy)
@@ -204,15 +200,14 @@ def load_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
 
 
 def compare_role(
-    table: Mapping[str, TensorFacts], role: TrainState, mesh: Mesh
+    table: Mapping[str, TensorFacts], role: Saveable, mesh: Mesh
 ) -> tuple[str | None, set[str]]:
     """Compare the tensors that this rank needs with those in a table of contents.
 
     Returns:
         Why the first missing tensor cannot be read, or None; the names that this rank needs.
     """
-    optimizer_state.fill_empty(role)
-    needed = _pieces(_role_tensors(role, mesh))
+    needed = _pieces(_tensors(role, mesh))
     vocab_size = _chunks(role)[0].model.vocab_size or 0
     problems = (_mismatch(piece, table, vocab_size) for piece in needed)
     return next(filter(None, problems), None), {piece.key for piece in needed}
@@ -293,8 +288,11 @@ def _model_tensors(chunks: Sequence[StageModel], mesh: Mesh) -> Tensors:
     }
 
 
-def _role_tensors(role: TrainState, mesh: Mesh) -> Tensors:
+def _tensors(role: Saveable, mesh: Mesh) -> Tensors:
     models = _model_tensors(_chunks(role), mesh)
+    if not isinstance(role, TrainState):
+        return models
+    optimizer_state.fill_empty(role)
     return {**models, "optimizer": _owned(role, models)}
 
 

@@ -114,16 +114,21 @@ def _newest(run_dir: Path) -> Path | None:
 
 
 def load(
-    folder: Path, roles: Mapping[str, TrainState], mesh: Mesh, *, required: Sequence[str] = ()
+    folder: Path,
+    roles: Mapping[str, sharded.Saveable],
+    mesh: Mesh,
+    *,
+    required: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Restore the trained models, at this or another layout. All ranks call it.
+    """Restore models, at this or another layout. All ranks call it.
 
     At the layout of the save, training resumes bit-exactly. Hyper-parameters are those of the
     current config; the learning rate is that of its schedule at the saved step.
 
     Args:
         folder: a checkpoint that `find` returned, and so verified.
-        roles: the models to restore, built as for a fresh start.
+        roles: the models to restore, built as for a fresh start; of those given as chunks there
+            are only weights.
         mesh: this rank's mesh.
         required: keys that the state must have.
 
@@ -146,9 +151,13 @@ def load(
                     "Use a checkpoint of the same kind of run."
                 )
     for name, role in roles.items():
-        _check_base(folder / name, whole["roles"][name], role.base_digest)
+        if isinstance(role, TrainState):
+            _check_base(folder / name, whole["roles"][name], role.base_digest)
         _check_role(folder / name, role, mesh)
     for name, role in roles.items():
+        if not isinstance(role, TrainState):
+            sharded.load_chunks(folder / name, role, mesh, absent=set())
+            continue
         sharded.load_role(folder / name, role, mesh)
         progress = whole["roles"][name]
         optimizer_state.set_steps_taken(role, progress["optimizer_steps"])
@@ -283,7 +292,7 @@ def _check_base(folder: Path, saved: Mapping[str, Any], digest: str | None) -> N
         )
 
 
-def _check_role(folder: Path, role: TrainState, mesh: Mesh) -> None:
+def _check_role(folder: Path, role: sharded.Saveable, mesh: Mesh) -> None:
     """Raise unless a folder holds exactly the tensors of a model."""
     table = _read_table(folder, mesh)
     problem, needed = sharded.compare_role(table, role, mesh)

@@ -85,6 +85,7 @@ def method_problems(config: Config, data_size: int) -> Iterator[str]:
     yield from _group_problems(config)
     yield from _p3o_problems(config, data_size)
     yield from _sampler_problems(config)
+    yield from _mask_problems(config)
     yield from _filter_problems(config)
     yield from _combination_problems(config)
     yield from _dense_problems(config)
@@ -173,6 +174,37 @@ def _sampler_problems(config: Config) -> Iterator[str]:
                 f"{key}={_shown(value)}: compares the trainer's log-probs with the sampler's; "
                 "ppo.old_logprobs=sampler leaves only the latter. Set ppo.old_logprobs=trainer, or "
                 f"{key}=null."
+            )
+
+
+def _mask_problems(config: Config) -> Iterator[str]:
+    """Rules for NLPO, whose mask policy is a second model at the layout of training."""
+    rollout, interval = config.rollout, config.rollout.mask_interval
+    if interval is None:
+        if rollout.mask_min_tokens != Config().rollout.mask_min_tokens:
+            yield (
+                f"rollout.mask_min_tokens={rollout.mask_min_tokens}: needs rollout.mask_interval, "
+                "which is not set. Set it, or remove this key."
+            )
+        return
+    key = f"rollout.mask_interval={interval}"
+    if rollout.top_p == 1 or rollout.top_k:
+        yield (
+            f"{key}: the mask is the older policy's top_p, without top_k; rollout.top_p="
+            f"{rollout.top_p:g}, rollout.top_k={rollout.top_k}. Use rollout.top_p=0.9 and "
+            "rollout.top_k=0, or remove it."
+        )
+    others = {
+        f"rollout.ranks={rollout.ranks}": rollout.ranks > 0,
+        "a rollout layout of its own": config.moves_weights,
+        f"model.lora.rank={config.model.lora.rank}": config.model.lora.is_on,
+        f"precision.fp8={config.precision.fp8}": config.precision.fp8 != "off",
+    }
+    for other, is_on in others.items():
+        if is_on:
+            yield (
+                f"{key}: the mask policy is a whole second model where the policy trains, in its "
+                f"number format; it does not go with {other}. Remove one of them."
             )
 
 

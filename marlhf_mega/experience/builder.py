@@ -23,6 +23,7 @@ from marlhf_mega.experience.types import Details, Experience
 from marlhf_mega.experience.usable import without_non_finite, without_unknown
 from marlhf_mega.metrics.ppo import (
     add_dense,
+    add_kept,
     add_logprobs,
     add_macro_actions,
     add_masked,
@@ -300,6 +301,9 @@ def _add_experience(
         entropy=passes.entropy,
         mask=mask,
     )
+    if rollout.full_logprobs is not None:
+        full = rollout.full_logprobs
+        add_kept(sums, logprobs=rollout.logprobs, full_logprobs=full, mask=mask)
     add_macro_actions(sums, lengths=actions.lengths, mask=mask, num_fallbacks=num_fallbacks)
     values, returns = experience.old_values, experience.returns
     if values is not None and returns is not None:

@@ -99,7 +99,8 @@ class Continuations:
         for part in gather_objects(limits, self.mesh.groups.dp):
             everyones |= part
         slots = settings.slots or -(-settings.batch_size // self.generator.mesh.dp_size)
-        options = RolloutOptions.of(self.config, step=CONTINUATION_STEP + step, slots=slots)
+        step += CONTINUATION_STEP
+        options = RolloutOptions.of(self.config, step=step, slots=slots, masked=True)
         options = replace(options, max_response_tokens=everyones)
         together = [prompt + tokens for prompt, tokens in zip(prompts, begun, strict=True)]
         return self.generator.generate(together, indices, options)

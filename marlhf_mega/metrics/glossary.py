@@ -183,6 +183,11 @@ METRICS = {
     "rollout/masked_fraction": Metric(
         "tokens left out", "%", about="Tokens that ppo.sampler_mask keeps from the policy's loss."
     ),
+    "rollout/kept_probability": Metric(
+        "probability of kept tokens",
+        "%",
+        about="The policy's probability of all tokens that its filters, or NLPO's mask, leave.",
+    ),
     "rollout/kept_fraction": Metric(
         "samples kept", "%", about="Different samples that rollout.filter leaves, of all generated."
     ),

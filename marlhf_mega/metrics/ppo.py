@@ -17,6 +17,7 @@ EXPERIENCE_MEANS = (
     "rollout/dense_reward",
     "rollout/logprob_gap",
     "rollout/masked_fraction",
+    "rollout/kept_probability",
     "rollout/continuation_tokens",
     "policy/kl",
     "policy/entropy",
@@ -148,6 +149,12 @@ def add_values(sums: MetricSums, *, values: Tensor, returns: Tensor, mask: Tenso
 def add_masked(sums: MetricSums, *, weights: Tensor, mask: Tensor) -> None:
     """Add which of the tokens that count weigh nothing, all [batch, response]."""
     sums.add_means({"rollout/masked_fraction": ((weights == 0) & mask).sum()}, count=mask.sum())
+
+
+def add_kept(sums: MetricSums, *, logprobs: Tensor, full_logprobs: Tensor, mask: Tensor) -> None:
+    """Add the sampler's log-probs after and before its filters, all [batch, response]."""
+    kept = (full_logprobs - logprobs).exp() * mask
+    sums.add_means({"rollout/kept_probability": kept.sum()}, count=mask.sum())
 
 
 def finish(metrics: dict[str, float]) -> dict[str, float]:

@@ -66,6 +66,8 @@ def ppo_work(
     sampled = generated or (prompts, responses)
     fed, drawn = [p + r - 1 for p, r in zip(*sampled, strict=True)], sum(sampled[1])
     rollout = forward_flops(model, fed, output_size=vocab, output_tokens=drawn)
+    if config.rollout.mask_interval is not None:
+        rollout *= 2
     language = forward_flops(model, whole, output_size=vocab, output_tokens=new)
     scalar = forward_flops(model, whole, output_size=1, output_tokens=new)
     tokens = sum(whole)

@@ -45,6 +45,8 @@ def checkpoint_plan(
 ) -> CheckpointPlan:
     """Size the checkpoints of a job: weights that learn, their float32 masters and moments.
 
+    Of a mask policy there are only weights.
+
     Args:
         work: the job.
         nodes: machines with ranks that train; they write in parallel.
@@ -53,7 +55,8 @@ def checkpoint_plan(
         rates: failure and write rates.
     """
     sizes = [whole_model_size(r.model, r.head, only_learning=True) for r in work.roles if r.learns]
-    num_bytes = sum(sizes) * (element + 12)
+    masks = [whole_model_size(r.model, r.head) for r in work.roles if r.name == "mask"]
+    num_bytes = sum(sizes) * (element + 12) + sum(masks) * element
     write = num_bytes / (rates.write_bytes * nodes)
     mtbf = rates.mtbf_hours * 3600 / work.world_size
     interval = max(math.sqrt(2 * write * mtbf) - write, write)

@@ -60,7 +60,7 @@ def kv_cache_bytes(work: Workload, generation: Generation, formats: Formats) -> 
     heads = max(1, model.query_groups // generation.layout.tensor)
     width = heads * round_up(longest, multiple) * model.kv_channels
     layers = model.num_layers // generation.layout.pipeline
-    return layers * 2 * slots * width * formats.element
+    return work.num_generating * layers * 2 * slots * width * formats.element
 
 
 def replay_mask_bytes(work: Workload) -> int:
@@ -90,8 +90,8 @@ def generation_memory(work: Workload, generation: Generation, formats: Formats) 
         replace(formats, has_engine=False),
     )
     decode = MicrobatchShape(sequences=generation.group_slots, seq=1, response=1)
-    logits = head_workspace(replace(shape, microbatch=decode), "language", backward=False) * 2
+    logits = head_workspace(replace(shape, microbatch=decode), "language", backward=False)
     return {
         "kv cache": kv_cache_bytes(work, generation, formats),
-        "prefill and sampling": max(forward_workspace(shape), logits),
+        "prefill and sampling": max(forward_workspace(shape), 2 * work.num_generating * logits),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from marlhf_mega.config.limits import READ_BLOCK_BYTES, SMALL_DATA_BYTES
 from marlhf_mega.config.sections.data import DataSource
 from marlhf_mega.plan.memory import StageMemory
-from marlhf_mega.plan.workload import Workload
+from marlhf_mega.plan.workload import GENERATING_ROLES, Workload
 
 _COPY_AHEAD = 10_000_000
 """Bytes that torch's writer copies from the device before it writes them."""
@@ -65,7 +65,8 @@ def _offloaded(work: Workload, stage: StageMemory) -> int:
     memory = work.config.memory
     found = 0
     if work.job == "ppo" and memory.offload_idle:
-        found += sum(role.weights for name, role in stage.roles.items() if name != "policy")
+        idle = stage.roles.keys() - GENERATING_ROLES
+        found += sum(stage.roles[name].weights for name in idle)
     if work.job == "ppo" and memory.offload_optimizer:
         found += sum(role.optimizer for role in stage.roles.values())
     return found

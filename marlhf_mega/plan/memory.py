@@ -22,7 +22,7 @@ from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, generation_memory
 from marlhf_mega.plan.layout import WorldLayout
 from marlhf_mega.plan.parameters import Parameter, count, largest_stage, learning, stage_parameters
-from marlhf_mega.plan.workload import MicrobatchShape, Role, Workload
+from marlhf_mega.plan.workload import GENERATING_ROLES, MicrobatchShape, Role, Workload
 
 WORKING = ("activations", "backward", "forward", "prefill and sampling")
 """Memory of passes: estimates, which a measured run can correct. All else is exact."""
@@ -221,16 +221,17 @@ def _resident(roles: Mapping[str, RoleMemory], memory: MemoryConfig, phase: str)
 
 def _idle(roles: Mapping[str, RoleMemory], phase: str) -> set[str]:
     """Return the models that are offloaded at the peak of a phase."""
+    stay = {*GENERATING_ROLES}
     match phase:
         case "update":
-            return {name for name, role in roles.items() if not role.optimizer}
+            return {name for name, role in roles.items() if not role.optimizer} - stay
         case "rollout":
-            return {name for name in roles if name != "policy"}
-    rewards = {name for name, role in roles.items() if not role.optimizer} - {"reference"}
+            return set(roles) - stay
+    rewards = {name for name, role in roles.items() if not role.optimizer} - {"reference"} - stay
     groups = ({"reference"} & roles.keys(), {"critic"} & roles.keys(), rewards)
     # They are loaded one after the other, the reward models together: the largest counts.
     largest = max(groups, key=lambda names: sum(roles[name].weights for name in names))
-    return set(roles) - {"policy"} - largest
+    return set(roles) - stay - largest
 
 
 def _rollout(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) -> dict[str, int]:
@@ -251,7 +252,7 @@ def _experience(
     found = _resident(roles, work.config.memory, "experience")
     last = stage == work.layout.pipeline - 1
     peaks = []
-    for role in work.roles:
+    for role in (r for r in work.roles if r.name != "mask"):
         shape = layer_shape(role, work.layout, work.scoring, formats)
         filtered = role.name == "policy" and work.config.rollout.is_filtered
         head = head_workspace(shape, role.head, backward=False, filtered=filtered) if last else 0

@@ -12,7 +12,7 @@ from marlhf_mega.plan.gpus import Gpu
 from marlhf_mega.plan.layout import WorldLayout
 from marlhf_mega.plan.memory import role_memory
 from marlhf_mega.plan.parameters import largest_stage, learning, stage_parameters
-from marlhf_mega.plan.workload import Role, Workload
+from marlhf_mega.plan.workload import GENERATING_ROLES, Role, Workload
 
 GENERATION_PARTS = ("rollout prefill", "rollout decode")
 """Parts of a step that ranks which only generate do, if there are any."""
@@ -51,6 +51,7 @@ def step_seconds(
         kept = rollout.trained_size / rollout.batch_size
         # The baseline of remax is a second, greedy response to each prompt.
         times = 2 if work.config.ppo.estimator == "remax" else 1
+        times *= work.num_generating
         found["rollout prefill"] = times * _prefill(work, gpu, rates)
         found["rollout decode"] = times * _decode(work, gpu, formats, rates)
         if work.config.ppo.estimator == "vine":
@@ -61,7 +62,8 @@ def step_seconds(
         if offload:
             found["offload"] = offload
         again = work.config.ppo.old_logprobs == "trainer"
-        for role in (r for r in work.roles if again or r.name != "policy"):
+        asked = [r for r in work.roles if r.name != "mask"]
+        for role in (r for r in asked if again or r.name != "policy"):
             share = 1.0 if role.name.startswith("reward") else kept
             found[f"experience {role.name}"] = share * _forward(work, role, gpu, rates)
     epochs = kept * (work.config.ppo.epochs if work.job == "ppo" else 1)
@@ -104,7 +106,7 @@ def _offload(work: Workload, formats: Formats, rates: Efficiencies) -> float:
         found = 0
         for role in work.roles:
             held = role_memory(role, work.layout, stage, formats, precision)
-            if memory.offload_idle and role is not work.policy:
+            if memory.offload_idle and role.name not in GENERATING_ROLES:
                 found += held.weights * (4 if role.learns else 1)
             if memory.offload_optimizer:
                 found += 2 * held.optimizer
@@ -158,12 +160,13 @@ def _flops(work: Workload, role: Role, *, seq: int, outputs: int) -> float:
 
 
 def _decode(work: Workload, gpu: Gpu, formats: Formats, rates: Efficiencies) -> float:
-    """Each token of a group of slots reads the stage's weights and the group's cache."""
+    """Each token of a group of slots reads the stage's weights and its cache, for one model."""
     generation, policy = Generation.of_rollout(work), work.policy
     layout = generation.layout
     weights = largest_stage(policy.model, layout, "language") * formats.element
     # The cache is half full on average.
-    cache = kv_cache_bytes(work, generation, formats) / generation.groups / 2
+    caches = generation.groups * work.num_generating
+    cache = kv_cache_bytes(work, generation, formats) / caches / 2
     speed = gpu.bandwidth * rates.memory_bandwidth
     layers = policy.model.num_layers // layout.pipeline
     one = max((weights + cache) / speed, layers * rates.decode_layer_seconds)

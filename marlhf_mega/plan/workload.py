@@ -13,6 +13,8 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.layout import WorldLayout
 
 PlannedJob = Literal["sft", "reward", "preference", "ppo"]
+GENERATING_ROLES = ("policy", "mask")
+"""Models that generate, and are never offloaded; the mask policy does nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,11 @@ class Workload:
     def policy(self) -> Role:
         """The first model that is trained."""
         return self.roles[0]
+
+    @property
+    def num_generating(self) -> int:
+        """Number of models that generate beside each other."""
+        return sum(role.name in GENERATING_ROLES for role in self.roles)
 
     @property
     def world_size(self) -> int:
@@ -224,6 +231,7 @@ def _roles(config: Config, job: PlannedJob) -> tuple[Role, ...]:
         Role(name="policy", model=model, head="language", learns=True),
         *([_critic(config, shapes)] if config.ppo.has_critic else []),
         *([_reference(config)] if config.has_reference else []),
+        *([_mask(config)] if config.rollout.mask_interval is not None else []),
         *(
             Role(
                 name=name,
@@ -245,6 +253,10 @@ def _reference(config: Config) -> Role:
         learns=False,
         is_policy=config.model.lora.is_on,
     )
+
+
+def _mask(config: Config) -> Role:
+    return Role(name="mask", model=config.model, head="language", learns=False)
 
 
 def _critic(config: Config, rewards: list[tuple[ModelConfig, bool]]) -> Role:

@@ -8,6 +8,9 @@ the sampled tokens.
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from marlhf_mega.parallel.collectives import (
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.recorded import RecordedSteps
-from marlhf_mega.rollout.sampling import sample_tokens
+from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 from marlhf_mega.rollout.slots import Response, SlotGroup
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import Rollout, RolloutOptions
@@ -41,6 +44,7 @@ class Generator:
         *,
         stop: StopRule,
         cuda_graphs: bool = False,
+        second: Sequence[StageModel] = (),
     ) -> None:
         """Take the model; nothing is allocated before a call.
 
@@ -49,11 +53,18 @@ class Generator:
             mesh: this rank's mesh.
             stop: ends a response.
             cuda_graphs: launch a decode step as one; on CUDA devices only.
+            second: this rank's part of another model of the same shape, for rules that ask it.
         """
         self.chunks = list(chunks)
+        self.second = list(second)
         self.mesh = mesh
         self.stop = stop
         self.cuda_graphs = cuda_graphs
+
+    def models(self, rule: SamplingRule) -> list[list[StageModel]]:
+        """Return the chunks of all that reads the tokens: the policy, and what the rule asks."""
+        assert self.second or not rule.has_second, "a second model was given"
+        return [self.chunks, self.second] if rule.has_second else [self.chunks]
 
     def generate(
         self,
@@ -80,7 +91,9 @@ class Generator:
         order = sorted(responses, key=lambda r: (-len(r.prompt), r.sample))
         indices = torch.tensor(list(sample_indices), dtype=torch.int64)
         run = _Run(self, deque(order), fold(options.seed, options.step, indices), options)
-        with generating(self.chunks):
+        with ExitStack() as stack:
+            for chunks in self.models(options.rule):
+                stack.enter_context(generating(chunks))
             run.complete()
         return _to_rollout(
             responses,
@@ -107,6 +120,9 @@ class _Run:
     ) -> None:
         self.mesh, self.stop = generator.mesh, generator.stop
         self.rule, self.keys = options.rule, keys
+        if self.rule.has_mask:
+            self.rule = replace(self.rule, always_kept=tuple(sorted(self.stop.end_ids)))
+        models = generator.models(self.rule)
         slots = min(options.slots or len(waiting), len(waiting))
         longest = max((len(r.prompt) + r.max_tokens for r in waiting), default=1)
         # Replicas that share experts pass through them equally often, however few their prompts.
@@ -114,16 +130,18 @@ class _Run:
         num_groups = max(1, min(self.mesh.pp_size, most_groups))
         share = max(1, -(-slots // num_groups))
         self.groups = [SlotGroup(share, waiting, self.mesh.device) for _ in range(num_groups)]
+        # For each group, the decoders of all models chunk by chunk.
         self.decoders = [
-            [ChunkDecoder(chunk, num_slots=share, max_tokens=longest) for chunk in generator.chunks]
+            [
+                tuple(ChunkDecoder(c, num_slots=share, max_tokens=longest) for c in chunks)
+                for chunks in zip(*models, strict=True)
+            ]
             for _ in self.groups
         ]
         # Between two calls weights move: graphs are recorded anew in each, as the cache is made.
-        self.passes = [
-            [RecordedSteps(d).run if generator.cuda_graphs else d.run for d in decoders]
-            for decoders in self.decoders
-        ]
-        self.hidden_size = generator.chunks[0].config.hidden_size
+        passes = (lambda d: RecordedSteps(d).run) if generator.cuda_graphs else (lambda d: d.run)
+        self.passes = [[tuple(map(passes, d)) for d in each] for each in self.decoders]
+        self.hidden_size = len(models) * generator.chunks[0].config.hidden_size
         self.dtype = generator.chunks[0].config.params_dtype
         self.sends: deque[tuple[Tensor, object]] = deque()
         self.kept_row: tuple[int, torch.dtype] | None = None
@@ -168,22 +186,34 @@ class _Run:
             if self.kept_row is None
             else torch.zeros(count, self.kept_row[0], dtype=self.kept_row[1], device=mesh.device),
         )
-        for number, decoder in enumerate(self.decoders[index]):
-            hidden = None if decoder.chunk.pre_process else self._receive(work)
-            output = self.passes[index][number](work, hidden)
-            if not decoder.chunk.post_process:
-                self._send(output)
+        for number, decoders in enumerate(self.decoders[index]):
+            chunk = decoders[0].chunk
+            hidden: list[Tensor | None] = [None] * len(decoders)
+            if not chunk.pre_process:
+                # The models' states travel beside each other.
+                hidden = [h.contiguous() for h in self._receive(work).chunk(len(decoders), -1)]
+            steps = zip(self.passes[index][number], hidden, strict=True)
+            outputs = [step(work, states) for step, states in steps]
+            if not chunk.post_process:
+                self._send(torch.cat(outputs, -1))
             elif group.in_flight:
-                sampled = self._sample(decoder, output, group)
+                sampled = self._sample(decoders, outputs, group)
             assert number < mesh.num_chunks
         return sampled
 
-    def _sample(self, decoder: ChunkDecoder, hidden: Tensor, group: SlotGroup) -> _Sampled:
+    def _sample(
+        self, decoders: Sequence[ChunkDecoder], hidden: Sequence[Tensor], group: SlotGroup
+    ) -> _Sampled:
         samples = torch.tensor([r.sample for r in group.in_flight])
         positions = torch.tensor([len(r.tokens) for r in group.in_flight])
         numbers = uniform(fold(self.keys[samples], positions)).to(self.mesh.device)
+        logits = [decoder.logits(h) for decoder, h in zip(decoders, hidden, strict=True)]
         found = sample_tokens(
-            decoder.logits(hidden), numbers, rule=self.rule, shard=decoder.chunk.vocab_shard
+            logits[0],
+            numbers,
+            rule=self.rule,
+            shard=decoders[0].chunk.vocab_shard,
+            second=logits[-1] if self.rule.has_second else None,
         )
         # One message carries all three: ids are exact in float64.
         columns = (found.tokens, found.logprobs, found.full_logprobs)
@@ -196,7 +226,7 @@ class _Run:
             kept = share_sampled(kept, self.mesh).cpu()
         moves = group.record(columns, kept, stop=self.stop)
         for source, target in moves:
-            for decoder in self.decoders[index]:
+            for decoder in chain.from_iterable(self.decoders[index]):
                 decoder.cache.move_slot(source, target)
 
     def _send(self, hidden: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from marlhf_mega.algorithm.replay_mask import write_mask
+from marlhf_mega.algorithm.replay_mask import nucleus_mask, write_mask
 from marlhf_mega.parallel.collectives import gather_tensors, reduce_over_tensor
 from marlhf_mega.parallel.vocab import VocabShard
 
@@ -27,11 +27,28 @@ class SamplingRule:
     """Keep the smallest set of tokens that has this probability."""
     record_kept: bool = False
     """Write down which tokens the filters kept, for training on the samples."""
+    min_kept: int | None = None
+    """NLPO: `top_p` is that of a mask policy, which keeps at least so many tokens; None: of the
+    model itself."""
+    always_kept: tuple[int, ...] = ()
+    """NLPO: tokens that the mask policy always keeps."""
+    mixture: float = 0.0
+    """Nash-MD: logits are (1 - mixture) times the model's plus mixture times the reference's."""
 
     @property
     def is_filtered(self) -> bool:
         """Whether tokens are drawn from some of the vocabulary only."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a mask policy says which tokens are kept."""
+        return self.min_kept is not None
+
+    @property
+    def has_second(self) -> bool:
+        """Whether a second model reads the tokens too."""
+        return self.has_mask or self.mixture > 0
 
     @property
     def records_kept(self) -> bool:
@@ -53,7 +70,12 @@ class SampledTokens(NamedTuple):
 
 
 def sample_tokens(
-    logits: Tensor, uniform: Tensor, *, rule: SamplingRule, shard: VocabShard
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    rule: SamplingRule,
+    shard: VocabShard,
+    second: Tensor | None = None,
 ) -> SampledTokens:
     """Choose a token for every row. All tensor-parallel ranks call it and get the same answer.
 
@@ -62,10 +84,14 @@ def sample_tokens(
         uniform: [batch] float64 in [0, 1).
         rule: temperature and filters.
         shard: which columns `logits` holds.
+        second: [batch, vocab/tp] float32 of the mask policy or the reference, if the rule asks it.
 
     Returns:
         The tokens; greedy choices are scored at temperature 1.
     """
+    if rule.mixture:
+        assert second is not None
+        logits = (1 - rule.mixture) * logits + rule.mixture * second
     if rule.temperature not in (0.0, 1.0):
         logits = logits / rule.temperature
     if rule.temperature > 0 and not rule.is_filtered:
@@ -77,7 +103,23 @@ def sample_tokens(
         best, values = _top(logits, 1, shard)
         logprobs = values[:, 0] - log_z
         return SampledTokens(best[:, 0], logprobs, logprobs, None)
-    return _sample_filtered(logits, uniform, log_z, rule, shard)
+    if not rule.has_mask:
+        return _sample_filtered(logits, uniform, log_z, rule, shard)
+    assert second is not None
+    mask = _mask(second / rule.temperature, rule, shard)
+    return _sample_filtered(logits, uniform, log_z, rule, shard, mask=mask)
+
+
+def _mask(logits: Tensor, rule: SamplingRule, shard: VocabShard) -> Tensor:
+    """Return bool [batch, vocab]: what a mask policy keeps."""
+    tokens, values = _top(logits, shard.num_total, shard)
+    return nucleus_mask(
+        tokens,
+        values.double().softmax(-1),
+        top_p=rule.top_p,
+        min_kept=rule.min_kept or 0,
+        always_kept=rule.always_kept,
+    )
 
 
 def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -107,9 +149,15 @@ def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tu
 
 
 def _sample_filtered(
-    logits: Tensor, uniform: Tensor, log_z: Tensor, rule: SamplingRule, shard: VocabShard
+    logits: Tensor,
+    uniform: Tensor,
+    log_z: Tensor,
+    rule: SamplingRule,
+    shard: VocabShard,
+    *,
+    mask: Tensor | None = None,
 ) -> SampledTokens:
-    """Draw among the kept tokens, most likely first."""
+    """Draw among the kept tokens, most likely first; [batch, vocab] `mask` replaces `top_p`."""
     limit = rule.top_k if rule.top_k > 0 else shard.num_total
     tokens, values = _top(logits, limit, shard)
     probabilities = (values.double() - log_z[:, None]).exp()
@@ -117,7 +165,7 @@ def _sample_filtered(
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     # A token stays while those before it have not reached top_p, so the first always stays.
     before = probabilities.cumsum(-1) - probabilities
-    kept = before < rule.top_p
+    kept = before < rule.top_p if mask is None else mask.gather(1, tokens)
     cumulative = torch.where(kept, probabilities, 0.0).cumsum(-1)
     target = (uniform * cumulative[:, -1])[:, None]
     place = torch.searchsorted(cumulative, target, right=True).clamp(max=tokens.shape[1] - 1)

@@ -137,7 +137,7 @@ class LocalTransport:
         count, first = len(request.prompts), request.first
         own = own_samples(self._config, self._mesh, count, first=first)
         prompts = [request.prompts[i - first] for i in own]
-        options = RolloutOptions.of(self._config, step=request.step, record_kept=True)
+        options = RolloutOptions.of(self._config, step=request.step, record_kept=True, masked=True)
         rollout = self._generator.generate(prompts, own, options)
         return Answer(parts=[rollout], seconds=time.perf_counter() - start)
 

@@ -26,7 +26,13 @@ class RolloutOptions:
 
     @classmethod
     def of(
-        cls, config: Config, *, step: int, slots: int | None = None, record_kept: bool = False
+        cls,
+        config: Config,
+        *,
+        step: int,
+        slots: int | None = None,
+        record_kept: bool = False,
+        masked: bool = False,
     ) -> Self:
         """Return what the configuration says of the rollout.
 
@@ -35,13 +41,16 @@ class RolloutOptions:
             step: PPO step, from 0.
             slots: None means `rollout.slots`.
             record_kept: write down what top-k and top-p keep, for training on the samples.
+            masked: take `rollout.mask_interval` into account; there is a mask policy in ppo alone.
         """
         settings = config.rollout
+        has_mask = masked and settings.mask_interval is not None
         rule = SamplingRule(
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
             record_kept=record_kept,
+            min_kept=settings.mask_min_tokens if has_mask else None,
         )
         return cls(
             rule=rule,

@@ -55,13 +55,20 @@ def build_evaluator(
 
 
 def generator_in_place(
-    policy: Sequence[StageModel], config: Config, mesh: Mesh, *, stop: StopRule
+    policy: Sequence[StageModel],
+    config: Config,
+    mesh: Mesh,
+    *,
+    stop: StopRule,
+    second: Sequence[StageModel] = (),
 ) -> ResponseGenerator:
     """Build what generates with the weights where they are trained.
 
-    Ranks that share sequences in training are replicas of their own while they generate.
+    Ranks that share sequences in training are replicas of their own while they generate. `second`
+    is another model at the same layout, for rules that ask it.
     """
-    generator = partial(Generator, policy, stop=stop, cuda_graphs=config.rollout.cuda_graphs)
+    graphs = config.rollout.cuda_graphs
+    generator = partial(Generator, policy, stop=stop, cuda_graphs=graphs, second=second)
     if mesh.cp_size == 1:
         return generator(mesh)
     replicas = create_second_mesh(mesh.parallel.generating, mesh)
@@ -100,7 +107,12 @@ def build_generator(
 
 
 def build_transport(
-    policy: Sequence[StageModel], config: Config, mesh: Mesh, *, stop: StopRule
+    policy: Sequence[StageModel],
+    config: Config,
+    mesh: Mesh,
+    *,
+    stop: StopRule,
+    mask: Sequence[StageModel] = (),
 ) -> tuple[ResponseGenerator, RolloutTransport]:
     """Build what brings a PPO step's samples, and what generates for evaluations.
 
@@ -109,7 +121,11 @@ def build_transport(
         config: of the run.
         mesh: this rank's mesh in training.
         stop: ends a response.
+        mask: this rank's chunks of the mask policy, if there is one.
     """
+    if mask:
+        masked = generator_in_place(policy, config, mesh, stop=stop, second=mask)
+        return masked, LocalTransport(masked, config, mesh)
     if config.rollout.ranks:
         remote = RemoteTransport(connect_learning((policy, mesh), None), mesh)
         return generator_in_place(policy, config, mesh, stop=stop), remote

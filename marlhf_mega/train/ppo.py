@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from marlhf_mega.algorithm.rewards import RunningMoments, adaptive_kl_coef
+from marlhf_mega.checkpoint.sharded import Saveable
 from marlhf_mega.checkpoint.store import load
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.microbatch import MicrobatchLimit
@@ -33,6 +34,7 @@ from marlhf_mega.train.filtering import RolloutFilter
 from marlhf_mega.train.generation import build_transport
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.loop import Loop
+from marlhf_mega.train.mask_policy import MaskPolicy
 from marlhf_mega.train.output import RunOutput
 from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
 from marlhf_mega.train.rollout_server import serve_rollouts
@@ -83,8 +85,11 @@ class PpoRun:
         )
         self.roles = build_roles(config, tokenizer, mesh, num_steps=self.num_steps)
         self.policy: list[StageModel] = [ddp.module for ddp in self.roles.policy.chunks]
-        stop = StopRule.of(tokenizer)
-        self.generator, transport = build_transport(self.policy, config, mesh, stop=stop)
+        stop, self.mask = StopRule.of(tokenizer), None
+        if config.rollout.mask_interval is not None:
+            self.mask = MaskPolicy(self.policy, config, mesh)
+        mask = self.mask.chunks if self.mask else ()
+        self.generator, transport = build_transport(self.policy, config, mesh, stop=stop, mask=mask)
         self.rollouts = Rollouts(inputs, transport, mesh, num_steps=self.num_steps)
         self.scorer = Scorer(config.reward, self.roles.rewards, tokenizer, mesh)
         segmenter = Segmenter(config.macro, tokenizer, mesh, seed=config.run.seed)
@@ -127,6 +132,8 @@ class PpoRun:
 
         # 1. Rollout: this replica's prompts and the policy's responses.
         with timers("rollout"), peaks("rollout"):
+            if self.mask is not None:
+                self.mask.refresh(step)
             prompts, rollout = self.rollouts.next(step)
             scores = None
             if self.filter is not None:
@@ -227,7 +234,13 @@ class PpoRun:
             CONFIG: settings_of(self.config),
         }
         with self.roles.offload.on_device(*TRAINING):
-            self.saver.save(done, self.trained, state)
+            self.saver.save(done, self.kept, state)
+
+    @property
+    def kept(self) -> dict[str, Saveable]:
+        """The models of a checkpoint: those that learn, and the weights of the mask policy."""
+        mask: dict[str, Saveable] = {"mask": self.mask.chunks} if self.mask else {}
+        return {**self.trained, **mask}
 
     def load(self, folder: Path) -> None:
         """Take policy and critic from a checkpoint of this run."""
@@ -244,7 +257,7 @@ class PpoRun:
             write(critic, target=self.config.run.dir / "hf_critic")
 
     def _resume(self) -> int:
-        state = resume(self.config, "ppo", self.trained, self.mesh, required=_STATE)
+        state = resume(self.config, "ppo", self.kept, self.mesh, required=_STATE)
         if state is None:
             return 0
         self.rollouts.load_state_dict(state)

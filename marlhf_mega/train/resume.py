@@ -8,13 +8,13 @@ from typing import Any
 
 from marlhf_mega.checkpoint.folders import latest_of
 from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable, clear_leftovers
+from marlhf_mega.checkpoint.sharded import Saveable
 from marlhf_mega.checkpoint.store import find, load, newest_state, read_state
 from marlhf_mega.config.checks import Job, read_sections
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import run_fingerprint
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.data import show_sources
-from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import broadcast_object
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.resilience.preemption import is_restart, seconds_since_launch
@@ -63,7 +63,7 @@ def make_saver(config: Config, mesh: Mesh) -> Saver:
 def resume(
     config: Config,
     job: Job,
-    roles: Mapping[str, TrainState],
+    roles: Mapping[str, Saveable],
     mesh: Mesh,
     *,
     required: Sequence[str],
@@ -73,7 +73,7 @@ def resume(
     Args:
         config: of this run.
         job: whose settings must be those of the checkpoint.
-        roles: the trained models, built as for a fresh start.
+        roles: the models of its checkpoints, built as for a fresh start.
         mesh: this rank's mesh.
         required: keys that the state must have.
 

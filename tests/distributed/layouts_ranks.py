@@ -186,13 +186,21 @@ def ppo_case(case, config, mesh, folder):
     )
     own = local_indices(BATCH, BATCH, mesh)
     prompts = texts(5, [3, 6, 4, 5, 3, 7, 4, 6])
-    generator = generator_in_place(policy, config, mesh, stop=StopRule(frozenset({EOS})))
+    masked = config.rollout.mask_interval is not None
+    generator = generator_in_place(
+        policy,
+        config,
+        mesh,
+        stop=StopRule(frozenset({EOS})),
+        second=model(config, mesh, "language", 5) if masked else (),
+    )
     options = {"max_response_tokens": 10, "seed": 11, "step": 3, "slots": 3}
     drawn = SamplingRule(
         temperature=config.rollout.temperature,
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
         record_kept=True,
+        min_kept=config.rollout.mask_min_tokens if masked else None,
     )
     greedy, rollout = (
         generator.generate([prompts[i] for i in own], own, RolloutOptions(rule=rule, **options))

@@ -159,19 +159,21 @@ def cache_bytes(work, generation, mesh):
     limit = config.rollout.max_response_tokens
     prompt = [1] * config.data.max_prompt_tokens
     responses = [Response(i, prompt, limit) for i in range(generation.slots)]
+    mask = config.rollout.mask_min_tokens if config.rollout.mask_interval else None
     run = _Run(
-        Generator(chunks, mesh, stop=StopRule(frozenset({0}))),
+        Generator(chunks, mesh, stop=StopRule(frozenset({0})), second=chunks),
         deque(responses),
         torch.zeros(len(responses), dtype=torch.int64),
         RolloutOptions(
-            rule=SamplingRule(temperature=1.0),
+            rule=SamplingRule(temperature=1.0, min_kept=mask),
             max_response_tokens=limit,
             seed=0,
             step=0,
             slots=generation.slots,
         ),
     )
-    return sum(decoder.cache.nbytes for group in run.decoders for decoder in group)
+    decoders = (d for group in run.decoders for chunk in group for d in chunk)
+    return sum(decoder.cache.nbytes for decoder in decoders)
 
 
 def planned(work, stage):

@@ -65,7 +65,7 @@ CASES = {
         "parallel": {"pipeline_size": 2},
         "memory": {"recompute": "full"},
         "data": TEXT,
-        "rollout": SMALL,
+        "rollout": SMALL | {"top_p": 0.9, "mask_interval": 5},
         "ppo": PPO,
         "reward": {"source": "runs/none"},
     },

@@ -69,6 +69,11 @@ SETTINGS = {
             ("dynamic", 4, {}),
         )
     },
+    "nlpo": (
+        "ppo",
+        {"rollout": {"top_p": 0.9, "mask_interval": 2, "mask_min_tokens": 9}},
+        (),
+    ),
     "last": ("reward", {"reward_model": {"loss": "last"}}, ()),
     "span": ("reward", {"reward_model": {"loss": "span"}}, ()),
     **{

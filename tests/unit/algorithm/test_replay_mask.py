@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlhf_mega.algorithm.replay_mask import mask_width, read_mask, write_mask
+from marlhf_mega.algorithm.replay_mask import mask_width, nucleus_mask, read_mask, write_mask
 from marlhf_mega.config.limits import replay_mask_row_bytes
 
 
@@ -35,3 +35,39 @@ def test_any_shard_reads_what_was_kept(data, vocab_size, top_k):
 @pytest.mark.parametrize(("top_k", "size"), [(50, 200), (0, 4000)])
 def test_a_position_takes_four_bytes_an_id_or_a_bit_a_token(top_k, size):
     assert replay_mask_row_bytes(top_k=top_k, vocab_size=32000) == size
+
+
+def test_the_policy_is_renormalised_over_what_the_mask_policy_leaves():
+    """Mask policy with logits 2 1 0 -1, top-p 0.8: tokens 0 and 1; the policy's are 1.9 1.1 ..."""
+    older = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64).softmax(-1)
+    tokens = torch.arange(4)[None]
+    mask = nucleus_mask(tokens, older, top_p=0.8, min_kept=1)
+    assert mask.tolist() == [[True, True, False, False]]
+    logits = torch.tensor([[1.9, 1.1, 0.1, -1.0]], dtype=torch.float64)
+    kept = logits.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    assert kept[0, :2].tolist() == pytest.approx([-0.371100666, -1.171100666], abs=1e-9)
+
+
+@given(data=st.data(), size=st.integers(1, 12))
+def test_a_nucleus_is_found_token_by_token(data, size):
+    weights = data.draw(st.lists(st.integers(1, 50), min_size=size, max_size=size))
+    top_p = data.draw(st.floats(0.05, 0.99))
+    least = data.draw(st.integers(1, 5))
+    always = data.draw(st.sets(st.integers(0, size - 1)))
+    tokens = sorted(range(size), key=lambda i: -weights[i])
+    shares = [weights[i] / sum(weights) for i in tokens]
+    wanted, mass = set(always), 0.0
+    for rank, (token, share) in enumerate(zip(tokens, shares, strict=True)):
+        if mass < top_p - 1e-9 or rank < least:
+            wanted.add(token)
+        elif mass < top_p + 1e-9:
+            return  # rounding decides
+        mass += share
+    found = nucleus_mask(
+        torch.tensor([tokens]),
+        torch.tensor([shares], dtype=torch.float64),
+        top_p=top_p,
+        min_kept=least,
+        always_kept=sorted(always),
+    )
+    assert {int(i) for i in found[0].nonzero()} == wanted

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from marlhf_mega.metrics.ppo import (
+    add_kept,
     add_logprobs,
     add_macro_actions,
     add_rollout,
@@ -60,6 +61,17 @@ def test_divergence_is_a_sum_over_tokens_and_the_gap_a_mean_over_them():
     assert found["macro/actions_per_response"] == 1.0
     assert found["macro/tokens_per_action"] == 1.5
     assert found["macro/fallback_fraction"] == 0.5
+
+
+def test_the_probability_of_what_filters_keep_is_that_of_a_token_before_over_after():
+    sums = step_sums()
+    add_kept(
+        sums,
+        logprobs=torch.tensor([[0.5, 0.2], [0.4, 1.0]]).log(),
+        full_logprobs=torch.tensor([[0.25, 0.2], [0.3, 0.1]]).log(),
+        mask=torch.tensor([[True, True], [True, False]]),
+    )
+    assert finish(alone(sums))["rollout/kept_probability"] == pytest.approx((0.5 + 1 + 0.75) / 3)
 
 
 def test_explained_variance_of_two_replicas_is_that_of_all_their_tokens():

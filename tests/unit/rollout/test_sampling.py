@@ -66,6 +66,45 @@ def test_evenly_spread_numbers_give_the_wanted_frequencies(shard, rule):
         assert torch.equal(kept, (wanted > 0).expand(2, -1))
 
 
+def test_the_policy_draws_from_what_a_mask_policy_keeps(shard):
+    """Its top-p, at least three tokens and the end token, each by its own probability."""
+    logits, older = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(6)) * 2
+    end = int(older.argmin())
+    rule = SamplingRule(
+        temperature=0.8, top_p=0.3, min_kept=3, always_kept=(end,), record_kept=True
+    )
+    kept = {*older.argsort(descending=True)[:3].tolist(), end}
+    assert (allowed(older, replace(rule, top_p=0.3)) > 0).sum() < 3
+    wanted = torch.tensor([i in kept for i in range(VOCAB)])
+    wanted = torch.where(wanted, (logits / 0.8).exp(), 0.0)
+    wanted = wanted / wanted.sum()
+    numbers = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    found = sample_tokens(
+        logits.expand(DRAWS, -1), numbers, rule=rule, shard=shard, second=older.expand(DRAWS, -1)
+    )
+    frequencies = found.tokens.bincount(minlength=VOCAB) / DRAWS
+    assert torch.allclose(frequencies, wanted, atol=2.0 / DRAWS * VOCAB)
+    assert torch.allclose(found.logprobs, wanted.log()[found.tokens], atol=1e-5)
+    full = (logits / 0.8).log_softmax(-1)[found.tokens]
+    assert torch.allclose(found.full_logprobs, full, atol=1e-5)
+    assert {int(i) for i in read_mask(found.kept[:1], start=0, count=VOCAB)[0].nonzero()} == kept
+
+
+@pytest.mark.parametrize("mixture", [0.125, 0.5])
+def test_a_mixture_is_the_geometric_mean_of_two_models(shard, mixture):
+    logits, other = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(7)) * 2
+    rule = SamplingRule(temperature=1.0, mixture=mixture)
+    wanted = logits.softmax(-1) ** (1 - mixture) * other.softmax(-1) ** mixture
+    wanted = wanted / wanted.sum()
+    numbers = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    found = sample_tokens(
+        logits.expand(DRAWS, -1), numbers, rule=rule, shard=shard, second=other.expand(DRAWS, -1)
+    )
+    frequencies = found.tokens.bincount(minlength=VOCAB) / DRAWS
+    assert torch.allclose(frequencies, wanted, atol=2.0 / DRAWS * VOCAB)
+    assert torch.allclose(found.logprobs, wanted.log()[found.tokens], atol=1e-5)
+
+
 def test_filtered_log_probs_are_those_of_the_worked_example(shard):
     """Logits 2 1 0 -1, of which top-k 2 keeps the first two."""
     four = replace(shard, num_real=4, num_total=4)

@@ -26,6 +26,13 @@ def test_options_are_those_of_the_configuration_and_the_caller_may_choose_the_sl
     assert RolloutOptions.of(config, step=4, slots=5).slots == 5
 
 
+def test_only_samples_to_train_on_have_a_mask():
+    rollout = {"top_p": 0.9, "mask_interval": 5, "mask_min_tokens": 7}
+    config = Config.model_validate({"rollout": rollout})
+    assert RolloutOptions.of(config, step=0).rule.min_kept is None
+    assert RolloutOptions.of(config, step=0, masked=True).rule.min_kept == 7
+
+
 def test_a_limit_is_for_all_samples_or_for_each():
     rule = SamplingRule(temperature=1.0)
     shared = RolloutOptions(rule=rule, max_response_tokens=9, seed=0, step=0)
