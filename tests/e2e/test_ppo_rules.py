@@ -1,6 +1,7 @@
 """PPO under every macro rule, estimator and objective, in one process: real loop, tiny model."""
 
 import json
+import shutil
 import threading
 import traceback
 from dataclasses import replace
@@ -725,3 +726,23 @@ def test_log_probs_of_the_sampler_serve_as_the_trainers(files, mesh, tmp_path):
     assert "rollout/logprob_gap" not in sampled
     for name in ("policy/kl", "policy/grad_norm", "policy/loss", "critic/loss"):
         assert sampled[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5)
+
+
+def test_the_mask_policy_is_an_older_copy_and_a_resume_has_it(files, mesh, tmp_path):
+    """The fourth step's is of the third; a copy of every step is one that is the policy itself."""
+    changes = {
+        "run": {"steps": 4},
+        "rollout": {"top_p": 0.5, "mask_interval": 2, "mask_min_tokens": 1},
+        "policy": {"lr": 0.02},
+        "checkpoint": {"interval": 3, "keep": 2},
+    }
+    whole = metrics_of(files, mesh, tmp_path, **changes)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000004")
+    again = metrics_of(files, mesh, tmp_path, **changes)
+    assert again == whole
+    assert any((tmp_path / "checkpoints" / "step_000003" / "mask").iterdir())
+    newest = changes | {"rollout": changes["rollout"] | {"mask_interval": 1}}
+    found = metrics_of(files, mesh, tmp_path / "newest", **newest)
+    assert [a == b for a, b in zip(found, whole, strict=True)][:2] == [True, False]
+    assert all(line["rollout/kept_probability"] >= 0.5 for line in found)
+    assert whole[3]["rollout/kept_probability"] != found[3]["rollout/kept_probability"]

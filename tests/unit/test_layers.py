@@ -211,6 +211,7 @@ TESTED_ELSEWHERE = {
     "rewards/worker.py": "unit/rewards/test_rule.py::test_scores_come_back_in_order_over_many_chunks",
     "rollout/remote.py": "e2e/test_rollout_ranks.py::test_without_staleness_no_number_changes",
     "rollout/reshard.py": "distributed/test_reshard.py::test_rollouts_do_not_depend_on_their_layout",
+    "train/mask_policy.py": "e2e/test_ppo_rules.py::test_the_mask_policy_is_an_older_copy_and_a_resume_has_it",
     "train/generation.py": "distributed/reshard_ranks.py",
     "train/offline_known.py": "e2e/test_offline.py::test_four_ranks_give_the_numbers_of_one",
     "train/preference.py": "e2e/test_preference.py",

@@ -40,6 +40,13 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample among the smallest set of tokens with this total probability. Without `top_k` ppo
     keeps one bit per token of the vocabulary for each response token, in host memory."""
+    mask_interval: int | None = Field(None, gt=0)
+    """ppo, NLPO: `top_p` is that of the policy as it was after the last multiple of so many steps,
+    a second model that generates beside the policy. None: of the policy itself. The paper took 5
+    and 20."""
+    mask_min_tokens: int = Field(100, gt=0)
+    """`mask_interval`: likeliest tokens that are kept in any case. End tokens are too. 100 as in
+    NLPO's code."""
     stop: Annotated[
         tuple[int | Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one)
     ] = ()

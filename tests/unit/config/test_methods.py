@@ -271,6 +271,43 @@ def test_one_lambda_for_the_policy():
     assert problems(ppo={"gae_lambda_critic": 1.0, "gae_lambda_alpha": 0.05}) == []
 
 
+MASKED = {"mask_interval": 5, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("sections", "other"),
+    [
+        ({"rollout": {"ranks": 2}}, "rollout.ranks=2"),
+        ({"rollout": {"pipeline_size": 1}, "parallel": {"pipeline_size": 2}}, "a rollout layout"),
+        ({"model": {"lora": {"rank": 8}}}, "model.lora.rank=8"),
+        ({"precision": {"fp8": "hybrid", "dtype": "bfloat16"}}, "precision.fp8=hybrid"),
+    ],
+)
+def test_a_mask_policy_is_a_second_model_where_the_policy_trains(sections, other):
+    (line,) = problems(**sections | {"rollout": MASKED | sections.get("rollout", {})})
+    assert line.startswith(
+        "rollout.mask_interval=5: the mask policy is a whole second model where the policy "
+        f"trains, in its number format; it does not go with {other}"
+    )
+    assert line.endswith(". Remove one of them.")
+
+
+def test_a_mask_needs_top_p_and_nothing_else_filters():
+    assert problems(rollout=MASKED) == []
+    for keys, shown in (
+        ({"top_p": 1.0}, "1, rollout.top_k=0"),
+        ({"top_k": 9}, "0.9, rollout.top_k=9"),
+    ):
+        assert problems(rollout=MASKED | keys) == [
+            "rollout.mask_interval=5: the mask is the older policy's top_p, without top_k; "
+            f"rollout.top_p={shown}. Use rollout.top_p=0.9 and rollout.top_k=0, or remove it."
+        ]
+    assert problems(rollout={"mask_min_tokens": 50}) == [
+        "rollout.mask_min_tokens=50: needs rollout.mask_interval, which is not set. Set it, or "
+        "remove this key."
+    ]
+
+
 @pytest.mark.parametrize("name", get_args(SampleFilter))
 def test_every_filter_has_a_configuration(name):
     assert problems(rollout={"filter": name, "samples_per_prompt": 2}) == []

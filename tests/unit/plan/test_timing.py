@@ -20,6 +20,30 @@ def test_offloading_takes_time():
     assert "offload" not in planned().seconds
 
 
+def test_a_mask_policy_takes_memory_and_time_in_the_rollout_alone():
+    """A frozen copy, a second cache, and weights without optimizer state in checkpoints."""
+    plain, keys = planned(), {"rollout.top_p": 0.9}
+    masked = keys | {"rollout.mask_interval": 5}
+    one, two = planned(keys), planned(masked)
+    for part in ("rollout prefill", "rollout decode"):
+        assert two.seconds[part] == pytest.approx(2 * plain.seconds[part])
+    assert {k: v for k, v in two.seconds.items() if "rollout" not in k} == {
+        k: v for k, v in one.seconds.items() if "rollout" not in k
+    }
+    stage, without = two.stages[0], one.stages[0]
+    assert stage.roles["mask"].total == stage.roles["reference"].weights
+    held, before = stage.phases["rollout"], without.phases["rollout"]
+    assert held["kv cache"] == 2 * before["kv cache"]
+    assert held["mask weights"] == stage.roles["mask"].weights
+    update = stage.phases["update"], without.phases["update"]
+    assert update[0].keys() - update[1].keys() == {"mask weights"}
+    policy = 70_553_706_496  # parameters
+    assert two.checkpoints.num_bytes - one.checkpoints.num_bytes == 2 * policy
+    away = {"memory.offload_idle": True}
+    assert planned(masked | away).host.offload == planned(keys | away).host.offload
+    assert planned(masked | away).stages[0].phases["update"]["mask weights"] > 0
+
+
 def test_a_critic_takes_time_and_so_does_a_greedy_response():
     plain = planned().seconds
     keys = {"ppo.estimator": "remax", "ppo.whiten_advantages": False}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from marlhf_mega.checkpoint.weights import fill_random
-from marlhf_mega.config.schema import PrecisionConfig
+from marlhf_mega.config.sections.hardware import PrecisionConfig
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
