@@ -94,7 +94,7 @@ PrioritySampling = Literal["good_priority", "good_random", "all_priority"]
 OfflineCompat = Literal["none", "lol_rl"]
 """Whether to reproduce the released A-LoL code."""
 
-PreferenceLoss = Literal["dpo", "ipo", "pro", "cpl", "xpo", "refuel", "bfpo"]
+PreferenceLoss = Literal["dpo", "ipo", "pro", "cpl", "xpo", "refuel", "bfpo", "nash_md", "ipo_md"]
 """Losses of a policy on preference pairs."""
 PairMargin = Literal["none", "offset", "weight"]
 """What the margin of a pair does."""

@@ -132,6 +132,40 @@ def bfpo_terms(lead: Tensor, safe: Tensor, *, beta: float, factor: float, shift:
     return (lead - (labels - shift) / beta).square()
 
 
+def nash_md_terms(
+    logprobs: Tensor, ref_logprobs: Tensor, preference: Tensor, *, beta: float
+) -> Tensor:
+    """-(P - 1/2) S + beta sum_t sg(log pi - log pi_ref)_t log pi_t (Nash-MD, arXiv 2312.00886).
+
+    The gradient is that of the paper's algorithm as TRL has it: the response is one of the policy,
+    and P how likely a judge prefers it to one of the geometric mixture of policy and reference. The
+    value itself says nothing.
+
+    Args:
+        logprobs: [pairs, response] of the policy's response, 0 on padding.
+        ref_logprobs: [pairs, response] of the reference, 0 on padding.
+        preference: [pairs] P.
+        beta: weight of the divergence from the reference.
+    """
+    divergence = ((logprobs - ref_logprobs).detach() * logprobs).sum(1)
+    return beta * divergence - (preference - 0.5) * logprobs.sum(1)
+
+
+def ipo_md_terms(lead: Tensor, preference: Tensor, *, tau: float) -> Tensor:
+    """(D - (P - 1/2) / tau)^2 on responses that the policy has just given.
+
+    Up to a constant the expectation of `ipo_terms` over who is preferred: online IPO where both
+    responses are of the policy, IPO-MD where both are of its geometric mixture with the reference
+    (arXiv 2403.08635). The order of a pair does not matter.
+
+    Args:
+        lead: [pairs] D of the first response over the second.
+        preference: [pairs] P, how likely a judge prefers the first.
+        tau: how strongly the reference holds.
+    """
+    return (lead - (preference - 0.5) / tau).square()
+
+
 def pair_output(losses: Tensor, rewards: Tensor, chosen_nll: Tensor, mask: Tensor) -> LossOutput:
     """Add the terms up, with the metrics of every loss.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from marlhf_mega.config.limits import context_multiple, round_up
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.lora import ATTENTION, FEED_FORWARD
-from marlhf_mega.config.methods import method_problems, preference_problems
+from marlhf_mega.config.methods import method_problems, online_problems, preference_problems
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.hardware import MemoryConfig, ParallelConfig
@@ -37,14 +37,22 @@ READ_SECTIONS: dict[Job, tuple[str, ...]] = {
     "evaluate": (),
     "generate": ("rollout", "reward"),
 }
-"""See `read_sections`; offline and preference may read one more."""
+"""See `read_sections`; offline and preference may read more."""
 
 
 def read_sections(config: Config, job: Job) -> tuple[str, ...]:
     """Return what decides the results of a job, besides the sections that all jobs share."""
     cuts = job == "offline" and config.offline.algorithm == "a_lol_macro"
     cuts = cuts or (job == "preference" and config.preference.has_actions)
-    return (*READ_SECTIONS[job], *(("macro",) if cuts else ()))
+    more: tuple[str, ...] = ("macro",) if cuts else ()
+    if job == "preference" and config.preference.is_online:
+        more = ("rollout", "reward")
+    return (*READ_SECTIONS[job], *more)
+
+
+def generates(config: Config, job: Job) -> bool:
+    """Whether a job answers prompts, in training or to be judged."""
+    return job in GENERATING or (job == "preference" and config.preference.is_online)
 
 
 def rollout_ranks(config: Config, job: str) -> int:
@@ -165,6 +173,8 @@ def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
         yield from _offline_problems(config)
     if job == "preference":
         yield from preference_problems(config)
+        if config.preference.is_online:
+            yield from online_problems(config)
     if job == "reward" and config.reward_model.length_coef and config.reward_model.loss == "span":
         yield (
             f"reward_model.length_coef={config.reward_model.length_coef:g}: correlates the scores "
@@ -178,7 +188,8 @@ def _effect_problems(config: Config, job: Job) -> Iterator[str]:
     """Refuse keys that would change nothing, or not what they say."""
     macro, ppo, offline = config.macro, config.ppo, config.offline
     samples = config.evaluate.samples_per_prompt
-    if job in GENERATING and job != "generate" and samples > 1 and config.evaluate.temperature == 0:
+    judged = generates(config, job) and job != "generate"
+    if judged and samples > 1 and config.evaluate.temperature == 0:
         yield (
             f"evaluate.samples_per_prompt={samples}: with evaluate.temperature=0 all responses to "
             "a prompt are the same. Set it to 1, or raise the temperature."
@@ -458,7 +469,8 @@ def _against_problems(config: Config, job: Job) -> Iterator[str]:
 
 
 def _length_problems(config: Config, job: Job) -> Iterator[str]:
-    sections = {"rollout": job in GENERATING, "data": job in SECTIONS and job != "ppo"}
+    online = generates(config, job) and job != "offline"
+    sections = {"rollout": online or job == "offline", "data": job in SECTIONS and not online}
     for section in (name for name, is_used in sections.items() if is_used):
         longest = config.data.max_prompt_tokens + getattr(config, section).max_response_tokens
         if longest > config.model.max_positions:

@@ -34,6 +34,8 @@ _NEEDED_BY_P3O = {
     "rollout.samples_per_prompt": 2,
 }
 
+_SHAPES_SCORES = ("constraints", "dense", "shaping", "clip", "normalize", "missing_eos")
+_OF_GIVEN_PAIRS = ("label_smoothing", "nll_coef", "margin", "reference", "reference_dir")
 _UNREAD_BY_LOSS = {
     "dpo": (),
     "ipo": ("label_smoothing",),
@@ -42,6 +44,8 @@ _UNREAD_BY_LOSS = {
     "xpo": ("label_smoothing", "length_normalize"),
     "refuel": ("label_smoothing", "beta", "margin", "length_normalize"),
     "bfpo": ("label_smoothing",),
+    "nash_md": (*_OF_GIVEN_PAIRS, "length_normalize"),
+    "ipo_md": _OF_GIVEN_PAIRS,
 }
 """Loss -> the keys of `preference` that it does not read, besides those of other losses."""
 _OF_ONE_LOSS = {
@@ -50,6 +54,8 @@ _OF_ONE_LOSS = {
     "xpo": ("xpo_alpha",),
     "refuel": ("refuel_eta",),
     "bfpo": ("bfpo_factor", "bfpo_shift"),
+    "nash_md": ("mixture",),
+    "ipo_md": ("mixture",),
 }
 _OF_MODELS = ("perplexity", "probability", "entropy")
 """Rules that read log-probs of a rollout."""
@@ -58,7 +64,8 @@ _OF_MODELS = ("perplexity", "probability", "entropy")
 def preference_problems(config: Config) -> Iterator[str]:
     """Yield a line for every contradiction between `preference.loss` and other keys."""
     settings = config.preference
-    others = [name for loss, own in _OF_ONE_LOSS.items() if loss != settings.loss for name in own]
+    own = _OF_ONE_LOSS.get(settings.loss, ())
+    others = {name: None for names in _OF_ONE_LOSS.values() for name in names if name not in own}
     unread = [f"preference.{name}" for name in (*_UNREAD_BY_LOSS[settings.loss], *others)]
     yield from _unread(config, "preference.loss", unread)
     if settings.margin == "offset" and settings.loss not in ("dpo", "refuel", "pro"):
@@ -71,6 +78,44 @@ def preference_problems(config: Config) -> Iterator[str]:
             f"macro.rule={config.macro.rule}: reads what models say of a rollout; "
             "preference.loss=cpl has none. Use another rule, or preference.gamma=1."
         )
+
+
+def online_problems(config: Config) -> Iterator[str]:
+    """Yield a line for every contradiction between a loss on the policy's own pairs and others."""
+    settings, rollout = config.preference, config.rollout
+    key = f"preference.loss={settings.loss}"
+    if not config.reward.source:
+        yield (
+            f"reward.source: {key} has its pairs judged; it is not set. Give the directory of a "
+            "reward model or a code reward module:function."
+        )
+    if rollout.temperature == 0:
+        yield f"rollout.temperature=0: {key} needs random samples. Use a value above 0, such as 1."
+    defaults = Config()
+    for name, why in (
+        ("rollout.top_k", "learns from all tokens"),
+        ("rollout.top_p", "learns from all tokens"),
+        ("rollout.tensor_size", "generates where it trains"),
+        ("rollout.pipeline_size", "generates where it trains"),
+        ("rollout.samples_per_prompt", "draws two responses to each prompt"),
+        ("rollout.filter", "learns from all pairs"),
+        *((f"reward.{name}", "compares raw scores") for name in _SHAPES_SCORES),
+    ):
+        value = _value(config, name)
+        if value != _value(defaults, name):
+            shown = _shown(list(value) if isinstance(value, tuple) else value)
+            yield f"{name}={shown}: {key} {why}. Remove it."
+    others = {
+        f"model.lora.rank={config.model.lora.rank}": config.model.lora.is_on,
+        f"precision.fp8={config.precision.fp8}": config.precision.fp8 != "off",
+    }
+    for other, is_on in others.items():
+        if settings.mixture and is_on:
+            yield (
+                f"preference.mixture={settings.mixture:g}: the reference generates beside the "
+                f"policy, as a whole second model in its number format, not with {other}. Set it "
+                "to 0."
+            )
 
 
 def method_problems(config: Config, data_size: int) -> Iterator[str]:

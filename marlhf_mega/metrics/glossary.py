@@ -281,6 +281,14 @@ METRICS = {
     "reward/score_square": Metric(
         "mean squared score", about="How far scores are from zero; centring keeps it small."
     ),
+    "preference/score": Metric(
+        "reward score", "", True, about="Mean score of the responses that were judged in the step."
+    ),
+    "preference/win_rate": Metric(
+        "wins over the opponent",
+        "%",
+        about="How likely the judge prefers the policy's response; of ipo_md, the first one.",
+    ),
     "preference/loss": Metric(
         "training loss", "", False, about="Of the batch, by preference.loss; lower is better."
     ),

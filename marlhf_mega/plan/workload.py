@@ -123,6 +123,11 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
             f"--job={job}: must be one of {', '.join(get_args(PlannedJob))}; other jobs "
             "cannot be planned. Use ppo for jobs that generate."
         )
+    if job == "preference" and config.preference.is_online:
+        raise ConfigError(
+            f"preference.loss={config.preference.loss}: cannot be planned, since it generates and "
+            "is judged. Plan --job=ppo with the same models and rollout.batch_size as an estimate."
+        )
     if config.model.vocab_size is None:
         raise ConfigError(
             "model.vocab_size: a plan needs it; it is not set. Set it, or model.hf_path or "

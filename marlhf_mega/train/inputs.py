@@ -10,11 +10,11 @@ from typing import Any, Generic, TypeVar
 
 from marlhf_mega import platform
 from marlhf_mega.config.checks import (
-    GENERATING,
     WITHOUT_TRAINING,
     Job,
     check_job,
     check_world,
+    generates,
     read_sections,
     rollout_ranks,
 )
@@ -143,7 +143,7 @@ def read_inputs(config: Config, job: Job, world_size: int) -> Inputs[Any]:
             validation_hash = data_hash(config.data.validation_path)
             check_same_held_out(config, validation_hash)
     check_origins(config, job, tokenizer, world_size - num_rollout_ranks)
-    held_out: Job = "ppo" if job in GENERATING else job
+    held_out: Job = "ppo" if generates(config, job) else job
     train = list(_examples(config, tokenizer, sources, job))
     validation = list(_examples(config, tokenizer, config.data.validation_path or (), held_out))
     found: Inputs[Any] = Inputs(
@@ -157,7 +157,7 @@ def read_inputs(config: Config, job: Job, world_size: int) -> Inputs[Any]:
         data_hash=train_hash,
         validation_hash=validation_hash,
     )
-    if job in GENERATING:
+    if generates(config, job):
         _check_first_rows(found, job)
     return found
 
@@ -165,7 +165,7 @@ def read_inputs(config: Config, job: Job, world_size: int) -> Inputs[Any]:
 def _check_first_rows(inputs: Inputs[Any], job: Job) -> None:
     """Refuse data without the fields that rewards read, judged by the first rows."""
     reward = inputs.config.reward
-    trained = inputs.train[:1] if job == "ppo" else []
+    trained = inputs.train[:1] if job in ("ppo", "preference") else []
     if inputs.references(trained) == [[]]:
         raise ConfigError(
             f"reward.reference_field={reward.reference_field}: must name a field of the data rows, "
@@ -191,6 +191,8 @@ def _examples(
     kind, build = _EXAMPLES[job]
     if job == "offline" and config.offline.sampling == "all_priority":
         kind, build = "offline_pairs", ExampleBuilder.offline_pairs
+    if job == "preference" and config.preference.is_online:
+        kind, build = _PROMPTS
     if job == "preference" and config.preference.loss == "pro":
         kind, build = "ranked", ExampleBuilder.ranked
     for source, path in [(each, path) for each in sources for path in each.files()]:
@@ -250,7 +252,7 @@ def check_machine(config: Config, job: Job) -> None:
     _check_device(config)
     if config.macro.rule == "parsing" and "macro" in read_sections(config, job):
         load_parser(config.macro.parser)
-    if job not in GENERATING:
+    if not generates(config, job):
         return
     check_self_bleu(config.evaluate.self_bleu)
     for judge in config.reward.judges:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf_mega.checkpoint.weights import roles_of
-from marlhf_mega.config.checks import GENERATING, Job, check_other_model
+from marlhf_mega.config.checks import Job, check_other_model, generates
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin, first_origin
 from marlhf_mega.config.schema import Config
@@ -133,7 +133,7 @@ def check_origins(config: Config, job: Job, tokenizer: Tokenizer, num_ranks: int
     if job == "preference" and (start := reference_origin(config, tokenizer)) is not None:
         what = f"preference.reference={start.path}"
         check_other_model(config, start.model, num_ranks, what=what, learns=False)
-    if job not in GENERATING:
+    if not generates(config, job):
         return
     if job == "evaluate":
         other_policy_origin(config, tokenizer)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.resilience.watchdog import Watchdog
 from marlhf_mega.train.build import build_model
 from marlhf_mega.train.inputs import Inputs, read_inputs
+from marlhf_mega.train.online_pairs import run_online
 from marlhf_mega.train.origins import policy_origin, reference_origin
 from marlhf_mega.train.preference_pairs import (
     KnownPairs,
     check_labels,
+    pair_microbatches,
     pair_terms,
     preference_output,
 )
@@ -37,6 +39,8 @@ from marlhf_mega.train.supervised import Microbatch, SupervisedJob, train_superv
 def preference_inputs(config: Config, world_size: int) -> Inputs[PreferencePair]:
     """Read what the job reads; raises ValueError for anything that the user has to fix."""
     inputs: Inputs[PreferencePair] = read_inputs(config, "preference", world_size)
+    if config.preference.is_online:
+        return inputs
     check_labels(inputs.train, config.preference, show_sources(config.data.train_path))
     if inputs.validation:
         path = show_sources(config.data.validation_path)
@@ -49,20 +53,15 @@ def run_preference(
 ) -> dict[str, float]:
     """Train the policy on preference pairs; returns the last held-out results."""
     config, settings = inputs.config, inputs.config.preference
+    if settings.is_online:
+        return run_online(cast(Inputs[Any], inputs), mesh, watchdog)
     size = settings.num_responses
     limit = MicrobatchLimit(sequences=size * settings.microbatch_size, packed=settings.packing)
     chunks = build_model(config.model, config, mesh, origin=policy_origin(config), name="policy")
     train, held_out = _pairs(inputs, chunks, mesh, watchdog, limit)
 
     def cut(rows: Sequence[int]) -> list[Microbatch]:
-        pairs, known = train.take(rows)
-        parts = pair_batches(pairs, limit=limit, mesh=mesh, group=size).microbatches
-        return [
-            Microbatch(
-                batch=part.batch, extra=known.choose(part.indices[::size] // size, mesh.device)
-            )
-            for part in parts
-        ]
+        return pair_microbatches(*train.take(rows), limit=limit, mesh=mesh)
 
     def loss(output: Tensor, microbatch: Microbatch) -> LossOutput:
         logprobs = torch.where(microbatch.batch.response_mask, output[0], 0.0)

@@ -12,6 +12,10 @@ from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.sections.offline import PreferenceConfig
 from marlhf_mega.data.datasets import PreferencePair
+from marlhf_mega.data.microbatch import MicrobatchLimit
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.train.reference_sums import pair_batches
+from marlhf_mega.train.supervised import Microbatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class KnownPairs:
     lengths: Tensor
     """[pairs, n] tokens of the responses."""
     rewards: Tensor
-    """[pairs, n] of a ranking."""
+    """[pairs, n] of a ranking, or scores of responses that were judged in this run."""
     margins: Tensor
     """[pairs]."""
     labels: Tensor
@@ -34,6 +38,8 @@ class KnownPairs:
     """[pairs, 2] 1 for a response that is said to be the reference's."""
     discounts: Tensor | None = None
     """[pairs, 2, response] weights of the tokens; None where all of them are 1."""
+    ref_logprobs: Tensor | None = None
+    """[pairs, 2, response] of the reference, 0 on padding; only where a loss reads tokens."""
 
     @staticmethod
     def of(pairs: Sequence[PreferencePair], ref_sums: Tensor) -> "KnownPairs":
@@ -116,6 +122,18 @@ def _check_margins(pairs: Sequence[PreferencePair], key: str, path: str) -> None
         )
 
 
+def pair_microbatches(
+    pairs: Sequence[PreferencePair], known: KnownPairs, *, limit: MicrobatchLimit, mesh: Mesh
+) -> list[Microbatch]:
+    """Cut a replica's pairs, or rankings, and what is known of them into microbatches."""
+    size = known.lengths.shape[1]
+    parts = pair_batches(pairs, limit=limit, mesh=mesh, group=size).microbatches
+    return [
+        Microbatch(batch=part.batch, extra=known.choose(part.indices[::size] // size, mesh.device))
+        for part in parts
+    ]
+
+
 def preference_output(
     logprobs: Tensor, pairs: KnownPairs, settings: PreferenceConfig
 ) -> LossOutput:
@@ -171,9 +189,28 @@ def pair_terms(
         case "bfpo":
             factor, shift = settings.bfpo_factor, settings.bfpo_shift
             terms = losses.bfpo_terms(lead, pairs.safe, beta=beta, factor=factor, shift=shift)
+        case "nash_md" | "ipo_md":
+            terms = _online_terms(logprobs, lead, pairs, settings)
     if settings.margin == "weight":
         terms = terms * pairs.margins
     return terms + settings.nll_coef * nll, scale * ratios
+
+
+def _online_terms(
+    logprobs: Tensor, lead: Tensor, pairs: KnownPairs, settings: PreferenceConfig
+) -> Tensor:
+    """Of Nash-MD the policy's own response learns, which may be the better or the worse one."""
+    if settings.loss == "ipo_md":
+        return losses.ipo_md_terms(lead, pairs.labels, tau=settings.beta)
+    assert pairs.ref_logprobs is not None
+    width = logprobs.shape[1]
+    own = 1 - pairs.explored
+    ours, reference = (
+        (grid.reshape(-1, 2, width) * own[..., None]).sum(1)
+        for grid in (logprobs, pairs.ref_logprobs[..., :width])
+    )
+    preference = torch.where(own[:, 0] > 0, pairs.labels, 1 - pairs.labels)
+    return losses.nash_md_terms(ours, reference, preference, beta=settings.beta)
 
 
 def _chosen_nll(logprobs: Tensor, pairs: KnownPairs) -> Tensor:

@@ -65,8 +65,8 @@ class SupervisedJob(Generic[Example]):
     optimizer: OptimizerConfig
     batch_size: int
     """Examples per optimizer step, over all ranks."""
-    cut: Callable[[Sequence[Example]], list[Microbatch]]
-    """A rank's examples -> microbatches."""
+    cut: Callable[[Sequence[Any]], list[Microbatch]]
+    """A rank's examples, or what `respond` made of them -> microbatches."""
     forward: Forward
     loss: Callable[[Tensor, Microbatch], LossOutput]
     metric_names: Sequence[str]
@@ -77,6 +77,8 @@ class SupervisedJob(Generic[Example]):
     """Held-out results of this rank's model on all validation examples."""
     prepare: Callable[[TrainState, list[Microbatch]], list[Microbatch]] | None = None
     """Adds to a rank's microbatches what the loss needs of the whole batch. All ranks call it."""
+    respond: Callable[[Sequence[Example], int], Sequence[Any]] | None = None
+    """Turns a rank's prompts and the step into answered ones. All ranks call it."""
     labels: Labels | None = None
     """None means that those of the examples stay."""
 
@@ -158,8 +160,12 @@ class SupervisedRun(Generic[Example]):
 
     def step(self, step: int) -> dict[str, float]:
         """Take one optimizer step; returns the reduced metrics."""
+        own = None
+        if self.spec.respond is not None:
+            with self.output.timers("rollout"):
+                own = self.spec.respond(self._own_examples(), step)
         with self.output.timers("update"):
-            metrics = self._update(step)
+            metrics = self._update(step, self._own_examples() if own is None else own)
         role = self.spec.role
         metrics |= rates.rates(
             metrics,
@@ -202,13 +208,16 @@ class SupervisedRun(Generic[Example]):
             self.chunks, self.config, self.mesh, target=target, tokenizer=self.inputs.tokenizer
         )
 
-    def _update(self, step: int) -> dict[str, float]:
-        spec, mesh, state = self.spec, self.mesh, self.state
-        if spec.labels is not None and isinstance(self.stream, SampleStream):
-            spec.labels.enter(self.stream.epoch, state)
+    def _own_examples(self) -> Sequence[Example]:
+        """Return this rank's share of the next batch."""
+        if self.spec.labels is not None and isinstance(self.stream, SampleStream):
+            self.spec.labels.enter(self.stream.epoch, self.state)
         batch = [self.inputs.train[i] for i in self.stream.next_batch().tolist()]
-        share = len(batch) // mesh.dp_size
-        own = batch[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
+        share = len(batch) // self.mesh.dp_size
+        return batch[self.mesh.dp_rank * share : (self.mesh.dp_rank + 1) * share]
+
+    def _update(self, step: int, own: Sequence[Any]) -> dict[str, float]:
+        spec, mesh, state = self.spec, self.mesh, self.state
         state.zero_grad()
         microbatches = spec.cut(own)
         if spec.prepare is not None:

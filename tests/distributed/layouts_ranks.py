@@ -396,6 +396,7 @@ def preference_case(config, mesh):
             margin=0.25 * (i % 3),
             safe=[i % 2 == 0, i % 3 == 0],
             from_reference=["chosen", "rejected"][i % 2],
+            chosen_probability=1 - 0.05 * i,
         )
         for i, (prompt, chosen, rejected) in enumerate(texts_of)
     ]
@@ -403,7 +404,9 @@ def preference_case(config, mesh):
     pairs = pairs[mesh.dp_rank * share : (mesh.dp_rank + 1) * share]
     sums = -4 * torch.tensor([[len(r) for r in p.responses] for p in pairs]).float()
     known = preference_pairs.KnownPairs.of(pairs, sums)
-    known = replace(known, discounts=(0.9 ** torch.arange(6.0)).expand(share, 2, 6))
+    ref_logprobs = -3.9 - torch.arange(6.0).expand(share, 2, 6) / 10
+    discounts = (0.9 ** torch.arange(6.0)).expand(share, 2, 6)
+    known = replace(known, discounts=discounts, ref_logprobs=ref_logprobs)
     rankings = [replace(p, others=[p.prompt_ids], rewards=[2.0, 1.0, 0.5]) for p in pairs]
     ranked = preference_pairs.KnownPairs.of(rankings, torch.zeros(share, 3))
     losses = dict.fromkeys(get_args(PreferenceLoss), (2, pairs, known))

@@ -103,6 +103,8 @@ SETTINGS = {
             {"loss": "xpo"},
             {"loss": "refuel"},
             {"loss": "bfpo"},
+            {"loss": "nash_md", "mixture": 0.5},
+            {"loss": "ipo_md"},
         )
     },
 }
@@ -175,12 +177,13 @@ def mesh():
 def test_every_choice_trains(files, mesh, tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(str(files))
     job, sections, without = SETTINGS[name]
+    needs_answers = job != "ppo" and name not in ("nash_md", "ipo_md")
     base = {
         "run": {"dir": tmp_path, "steps": 2},
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "init_std": 0.2},
         "tokenizer": {"path": files / "tok"},
         "data": {
-            "train_path": files / ("prompts.jsonl" if job == "ppo" else "answers.jsonl"),
+            "train_path": files / ("answers.jsonl" if needs_answers else "prompts.jsonl"),
             "max_prompt_tokens": 64,
         },
         "rollout": {"batch_size": 8, "max_response_tokens": 12},

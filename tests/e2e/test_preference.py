@@ -5,18 +5,30 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 
 from marlhf_mega.config.load import ConfigError, load_config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.models.forward import logprob_forward, make_batches, run_forward
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.resilience.watchdog import Watchdog
+from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import RolloutOptions
+from marlhf_mega.train.build import build_model
+from marlhf_mega.train.generation import build_evaluator
+from marlhf_mega.train.online_pairs import Answering
+from marlhf_mega.train.origins import policy_origin
 from marlhf_mega.train.preference import preference_inputs, run_preference
 from tests.distributed.ranks import JOB, run_forked
 from tests.e2e.reported import assert_reported
@@ -41,6 +53,9 @@ LOSSES = {
     "refuel": {},
     "bfpo": {"beta": 0.01},
 }
+# Of the policy's own answers, judged in every step.
+ONLINE = {"nash_md": {"mixture": 0.5}, "ipo_md": {}, "online ipo": {"mixture": 0.0}}
+
 ORACLE = """
 import json, sys, torch, transformers
 pairs, found = json.loads(sys.stdin.read()), []
@@ -272,3 +287,114 @@ def test_data_and_models_that_do_not_suit_the_keys_are_refused(folder, tmp_path,
     with pytest.raises((ConfigError, ValueError)) as refused:
         preference_inputs(load_config(folder / "job.yaml", given), 1)
     assert str(refused.value).startswith(message)
+
+
+def online(folder, run_dir, mesh, name, *more):
+    """Metrics of two steps on prompts, the pairs judged by how many letters a response has."""
+    keys = {"loss": name.replace("online ipo", "ipo_md")} | ONLINE[name]
+    write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 24))
+    (folder / "letters.py").write_text(
+        "def reward(prompt, response):\n    return sum(map(str.isalpha, response)) / 10\n"
+    )
+    given = [f"data.{part}_path={folder}/prompts.jsonl" for part in ("train", "validation")]
+    given += [f"reward.source={folder}/letters.py:reward", "rollout.max_response_tokens=12"]
+    given += ["evaluate.num_prompts=4", "evaluate.batch_size=4", *more]
+    return in_process(folder, mesh, run_dir, keys, *given)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_the_policy_learns_from_pairs_of_its_own(folder, mesh, tmp_path, name):
+    padded, packed = (
+        online(folder, tmp_path / packing, mesh, name, f"preference.packing={packing}")
+        for packing in ("false", "true")
+    )
+    assert {"eval/score_mean", "eval/kl"} <= padded[0].keys()
+    for line, other in zip(padded, packed, strict=True):
+        for key in (k for k in line if k.startswith(("preference/", "policy/", "eval/"))):
+            assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-5), key
+    assert padded[1]["policy/grad_norm"] > 1e-3
+    # The policy still is its reference: D = 0, and so is every implicit reward.
+    assert padded[1]["preference/margin"] == pytest.approx(0, abs=1e-5)
+    assert padded[2]["preference/margin"] != 0
+    assert 0 < padded[1]["preference/win_rate"] < 1
+    assert_reported(tmp_path / "false", "preference")
+
+
+def test_pairs_are_drawn_and_judged_as_if_one_by_one(folder, mesh, tmp_path):
+    """Each response by itself with the draws of its place; the better one comes first."""
+    (tmp_path / "run").mkdir()
+    online(folder, tmp_path / "run", mesh, "nash_md")
+    keys = ["preference.loss=nash_md", "preference.mixture=0.5", "rollout.max_response_tokens=12"]
+    data = [f"data.train_path={folder}/prompts.jsonl", f"model.hf_path={folder}/start/hf"]
+    reward = f"reward.source={folder}/letters.py:reward"
+    config = load_config(folder / "job.yaml", [*keys, *data, reward, f"run.dir={tmp_path}/other"])
+    inputs = preference_inputs(config, 1)
+    config, tokenizer = inputs.config, inputs.tokenizer
+    stop, limit = StopRule.of(tokenizer), MicrobatchLimit(sequences=4)
+    policy, evaluator = build_evaluator(inputs, mesh, limit=limit, learns=True)
+    reference = build_model(
+        config.model, config, mesh, origin=policy_origin(config), name="reference", frozen=True
+    )
+    for chunk in reference:  # another model
+        for parameter in chunk.parameters():
+            parameter.mul_(1.5)
+    second = Generator(policy, mesh, stop=stop, second=reference)
+    forward = partial(logprob_forward, temperature=1.0)
+    answering = Answering(config, second, evaluator.scorer, reference, forward, mesh, limit)
+    prompts = inputs.train[:6]
+    pairs, known = answering.pairs(prompts, 5)
+    evaluator.close()
+    opponents = 0
+    for number, (prompt, pair) in enumerate(zip(prompts, pairs, strict=True)):
+        alone = [
+            second.generate(
+                [prompt.prompt_ids],
+                [2 * number + side],
+                RolloutOptions(
+                    rule=SamplingRule(temperature=1.0, mixture=0.5 * side),
+                    max_response_tokens=12,
+                    seed=config.run.seed,
+                    step=5,
+                ),
+            ).responses[0]
+            for side in range(2)
+        ]
+        scores = [
+            sum(map(str.isalpha, tokenizer.response_text(response))) / 10 for response in alone
+        ]
+        best = int(scores[1] > scores[0])
+        opponents += best
+        assert [pair.chosen_ids, pair.rejected_ids] == [alone[best], alone[1 - best]]
+        assert pair.from_reference == ["rejected", "chosen"][best]
+        lead = abs(scores[0] - scores[1])
+        assert pair.chosen_probability == pytest.approx(1 / (1 + math.exp(-lead)))
+        for side, response in enumerate(pair.responses):
+            batches = make_batches([prompt.prompt_ids], [response], limit=limit, mesh=mesh)
+            logprobs = run_forward(reference, batches, forward, leading=(2,))[0]
+            kept = known.ref_logprobs[number, side, : len(response)].tolist()
+            assert kept == pytest.approx(logprobs[0].tolist(), abs=1e-5)
+    assert 0 < opponents < 6
+    assert torch.equal(known.ref_sums, known.ref_logprobs.sum(2))
+
+
+def test_an_online_run_resumes_and_does_not_depend_on_the_layout(folder, mesh, tmp_path):
+    """Two steps on eight ranks, and the second of two after a resume."""
+    whole = online(folder, tmp_path / "whole", mesh, "nash_md", "checkpoint.interval=1")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_000002")
+    again = online(folder, tmp_path / "again", mesh, "nash_md", "checkpoint.interval=1")
+    numbers = [
+        [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in run]
+        for run in (whole, again)
+    ]
+    assert numbers[0] == numbers[1]
+    wide = ["parallel.tensor_size=2", "parallel.pipeline_size=2", "preference.loss=nash_md"]
+    given = [f"data.train_path={folder}/prompts.jsonl", f"model.hf_path={folder}/start/hf"]
+    given += [f"reward.source={folder}/letters.py:reward", "rollout.max_response_tokens=12"]
+    given += ["preference.mixture=0.5", "run.steps=2", "checkpoint.export_hf=false"]
+    marlhf(folder, "preference", "wide", *wide, *given, "checkpoint.interval=0", ranks=8)
+    lines = (folder / "wide" / "metrics.jsonl").read_text().splitlines()
+    for line, expected in zip(map(json.loads, lines), numbers[0][1:], strict=True):
+        for name, value in expected.items():
+            if name.startswith(("preference/", "policy/")):
+                assert line[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name

@@ -212,6 +212,7 @@ TESTED_ELSEWHERE = {
     "rollout/remote.py": "e2e/test_rollout_ranks.py::test_without_staleness_no_number_changes",
     "rollout/reshard.py": "distributed/test_reshard.py::test_rollouts_do_not_depend_on_their_layout",
     "train/mask_policy.py": "e2e/test_ppo_rules.py::test_the_mask_policy_is_an_older_copy_and_a_resume_has_it",
+    "train/online_pairs.py": "e2e/test_preference.py::test_pairs_are_drawn_and_judged_as_if_one_by_one",
     "train/generation.py": "distributed/reshard_ranks.py",
     "train/offline_known.py": "e2e/test_offline.py::test_four_ranks_give_the_numbers_of_one",
     "train/preference.py": "e2e/test_preference.py",

@@ -21,8 +21,8 @@ class PreferenceConfig(Section):
     loss: PreferenceLoss = "dpo"
     """What is minimised over pairs: see the table of methods in marlhf_mega/algorithm/README.md."""
     beta: float = Field(0.1, gt=0)
-    """How strongly the reference holds the policy: beta of `dpo`, `xpo` and `bfpo`, tau of `ipo`;
-    alpha of `cpl`, which has no reference."""
+    """How strongly the reference holds the policy: beta of `dpo`, `xpo` and `bfpo`, tau of `ipo`
+    and `ipo_md`, weight of the divergence of `nash_md`; alpha of `cpl`, which has no reference."""
     num_responses: int = Field(2, ge=2)
     """`pro`: responses to a prompt. Its rows have lists `responses` and `rewards` of so many."""
     cpl_bias: float = Field(0.5, gt=0, le=1)
@@ -39,6 +39,10 @@ class PreferenceConfig(Section):
     """`bfpo`: what is subtracted from the label."""
     refuel_eta: float = Field(1.0, gt=0)
     """`refuel`: nats of difference that a difference of 1 between two rewards asks for."""
+    mixture: float = Field(0.125, ge=0, lt=1)
+    """`nash_md`, `ipo_md`: the reference's share in the logits that the opponent of `nash_md`, and
+    both responses of `ipo_md`, are drawn from. 0 means that all are the policy's own: `ipo_md` is
+    then online IPO. 0.125 as in EGPO's code; TRL's Nash-MD has 0.5."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """`dpo`: probability that a label is wrong (conservative DPO), besides what the
     `chosen_probability` of a row says."""
@@ -69,6 +73,11 @@ class PreferenceConfig(Section):
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference."""
         return self.loss not in ("cpl", "pro")
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the policy answers prompts in every step, and `reward` judges its pairs."""
+        return self.loss in ("nash_md", "ipo_md")
 
     @property
     def has_actions(self) -> bool:

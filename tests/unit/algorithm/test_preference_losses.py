@@ -13,7 +13,9 @@ from marlhf_mega.algorithm.preference_losses import (
     cpl_terms,
     dpo_terms,
     held_out_columns,
+    ipo_md_terms,
     ipo_terms,
+    nash_md_terms,
     pair_output,
     pro_terms,
     refuel_terms,
@@ -95,6 +97,46 @@ def test_worked_bfpo():
     safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]], dtype=torch.float64)
     found = bfpo_terms(vector(0.8).expand(4), safe, beta=0.1, factor=3.0, shift=0.5)
     assert found.tolist() == pytest.approx([17.64, 84.64, 116.64, 33.64], abs=1e-9)
+
+
+def test_worked_ipo_md_and_what_it_expects_of_ipo():
+    """P .7, tau .1, D .8: (.8 - 2)^2. Who is preferred is drawn in IPO: its mean is the same but
+    for a constant, whatever D is."""
+    assert one(ipo_md_terms(vector(0.8), vector(0.7), tau=0.1)) == pytest.approx(1.44, abs=1e-9)
+    assert one(ipo_md_terms(vector(-0.8), vector(0.3), tau=0.1)) == pytest.approx(1.44, abs=1e-9)
+    constants = [
+        0.7 * one(ipo_terms(vector(lead), tau=0.1))
+        + 0.3 * one(ipo_terms(vector(-lead), tau=0.1))
+        - one(ipo_md_terms(vector(lead), vector(0.7), tau=0.1))
+        for lead in (0.8, -2.0, 5.0)
+    ]
+    assert constants == pytest.approx([constants[0]] * 3, abs=1e-9)
+
+
+def test_worked_nash_md():
+    """log pi -1 -2, reference -1.5 -1.8, P .7, beta .1: -.2 * -3 + .1 (.5 * -1 - .2 * -2) = .59,
+    and the gradient -.2 + .1 * .5, -.2 - .1 * .2."""
+    logprobs = torch.tensor([[-1.0, -2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.8, 0.0]], dtype=torch.float64)
+    terms = nash_md_terms(logprobs, reference, vector(0.7), beta=0.1)
+    assert one(terms) == pytest.approx(0.59, abs=1e-9)
+    terms.sum().backward()
+    assert logprobs.grad[0].tolist() == pytest.approx([-0.15, -0.22, -0.2], abs=1e-9)
+
+
+def test_nash_md_and_ipo_md_are_loops():
+    generator = torch.Generator().manual_seed(3)
+    ours, reference = -3 * torch.rand(2, 5, 7, generator=generator).double()
+    preference, lead = torch.rand(2, 5, generator=generator).double()
+    nash = nash_md_terms(ours, reference, preference, beta=0.3)
+    ipo = ipo_md_terms(lead, preference, tau=0.2)
+    for pair in range(5):
+        total = 0.0
+        for a, b in zip(ours[pair].tolist(), reference[pair].tolist(), strict=True):
+            total += 0.3 * (a - b) * a - (preference[pair].item() - 0.5) * a
+        assert nash[pair].item() == pytest.approx(total, abs=1e-9)
+        wanted = (lead[pair].item() - (preference[pair].item() - 0.5) / 0.2) ** 2
+        assert ipo[pair].item() == pytest.approx(wanted, abs=1e-9)
 
 
 def test_xpo_is_dpo_and_what_pushes_the_response_of_the_reference_down():

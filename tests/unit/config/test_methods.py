@@ -12,7 +12,7 @@ from marlhf_mega.algorithm.choices import (
     SampleFilter,
     Shaping,
 )
-from marlhf_mega.config.methods import method_problems, preference_problems
+from marlhf_mega.config.methods import method_problems, online_problems, preference_problems
 from marlhf_mega.config.schema import Config
 
 PAIRS = {
@@ -362,6 +362,10 @@ def test_every_preference_loss_stands_alone(loss):
         ("refuel", "beta", 0.5),
         ("refuel", "margin", "weight"),
         ("refuel", "length_normalize", True),
+        ("ipo", "mixture", 0.5),
+        ("nash_md", "length_normalize", True),
+        ("nash_md", "reference", "runs/other"),
+        ("ipo_md", "nll_coef", 0.1),
     ],
 )
 def test_keys_that_a_preference_loss_does_not_read_are_refused(loss, key, value):
@@ -388,3 +392,51 @@ def test_ipo_has_no_offset():
         "preference.margin=offset: preference.loss=ipo has no offset. Use none or weight, or "
         "preference.loss=dpo."
     ]
+
+
+def online(**sections):
+    sections["preference"] = {"loss": "ipo_md"} | sections.get("preference", {})
+    base = {"reward": {"source": "a:b"}}
+    return list(online_problems(Config.model_validate(base | sections)))
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"rollout": {"top_p": 0.9}}, "rollout.top_p=0.9: preference.loss=ipo_md learns from all"),
+        ({"rollout": {"top_k": 5}}, "rollout.top_k=5: preference.loss=ipo_md learns from all tok"),
+        ({"rollout": {"tensor_size": 1}}, "rollout.tensor_size=1: preference.loss=ipo_md generat"),
+        (
+            {"rollout": {"samples_per_prompt": 2}},
+            "rollout.samples_per_prompt=2: preference.loss=ipo_md draws two responses to each",
+        ),
+        (
+            {"rollout": {"filter": "pf_ppo"}},
+            "rollout.filter=pf_ppo: preference.loss=ipo_md learns from all pairs. Remove it.",
+        ),
+        (
+            {"reward": {"source": "a:b", "clip": 5}},
+            "reward.clip=5: preference.loss=ipo_md compares raw scores. Remove it.",
+        ),
+        (
+            {"reward": {"source": "a:b", "shaping": "z_score"}},
+            "reward.shaping=[z_score]: preference.loss=ipo_md compares raw scores. Remove it.",
+        ),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature=0: preference.loss=ipo_md needs "),
+        ({"reward": {}}, "reward.source: preference.loss=ipo_md has its pairs judged; it is not "),
+        (
+            {"model": {"lora": {"rank": 8}}},
+            "preference.mixture=0.125: the reference generates beside the policy, as a whole "
+            "second model in its number format, not with model.lora.rank=8. Set it to 0.",
+        ),
+    ],
+)
+def test_pairs_of_the_policy_are_plain_samples_with_raw_scores(sections, line):
+    (found,) = online(**sections)
+    assert found.startswith(line)
+    assert online() == []
+
+
+def test_without_a_mixture_adapters_may_learn_from_pairs_of_the_policy():
+    model = {"lora": {"rank": 8}}
+    assert online(model=model, preference={"loss": "nash_md", "mixture": 0}) == []
