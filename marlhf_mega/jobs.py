@@ -128,7 +128,8 @@ def run_job(command: Command, config: Config) -> Any:
 def prepare_job(command: Command, config: Config, *, world_size: int | None = None) -> PreparedJob:
     """Read and check everything that a job needs, without communication.
 
-    Imports are here so that wrong usage is reported before torch and Megatron load.
+    Imports are here so that wrong usage is reported before torch loads, and Megatron only for what
+    passes the checks.
 
     Args:
         command: which job.
@@ -138,37 +139,19 @@ def prepare_job(command: Command, config: Config, *, world_size: int | None = No
     Raises:
         ValueError: anything that the user has to fix.
     """
-    from marlhf_mega.parallel.mesh import world_size_from_environment
+    from marlhf_mega import platform
     from marlhf_mega.train.inputs import read_inputs
 
-    ranks = world_size_from_environment() if world_size is None else world_size
+    ranks = platform.world_size() if world_size is None else world_size
     inputs: Any
     work: Any
     match command:
-        case "sft":
-            from marlhf_mega.train.sft import run_sft
-
-            inputs, work = read_inputs(config, command, ranks), run_sft
-        case "reward":
-            from marlhf_mega.train.reward import run_reward
-
-            inputs, work = read_inputs(config, command, ranks), run_reward
+        case "sft" | "reward" | "ppo" | "offline" | "evaluate":
+            inputs, work = read_inputs(config, command, ranks), partial(_run, command)
         case "preference":
             from marlhf_mega.train.preference import preference_inputs, run_preference
 
             inputs, work = preference_inputs(config, ranks), run_preference
-        case "ppo":
-            from marlhf_mega.train.ppo import run_ppo
-
-            inputs, work = read_inputs(config, command, ranks), run_ppo
-        case "offline":
-            from marlhf_mega.train.offline import run_offline
-
-            inputs, work = read_inputs(config, command, ranks), run_offline
-        case "evaluate":
-            from marlhf_mega.commands.evaluate import run_evaluate
-
-            inputs, work = read_inputs(config, command, ranks), run_evaluate
         case "generate":
             from marlhf_mega.commands.generate import generate_inputs, run_generate
 
@@ -204,3 +187,20 @@ def prepare_job(command: Command, config: Config, *, world_size: int | None = No
         summary=partial(summary, inputs, command, ranks),
         warning=without_effect(inputs, command),
     )
+
+
+def _run(command: Command, inputs: Any, mesh: "Mesh", watchdog: "Watchdog") -> Any:
+    """Do a job whose inputs could be read without Megatron, which is loaded here."""
+    run: Callable[..., Any]
+    match command:
+        case "sft":
+            from marlhf_mega.train.sft import run_sft as run
+        case "reward":
+            from marlhf_mega.train.reward import run_reward as run
+        case "ppo":
+            from marlhf_mega.train.ppo import run_ppo as run
+        case "offline":
+            from marlhf_mega.train.offline import run_offline as run
+        case _:
+            from marlhf_mega.commands.evaluate import run_evaluate as run
+    return run(inputs, mesh, watchdog)

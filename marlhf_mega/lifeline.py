@@ -8,6 +8,8 @@ import ctypes
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 LAUNCHER = "MARLHF_LAUNCHER_PID"
 """Environment variable: the process number of the torchrun that launch/torchrun.sh has started."""
@@ -40,6 +42,19 @@ def die_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.environ.get(LAUNCHER)
         die_with_parent(None if launcher is None else int(launcher))
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started ranks before, in this launch."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def seconds_since_launch() -> float:
+    """Return the age of the launch: of torchrun, which outlives its ranks, else of this process."""
+    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    started = int(status.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def main(script: int, arguments: list[str]) -> None:

@@ -43,11 +43,11 @@ from rich.progress import (
 )
 from safetensors.torch import load_file, save_file
 
+from marlhf_mega.checkpoint.contents import stored_dtype
 from marlhf_mega.checkpoint.hf.auto_tokenizer import text_differences
 from marlhf_mega.checkpoint.hf.exporter import ExportReport
 from marlhf_mega.checkpoint.hf.reader import HfReader, check_tensors, open_folder
 from marlhf_mega.checkpoint.hf.table import Piece, WeightTable
-from marlhf_mega.checkpoint.store import stored_dtype
 from marlhf_mega.commands import convert
 from marlhf_mega.config.checks import check_folder, check_world
 from marlhf_mega.config.load import load_config

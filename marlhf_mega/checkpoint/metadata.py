@@ -16,6 +16,8 @@ from typing import Any, Self, TypeVar
 import torch
 
 CONTENTS = ".metadata"
+OPTIMIZER = "optimizer.state."
+"""What the names of an optimizer's tensors begin with."""
 
 T = TypeVar("T")
 

@@ -16,11 +16,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from marlhf_mega.checkpoint.metadata import OPTIMIZER
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, one per dim each."""
-
-OPTIMIZER = "optimizer.state."
-"""What the names of an optimizer's tensors begin with."""
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 

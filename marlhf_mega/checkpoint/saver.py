@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from marlhf_mega import durable
 from marlhf_mega.checkpoint import folders, manifest, optimizer_state, sharded
 from marlhf_mega.checkpoint.agreement import Together, reason
-from marlhf_mega.checkpoint.store import FORMAT
+from marlhf_mega.checkpoint.contents import FORMAT
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import (
     agree_on_error,

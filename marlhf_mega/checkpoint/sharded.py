@@ -37,8 +37,8 @@ from marlhf_mega import durable
 from marlhf_mega.checkpoint import optimizer_state
 from marlhf_mega.checkpoint.agreement import reason
 from marlhf_mega.checkpoint.in_place import read_into
-from marlhf_mega.checkpoint.metadata import CONTENTS, TensorFacts
-from marlhf_mega.checkpoint.optimizer_pieces import OPTIMIZER, owned_pieces
+from marlhf_mega.checkpoint.metadata import CONTENTS, OPTIMIZER, TensorFacts
+from marlhf_mega.checkpoint.optimizer_pieces import owned_pieces
 from marlhf_mega.models.fp8 import exact_value
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState

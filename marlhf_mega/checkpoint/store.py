@@ -6,20 +6,17 @@ renamed when complete; then `latest`, which holds the folder's name, is replaced
 is killed, the folder that `latest` names, or the one that it named before, is complete.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from marlhf_mega.checkpoint import folders, manifest, optimizer_state, sharded
+from marlhf_mega.checkpoint.contents import SCALAR_ROLES, read_whole
 from marlhf_mega.checkpoint.hf.adapters import is_same_base
 from marlhf_mega.checkpoint.hf.parameters import LENGTH_HEAD
 from marlhf_mega.checkpoint.metadata import TensorFacts, read_tensors
-from marlhf_mega.checkpoint.optimizer_pieces import OPTIMIZER
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import agree_on_error, broadcast_object, gather_objects
@@ -27,10 +24,6 @@ from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.platform import local_rank
 
 logger = logging.getLogger(__name__)
-
-SCALAR_ROLES = ("reward", "critic")
-"""Roles whose models have a scalar head."""
-FORMAT = 1
 
 
 def find(run_dir: Path, mesh: Mesh) -> Path | None:
@@ -67,52 +60,6 @@ def _find(run_dir: Path, mesh: Mesh, find_damage: Callable[[Path], str | None]) 
     )
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state that was passed to `Saver.save`. Does not communicate.
-
-    Args:
-        folder: a checkpoint that `find` returned, and so verified.
-    """
-    state: dict[str, Any] = _read_state(folder)["state"]
-    return state
-
-
-def newest_state(run_dir: Path) -> dict[str, Any] | None:
-    """Return the state of the checkpoint that a run would most likely resume from.
-
-    Unlike `find` it verifies the JSON files only, and does not communicate.
-    """
-    folder = _newest(run_dir)
-    return None if folder is None else read_state(folder)
-
-
-def stored_dtype(run_dir: Path, role: str) -> torch.dtype | None:
-    """Return the number format of a model's weights in a run's newest checkpoint; None without one.
-
-    Reads tables only and does not communicate.
-
-    Raises:
-        RuntimeError: the model's table is not a plain table of tensors.
-    """
-    folder = _newest(run_dir)
-    if folder is None or not (folder / role).is_dir():
-        return None
-    table = read_tensors(folder / role)
-    return next(f.dtype for name, f in table.items() if not name.startswith(OPTIMIZER))
-
-
-def _newest(run_dir: Path) -> Path | None:
-    root = run_dir / "checkpoints"
-    for name in folders.candidates(root)[0]:
-        try:
-            expected = manifest.read(root / name)["files"][manifest.STATE]
-        except ValueError:
-            continue
-        if manifest.check_file(root / name, manifest.STATE, expected) is None:
-            return root / name
-    return None
-
-
 def load(
     folder: Path,
     roles: Mapping[str, sharded.Saveable],
@@ -139,7 +86,7 @@ def load(
         RuntimeError: a model, a tensor or a key is missing, or the checkpoint has tensors that the
             model does not have.
     """
-    whole = _read_state(folder)
+    whole = read_whole(folder)
     for kind, names, held in (
         ("model", roles, whole["roles"]),
         ("state", required, whole["state"]),
@@ -191,7 +138,7 @@ def load_weights(
     suitable = ("policy",) if chunks[0].head == "language" else (*SCALAR_ROLES, "policy")
     wanted = suitable if role is None else (role,)
     folder = _resolve(source, wanted, mesh)
-    held = _read_state(folder)["roles"]
+    held = read_whole(folder)["roles"]
     name = next((name for name in wanted if name in held), None)
     if name is None:
         raise RuntimeError(
@@ -240,7 +187,7 @@ def _find_damaged_weights(folder: Path, wanted: Sequence[str], mesh: Mesh) -> st
     problem = agree_on_error(manifest.find_damage(folder, only=[manifest.STATE]))
     if problem is not None:
         return problem
-    held = _read_state(folder)["roles"]
+    held = read_whole(folder)["roles"]
     name = next((name for name in wanted if name in held), None)
     if name is None:
         return None
@@ -269,16 +216,6 @@ def _read_table(folder: Path, mesh: Mesh) -> dict[str, TensorFacts]:
     table = broadcast_object(table)
     assert table is not None
     return table
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    whole: dict[str, Any] = json.loads((folder / manifest.STATE).read_text(encoding="utf-8"))
-    if whole["format"] != FORMAT:
-        raise RuntimeError(
-            f"{folder}: must have format {FORMAT}; it has {whole['format']}. Use the version of "
-            "marlhf-mega that wrote it."
-        )
-    return whole
 
 
 def _check_base(folder: Path, saved: Mapping[str, Any], digest: str | None) -> None:

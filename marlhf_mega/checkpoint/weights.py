@@ -18,10 +18,9 @@ from marlhf_mega.checkpoint.hf.parameters import (
     find_shards,
     local_parameters,
 )
-from marlhf_mega.checkpoint.hf.reader import open_folder
 from marlhf_mega.checkpoint.hf.table import Layout, Shard, WeightTable
 from marlhf_mega.checkpoint.sharded import HEAD, replicas_of
-from marlhf_mega.checkpoint.store import SCALAR_ROLES, load_weights
+from marlhf_mega.checkpoint.store import load_weights
 from marlhf_mega.config.hf_families import HfHead
 from marlhf_mega.config.limits import padded_vocab_size
 from marlhf_mega.config.lora import LoraConfig
@@ -159,19 +158,6 @@ def _normal(bits: Tensor) -> Tensor:
     low = (bits & 0xFFFFFFFF).to(torch.float64)
     radius = torch.sqrt(-2.0 * torch.log((high + 1) / 2**32))
     return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
-
-
-def roles_of(origin: Origin, *, key: str) -> set[str]:
-    """Return the roles whose weights an origin holds: of a folder, `policy` or `reward`.
-
-    Raises:
-        ValueError: the weight files cannot be opened.
-    """
-    if not origin.is_run:
-        is_scalar = "score.weight" in open_folder(origin.path, key=key).names
-        return {"reward" if is_scalar else "policy"}
-    checkpoints = (origin.path / "checkpoints").iterdir()
-    return {role for c in checkpoints for role in ("policy", *SCALAR_ROLES) if (c / role).is_dir()}
 
 
 def fill_from(

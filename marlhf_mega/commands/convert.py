@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from marlhf_mega.checkpoint.contents import newest_state, roles_of
 from marlhf_mega.checkpoint.hf.exporter import ExportReport
 from marlhf_mega.checkpoint.hf.peft import import_adapters
 from marlhf_mega.checkpoint.saver import save
-from marlhf_mega.checkpoint.store import load_weights, newest_state
+from marlhf_mega.checkpoint.store import load_weights
 from marlhf_mega.checkpoint.weights import (
     fill_from,
     fill_merged,
     layout_of,
     learning_parts,
     merge_loaded,
-    roles_of,
 )
 from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import Head

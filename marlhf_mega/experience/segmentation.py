@@ -8,15 +8,14 @@ from torch import Tensor
 from marlhf_mega.algorithm import termination
 from marlhf_mega.algorithm.counter_rng import fold
 from marlhf_mega.algorithm.macro_actions import MacroActions
-from marlhf_mega.algorithm.parsing import Parser, parse_boundaries
-from marlhf_mega.algorithm.rule_chunker import RuleChunker
+from marlhf_mega.algorithm.parsing import parse_boundaries
 from marlhf_mega.config.sections.rollout import MacroConfig
 from marlhf_mega.data.tokenizer import Tokenizer
+from marlhf_mega.experience.parsers import load_parser
 from marlhf_mega.parallel.collectives import share_in_replica
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import Rollout
-from marlhf_mega.user_code import load_function
 
 MACRO_STREAM = 1
 """Keeps the draws of random n-grams apart from those of sampling, which has no such key."""
@@ -158,26 +157,3 @@ class Segmenter:
         flags = [flag for sample in boundaries for flag in sample.starts]
         starts[rollout.response_mask(mask.device)] = torch.tensor(flags, device=mask.device)
         return starts, sum(sample.fell_back for sample in boundaries)
-
-
-def load_parser(name: str) -> Parser:
-    """Return a parser: `rules`, `python`, or what `module:factory` or `file.py:factory` makes.
-
-    Raises:
-        ValueError: it cannot be imported.
-    """
-    if name == "rules":
-        return RuleChunker()
-    try:
-        if name == "python":
-            from marlhf_mega.algorithm.code_parser import TreeSitterParser
-
-            return TreeSitterParser()
-        parser: Parser = load_function(name)()
-    except Exception as error:  # noqa: BLE001 the user's code may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"macro.parser={name}: must be `rules`, `python` (needs the extra `code`) or an "
-            f"importable module:factory or file.py:factory; {reason}. Change it."
-        ) from None
-    return parser

@@ -8,13 +8,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from typing import TYPE_CHECKING, Any
 
 from marlhf_mega.metrics.format import number
 from marlhf_mega.metrics.jsonl import JsonLines
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +167,12 @@ class SamplesWriter:
         self._lines.close()
 
 
-def _open_events(folder: Path, config: Mapping[str, Any], *, first_step: int) -> SummaryWriter:
+def _open_events(folder: Path, config: Mapping[str, Any], *, first_step: int) -> "SummaryWriter":
     """Open TensorBoard event files; a fresh run's have the configuration as hyper-parameters."""
+    # Only the first rank of a run needs it.
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
     events = SummaryWriter(str(folder), purge_step=first_step)
     if first_step == 0:
         # `add_hparams` would write them as another run, without the curves.

@@ -266,11 +266,6 @@ def destroy_mesh(*, leave_world: bool = True) -> None:
         dist.destroy_process_group()
 
 
-def world_size_from_environment() -> int:
-    """Return the number of ranks that torchrun started, 1 without torchrun. No communication."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _join_world(here: Platform, timeout: timedelta) -> None:
     if dist.is_initialized():
         return

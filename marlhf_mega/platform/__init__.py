@@ -4,6 +4,13 @@ Every entry point calls `prepare()` before anything imports Megatron; other code
 No other package uses torch.cuda.
 """
 
-from marlhf_mega.platform.device import Platform, Support, current, local_rank, prepare
+from marlhf_mega.platform.device import (
+    Platform,
+    Support,
+    current,
+    local_rank,
+    prepare,
+    world_size,
+)
 
-__all__ = ["Platform", "Support", "current", "local_rank", "prepare"]
+__all__ = ["Platform", "Support", "current", "local_rank", "prepare", "world_size"]

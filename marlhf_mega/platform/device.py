@@ -159,6 +159,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def world_size() -> int:
+    """Return the number of ranks that torchrun started, 1 without torchrun. No communication."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_local_rank(local_rank: int, num_gpus: int) -> None:
     """Raise if this rank has no GPU of its own on this machine.
 

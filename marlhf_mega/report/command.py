@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from marlhf_mega.report.page import report
-
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `report`, which takes runs instead of a configuration."""
@@ -28,6 +26,9 @@ def run_report(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a directory is not a run's, or a file of it is damaged.
     """
+    # Templates and charts take time to load, and the command line knows all commands.
+    from marlhf_mega.report.page import report
+
     folder = Path(os.path.commonpath([path.resolve() for path in options.run_dirs]))
     out = options.out or folder / "report.html"
     report(options.run_dirs, out)

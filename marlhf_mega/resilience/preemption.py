@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from marlhf_mega.config.exit_codes import (
     STOP_FILE,
 )
 from marlhf_mega.config.schema import Config
+from marlhf_mega.lifeline import seconds_since_launch
 from marlhf_mega.parallel.collectives import any_rank, broadcast_object
 from marlhf_mega.parallel.mesh import Mesh
 
@@ -90,19 +90,6 @@ class StopRequest:
     def end(self, done: int, *, of: str = "step") -> EarlyEndError:
         """Return the error to raise once the work up to `done` is saved."""
         return EarlyEndError(EXIT_PREEMPTED, f"asked to stop: saved after {of} {done}, start again")
-
-
-def is_restart() -> bool:
-    """Whether torchrun has started ranks before, in this launch."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def seconds_since_launch() -> float:
-    """Return the age of the launch: of torchrun, which outlives its ranks, else of this process."""
-    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-    started = int(status.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def count_attempt(config: Config, first_step: int, mesh: Mesh) -> None:

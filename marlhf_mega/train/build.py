@@ -25,6 +25,7 @@ from marlhf_mega.models.roles import Roles
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.train.origins import critic_origin, policy_origin, reward_origins
+from marlhf_mega.train.steps import optimizer_steps
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +98,6 @@ def _add_adapters(chunks: list[StageModel], config: Config, mesh: Mesh, *, name:
         config.model.lora.size,
         digest,
     )
-
-
-def optimizer_steps(config: Config, num_steps: int) -> dict[str, int]:
-    """Return how many steps each optimizer takes in a run of `num_steps` PPO steps."""
-    each = config.ppo.epochs * (config.rollout.trained_size // config.ppo.minibatch_size)
-    resting = min(config.ppo.critic_only_steps, num_steps)
-    return {"policy": (num_steps - resting) * each, "critic": num_steps * each}
 
 
 def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: int) -> Roles:

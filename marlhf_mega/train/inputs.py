@@ -27,7 +27,7 @@ from marlhf_mega.data.files import RowKind, data_hash
 from marlhf_mega.data.stream import SampleStream, SourcePart, epoch_size
 from marlhf_mega.data.token_cache import Build, examples_of, joined
 from marlhf_mega.data.tokenizer import Tokenizer
-from marlhf_mega.experience.segmentation import load_parser
+from marlhf_mega.experience.parsers import load_parser
 from marlhf_mega.metrics.diversity import check_self_bleu
 from marlhf_mega.metrics.writers import check_wandb
 from marlhf_mega.plan.parameters import whole_model_size

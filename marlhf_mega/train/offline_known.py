@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marlhf_mega import durable
 from marlhf_mega.algorithm.macro_actions import NO_ACTION
-from marlhf_mega.checkpoint.store import newest_state
+from marlhf_mega.checkpoint.contents import newest_state
 from marlhf_mega.data.datasets import OfflineExample
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.evaluation import Evaluator

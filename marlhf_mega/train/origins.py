@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from marlhf_mega.checkpoint.weights import roles_of
+from marlhf_mega.checkpoint.contents import roles_of
 from marlhf_mega.config.checks import Job, check_other_model, generates
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin, first_origin

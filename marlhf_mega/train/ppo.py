@@ -29,6 +29,7 @@ from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import Rollout, RolloutOptions
 from marlhf_mega.train.build import build_roles
+from marlhf_mega.train.checkpoints import make_saver, resume
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.filtering import RolloutFilter
 from marlhf_mega.train.generation import build_transport
@@ -36,7 +37,7 @@ from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.loop import Loop
 from marlhf_mega.train.mask_policy import MaskPolicy
 from marlhf_mega.train.output import RunOutput
-from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
+from marlhf_mega.train.resume import CONFIG, settings_of
 from marlhf_mega.train.rollout_server import serve_rollouts
 from marlhf_mega.train.rollouts import Rollouts
 from marlhf_mega.train.steps import num_steps

@@ -6,18 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from marlhf_mega.checkpoint.contents import newest_state
 from marlhf_mega.checkpoint.folders import latest_of
-from marlhf_mega.checkpoint.saver import Saver, check_space, check_writable, clear_leftovers
-from marlhf_mega.checkpoint.sharded import Saveable
-from marlhf_mega.checkpoint.store import find, load, newest_state, read_state
 from marlhf_mega.config.checks import Job, read_sections
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.origin import run_fingerprint
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.data import show_sources
-from marlhf_mega.parallel.collectives import broadcast_object
-from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.resilience.preemption import is_restart, seconds_since_launch
+from marlhf_mega.lifeline import is_restart, seconds_since_launch
 
 logger = logging.getLogger(__name__)
 
@@ -46,56 +42,6 @@ _FREE_NAMES = {
 def settings_of(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON values, to be saved with the state."""
     return config.model_dump(mode="json")
-
-
-def make_saver(config: Config, mesh: Mesh) -> Saver:
-    """Return what writes this run's checkpoints."""
-    settings = config.checkpoint
-    return Saver(
-        config.run.dir,
-        mesh,
-        keep=settings.keep,
-        keep_every=settings.keep_every,
-        background=settings.async_save,
-    )
-
-
-def resume(
-    config: Config,
-    job: Job,
-    roles: Mapping[str, Saveable],
-    mesh: Mesh,
-    *,
-    required: Sequence[str],
-) -> dict[str, Any] | None:
-    """Restore the trained models and return the rest of the state; none for a fresh start.
-
-    Args:
-        config: of this run.
-        job: whose settings must be those of the checkpoint.
-        roles: the models of its checkpoints, built as for a fresh start.
-        mesh: this rank's mesh.
-        required: keys that the state must have.
-
-    Raises:
-        ConfigError: there is nothing to resume from but `checkpoint.resume=must`, or a setting is
-            not as it must be.
-        RuntimeError: checkpoints could not be written, or a part of the state is missing.
-    """
-    check_writable(config.run.dir, mesh)
-    clear_leftovers(config.run.dir, mesh)
-    check_space(config.run.dir, roles, mesh)
-    if broadcast_object(starts_afresh(config)):
-        return None
-    found = find(config.run.dir, mesh)
-    if found is None:
-        _check_fresh_start(config)
-        return None
-    # Before the weights: a changed model is better named by its key than by a tensor's shape.
-    check_settings(read_state(found).get(CONFIG, {}), config, job)
-    state = load(found, roles, mesh, required=(*required, CONFIG))
-    logger.info("resuming from %s", found)
-    return state
 
 
 def starts_afresh(config: Config, written: Path | None = None) -> bool:
@@ -142,7 +88,7 @@ def check_resume(
         return
     state = newest_state(config.run.dir)
     if state is None:
-        _check_fresh_start(config)
+        check_fresh_start(config)
         return
     check_settings(state.get(CONFIG, {}), config, job)
     saved_hash = state.get("stream", {}).get("data_hash", data_hash)
@@ -196,7 +142,8 @@ def check_same_held_out(config: Config, data_hash: str) -> None:
     )
 
 
-def _check_fresh_start(config: Config) -> None:
+def check_fresh_start(config: Config) -> None:
+    """Refuse to start afresh with `checkpoint.resume=must`."""
     if config.checkpoint.resume == "must":
         raise ConfigError(
             f"checkpoint.resume=must: {config.run.dir} has no checkpoint that can be loaded. "

@@ -42,3 +42,10 @@ def num_steps(config: Config, num_examples: int, batch_size: int, *, key: str) -
             steps,
         )
     return steps
+
+
+def optimizer_steps(config: Config, num_steps: int) -> dict[str, int]:
+    """Return how many steps each optimizer takes in a run of `num_steps` PPO steps."""
+    each = config.ppo.epochs * (config.rollout.trained_size // config.ppo.minibatch_size)
+    resting = min(config.ppo.critic_only_steps, num_steps)
+    return {"policy": (num_steps - resting) * each, "critic": num_steps * each}

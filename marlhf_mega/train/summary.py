@@ -8,8 +8,8 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.config.unread import unread_keys
 from marlhf_mega.data.datasets import PreferencePair, Prompt
 from marlhf_mega.plan.layout import WorldLayout
-from marlhf_mega.train.build import optimizer_steps
 from marlhf_mega.train.inputs import Inputs
+from marlhf_mega.train.steps import optimizer_steps
 
 
 def summary(inputs: Inputs[Any], job: Job, world_size: int) -> str:

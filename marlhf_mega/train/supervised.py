@@ -22,11 +22,12 @@ from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.schedule import pipeline_forward_backward
 from marlhf_mega.resilience.watchdog import Watchdog
+from marlhf_mega.train.checkpoints import make_saver, resume
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.loop import Loop
 from marlhf_mega.train.output import RunOutput
-from marlhf_mega.train.resume import CONFIG, make_saver, resume, settings_of
+from marlhf_mega.train.resume import CONFIG, settings_of
 from marlhf_mega.train.steps import num_steps
 from marlhf_mega.update.metrics import add_optimizer_step
 from marlhf_mega.update.skipped import keep_skipped

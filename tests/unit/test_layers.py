@@ -177,6 +177,7 @@ def test_nothing_from_outside_is_executed():
 
 TESTED_ELSEWHERE = {
     "rewards/sandbox_tests.py": "unit/rewards/test_code.py::test_tests_may_call_a_function",
+    "checkpoint/contents.py": "unit/train/test_resume.py::test_before_a_start_the_newest_checkpoint_decides",
     "checkpoint/hf/parameters.py": "unit/checkpoint/test_reshard.py",
     "checkpoint/saver.py": "distributed/checkpoint_kill_ranks.py",
     "checkpoint/sharded.py": "distributed/checkpoint_resume_ranks.py",
@@ -211,6 +212,8 @@ TESTED_ELSEWHERE = {
     "rewards/worker.py": "unit/rewards/test_rule.py::test_scores_come_back_in_order_over_many_chunks",
     "rollout/remote.py": "e2e/test_rollout_ranks.py::test_without_staleness_no_number_changes",
     "rollout/reshard.py": "distributed/test_reshard.py::test_rollouts_do_not_depend_on_their_layout",
+    "train/build.py": "e2e/test_reward.py::test_labels_do_not_depend_on_the_layout",
+    "train/checkpoints.py": "e2e/test_jobs.py::test_a_damaged_checkpoint_is_named_and_the_one_before_is_used",
     "train/mask_policy.py": "e2e/test_ppo_rules.py::test_the_mask_policy_is_an_older_copy_and_a_resume_has_it",
     "train/online_pairs.py": "e2e/test_preference.py::test_pairs_are_drawn_and_judged_as_if_one_by_one",
     "train/generation.py": "distributed/reshard_ranks.py",

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import time
+
+from marlhf_mega.lifeline import seconds_since_launch
 
 
 def run(code, **environment):
@@ -25,3 +28,19 @@ def test_a_rank_belongs_to_its_torchrun_and_other_processes_to_nobody():
     own = {"MARLHF_LAUNCHER_PID": str(os.getpid())}
     assert run("die_with_launcher()", TORCHELASTIC_RUN_ID="x", **own) == 0
     assert run("die_with_launcher()", **other) == 0
+
+
+def test_the_age_of_a_launch_is_that_of_torchrun_and_else_that_of_the_process():
+    code = "from marlhf_mega.lifeline import *; print(seconds_since_launch())"
+    started = time.monotonic()
+
+    def age(**environment):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, env=os.environ | environment, capture_output=True, check=True
+        )
+        return float(done.stdout)
+
+    assert 0 <= age() <= time.monotonic() - started
+    mine = seconds_since_launch()
+    assert mine <= age(TORCHELASTIC_RUN_ID="x") <= mine + time.monotonic() - started

@@ -20,7 +20,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.metrics.flops import peak_flops
 from marlhf_mega.models.gpt import StageModel, build_chunks
 from marlhf_mega.parallel.collectives import barrier, max_over_world, sum_over_world
-from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh, world_size_from_environment
+from marlhf_mega.parallel.mesh import Mesh, create_mesh, destroy_mesh
 
 EOS = 2
 LENGTHS_HELP = "geometric:LOW:HIGH draws each response's length; None: --response-len for all"
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, measure: Measure) -> int:
     Returns:
         The exit code: 0 done, 2 wrong options.
     """
-    world_size = world_size_from_environment()
+    world_size = platform.world_size()
     if args.ranks != world_size:
         _become_ranks(args)
     torch.set_num_threads(args.threads)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from marlhf_mega.platform.cpu import collectives, functions
+from marlhf_mega.platform.cpu import collectives, functions, optimizer
 from marlhf_mega.platform.patches import MEGATRON, PatchOnImport
 
 _RNG_LOGGER = logging.getLogger(f"{MEGATRON}.tensor_parallel.random")
@@ -119,6 +119,7 @@ def _torch_view() -> ModuleType:
             # Without a GPU, MoE passes split sizes as tensors; gloo requires lists.
             all_to_all_single=collectives.all_to_all_single,
         ),
+        optim=_namespace(torch.optim, AdamW=optimizer.AdamW),
         **{name: _on_cpu(getattr(torch, name)) for name in factories},
     )
 

@@ -6,7 +6,7 @@ import torch
 from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.config.sections.rollout import MacroConfig
 from marlhf_mega.data.tokenizer import Tokenizer
-from marlhf_mega.experience.segmentation import Segmenter, TokenEvidence, load_parser
+from marlhf_mega.experience.segmentation import Segmenter, TokenEvidence
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.rollout.types import Rollout
 
@@ -135,23 +135,3 @@ def test_random_lengths_are_drawn_anew_for_every_sample_step_and_seed(cut):
     assert len(set(lengths)) == 4
     assert lengths[0] == lengths[4]
     assert {n for draw in lengths for n in draw[:-1]} == {2, 3, 5, 10}
-
-
-class Broken:
-    def parse(self, text):
-        return []
-
-
-def test_a_parser_may_be_named_by_its_file(tmp_path):
-    file = tmp_path / "lines_parser.py"
-    file.write_text("class Lines:\n    def parse(self, text): return []\n")
-    assert load_parser(f"{file}:Lines").parse("a") == []
-    file.write_text("def Lines(): raise RuntimeError('no model\\nhere')")
-    with pytest.raises(ValueError, match=r"file\.py:factory; no model\. Change it\.$"):
-        load_parser(f"{file}:Lines")
-
-
-@pytest.mark.parametrize("name", ["gone:at_all", "json:gone", "json", "/gone/parser.py:f"])
-def test_a_parser_that_is_not_there_is_named(name):
-    with pytest.raises(ValueError, match=f"^macro.parser={name}: must be `rules`, `python`"):
-        load_parser(name)

@@ -3,7 +3,7 @@
 import pytest
 
 from marlhf_mega.config.schema import Config
-from marlhf_mega.train.steps import num_steps
+from marlhf_mega.train.steps import num_steps, optimizer_steps
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,15 @@ def test_what_the_passes_leave_out_is_said(caplog, run, num_examples, expected, 
     with caplog.at_level("INFO", logger="marlhf_mega"):
         assert num_steps(config, num_examples, 4, key="sft.batch_size") == expected
     assert [message.startswith(said) for message in caplog.messages] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(("resting", "policy"), [(0, 60), (4, 36), (20, 0)])
+def test_the_policy_takes_no_steps_while_the_critic_warms_up(resting, policy):
+    config = Config.model_validate(
+        {
+            "rollout": {"batch_size": 24},
+            "ppo": {"epochs": 2, "minibatch_size": 8, "critic_only_steps": resting},
+        }
+    )
+    # 10 PPO steps of 2 epochs of 3 minibatches.
+    assert optimizer_steps(config, 10) == {"policy": policy, "critic": 60}
