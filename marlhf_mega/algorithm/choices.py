@@ -39,6 +39,7 @@ Estimator = Literal[
     "reinforce_pp_baseline",
     "remax",
     "vine",
+    "brain",
 ]
 """How advantages are estimated."""
 Objective = Literal["clip", "cispo", "pg", "p3o"]

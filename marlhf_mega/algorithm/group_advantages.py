@@ -48,6 +48,41 @@ def group_centred(returns: Tensor, valid: Tensor, *, samples_per_prompt: int) ->
     return _centred(returns, valid, samples_per_prompt)[0].flatten()
 
 
+def posterior_weights(
+    returns: Tensor,
+    valid: Tensor,
+    *,
+    samples_per_prompt: int,
+    log_ratios: Tensor,
+    beta: float,
+) -> Tensor:
+    """Share of the reward's posterior minus share of the policy (BRAIn, arXiv 2402.02479).
+
+    a - b with a = softmax(r / beta + log prior - log q) and b = softmax(log p - log q) over a
+    group, q the policy that drew the responses: their log-likelihoods weighted by it are the
+    gradient. The prior is the reference, so that a KL penalty of weight beta in the return carries
+    it: a = softmax(R / beta + log p - log q). The two weights are those of the authors' code; that
+    the posterior has this form is not verified, nor are beta and the size of a group.
+
+    Args:
+        returns: [batch] R_i = r_i - beta (log p - log prior); any number where not valid.
+        valid: [batch] bool.
+        samples_per_prompt: size of a group.
+        log_ratios: [batch] log p - log q of the whole response; 0 where p drew it.
+        beta: weight of the KL penalty.
+
+    Returns:
+        [batch]; a response left alone in its group gets 0.
+    """
+    kept = valid.view(-1, samples_per_prompt)
+
+    def shares(logits: Tensor) -> Tensor:
+        groups = logits.view_as(kept).masked_fill(~kept, -torch.inf)
+        return torch.where(kept, groups.softmax(1), 0.0)
+
+    return (shares(returns / beta + log_ratios) - shares(log_ratios)).flatten()
+
+
 def _centred(returns: Tensor, valid: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
     """Return [prompts, samples] distances from the group's mean, and [prompts, 1] its size."""
     groups = torch.where(valid, returns, 0.0).view(-1, samples_per_prompt)

@@ -24,7 +24,7 @@ def nucleus_mask(
 ) -> Tensor:
     """Return which tokens a mask policy leaves to the policy, bool [batch, vocab].
 
-    NLPO (arXiv 2210.01241, section 4.1): the mask policy is an older copy of the policy, which then
+    NLPO (arXiv 2210.01241): the mask policy is an older copy of the policy, which then
     draws from its own distribution, renormalised over the mask policy's smallest set of tokens with
     a probability of `top_p`. As in the released code a set has at least some tokens, and special
     tokens are always in it. Of a policy that is its own mask, with `min_kept=1`, it is plain top-p.

@@ -1,6 +1,6 @@
 """Which keys go together: what an estimator, an objective, a rule or a loss reads and needs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from marlhf_mega.config.schema import Config
@@ -34,6 +34,15 @@ _NEEDED_BY_P3O = {
     "rollout.samples_per_prompt": 2,
 }
 
+_NEEDED_BY_BRAIN = {
+    "ppo.objective": "pg",
+    "ppo.aggregation": "seq_mean_token_sum",
+    "ppo.whiten_advantages": False,
+    "ppo.kl_estimator": "k1",
+    "ppo.kl_target": None,
+    "rollout.top_k": 0,
+    "rollout.top_p": 1.0,
+}
 _SHAPES_SCORES = ("constraints", "dense", "shaping", "clip", "normalize", "missing_eos")
 _OF_GIVEN_PAIRS = ("label_smoothing", "nll_coef", "margin", "reference", "reference_dir")
 _UNREAD_BY_LOSS = {
@@ -129,6 +138,7 @@ def method_problems(config: Config, data_size: int) -> Iterator[str]:
     yield from _unread(config, "ppo.objective", _UNREAD_BY_OBJECTIVE[config.ppo.objective])
     yield from _group_problems(config)
     yield from _p3o_problems(config, data_size)
+    yield from _brain_problems(config)
     yield from _sampler_problems(config)
     yield from _mask_problems(config)
     yield from _filter_problems(config)
@@ -194,20 +204,37 @@ def _group_problems(config: Config) -> Iterator[str]:
 def _p3o_problems(config: Config, data_size: int) -> Iterator[str]:
     if config.ppo.objective != "p3o":
         return
-    for key, wanted in _NEEDED_BY_P3O.items():
-        value = _value(config, key)
-        if value != wanted:
-            yield (
-                f"{key}={_shown(value)}: must be {_shown(wanted)} for ppo.objective=p3o, which "
-                "learns from the difference of two responses. Change it, or use another "
-                "ppo.objective."
-            )
+    why = "learns from the difference of two responses"
+    yield from _needed(config, "ppo.objective", _NEEDED_BY_P3O, why)
     for key, multiple in (("microbatch_size", 2), ("minibatch_size", 2 * data_size)):
         size = getattr(config.ppo, key)
         if size % multiple:
             yield (
                 f"ppo.{key}={size}: must be a multiple of {multiple} for ppo.objective=p3o, which "
                 f"keeps pairs together on {data_size} data-parallel rank(s). Change it."
+            )
+
+
+def _brain_problems(config: Config) -> Iterator[str]:
+    if config.ppo.estimator != "brain":
+        return
+    why = "weights the likelihood of whole responses"
+    yield from _needed(config, "ppo.estimator", _NEEDED_BY_BRAIN, why)
+    if config.ppo.kl_coef == 0:
+        yield (
+            "ppo.kl_coef=0: must be above 0 for ppo.estimator=brain, whose temperature it is. Set "
+            "it, or use another ppo.estimator."
+        )
+
+
+def _needed(config: Config, choice: str, keys: Mapping[str, Any], why: str) -> Iterator[str]:
+    """Refuse values that what is chosen cannot work with."""
+    for key, wanted in keys.items():
+        value = _value(config, key)
+        if value != wanted:
+            yield (
+                f"{key}={_shown(value)}: must be {_shown(wanted)} for {choice}="
+                f"{_value(config, choice)}, which {why}. Change it, or use another {choice}."
             )
 
 

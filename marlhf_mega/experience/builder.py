@@ -147,6 +147,7 @@ class ExperienceBuilder:
             values=values if tried is None else tried,
             baselines=earned.baselines,
             sample_indices=rollout.sample_indices,
+            log_ratios=((passes.old_logprobs - rollout.logprobs) * mask).sum(1),
         )
         weights = self._importance_weights(passes.old_logprobs, rollout.logprobs, actions)
         advantages = estimate.advantages * weights

@@ -18,6 +18,7 @@ from marlhf_mega.algorithm.group_advantages import (
     group_centred,
     group_normalised,
     leave_one_out,
+    posterior_weights,
     returns_to_go,
 )
 from marlhf_mega.algorithm.macro_actions import MacroActions
@@ -46,6 +47,7 @@ def estimate_advantages(
     values: Tensor | None,
     baselines: Tensor | None,
     sample_indices: Sequence[int],
+    log_ratios: Tensor | None = None,
 ) -> Estimate:
     """Estimate the advantages of this replica's tokens. All ranks call it.
 
@@ -58,6 +60,8 @@ def estimate_advantages(
             continuations for `vine`.
         baselines: [batch] scores of greedy responses, for `remax`.
         sample_indices: global index of every sample within the step.
+        log_ratios: [batch] log-probs of whole responses over those by the sampler, for `brain`;
+            None means that there is no difference.
     """
     ppo, macro = config.ppo, config.macro
     steps, returns = actions, None
@@ -94,6 +98,10 @@ def estimate_advantages(
             grid = over_groups(group_normalised)
         case "dr_grpo" | "reinforce_pp_baseline":
             grid = over_groups(group_centred)
+        case "brain":
+            ratios = torch.zeros_like(rewards[:, 0]) if log_ratios is None else log_ratios
+            ratios = _whole(ratios, config, mesh, sample_indices)
+            grid = over_groups(partial(posterior_weights, log_ratios=ratios, beta=ppo.kl_coef))
     if ppo.whiten_advantages:
         # By tokens, or by actions if the loss is a mean of those.
         by_action = ppo.aggregation == "macro_mean"
@@ -145,11 +153,15 @@ def _over_groups(
     compare: Callable[..., Tensor],
 ) -> Tensor:
     """Compare the returns of the responses to each prompt, wherever they are: [batch, macro]."""
-    place = torch.tensor(sample_indices, device=rewards.device)
-    whole = rewards.new_zeros(2, config.rollout.trained_size, dtype=torch.float64)
-    whole[0, place] = rewards.double().sum(1)
-    whole[1, place] = actions.response_mask.any(1).double()
-    returns, counts = sum_over_data(whole, mesh)
+    own = torch.stack((rewards.double().sum(1), actions.response_mask.any(1).double()))
+    returns, counts = _whole(own, config, mesh, sample_indices)
     size = config.rollout.trained_per_prompt
-    found = compare(returns, counts > 0, samples_per_prompt=size)[place].to(rewards.dtype)
-    return found[:, None].expand(actions.lengths.shape)
+    found = compare(returns, counts > 0, samples_per_prompt=size)[list(sample_indices)]
+    return found.to(rewards.dtype)[:, None].expand(actions.lengths.shape)
+
+
+def _whole(own: Tensor, config: Config, mesh: Mesh, sample_indices: Sequence[int]) -> Tensor:
+    """Return [..., samples] of all replicas, from this one's [..., batch], float64."""
+    whole = own.new_zeros(*own.shape[:-1], config.rollout.trained_size, dtype=torch.float64)
+    whole[..., list(sample_indices)] = own.double()
+    return sum_over_data(whole, mesh)

@@ -90,6 +90,15 @@ METHODS = {
     "reinforce_pp_baseline": ({"estimator": "reinforce_pp_baseline"}, {"rule": "token"}),
     "remax": ({"estimator": "remax"}, {"n": 2}),
     "vine": ({"estimator": "vine", "vine_samples": 2}, {"n": 4}),
+    "brain": (
+        {
+            "estimator": "brain",
+            "objective": "pg",
+            "aggregation": "seq_mean_token_sum",
+            "kl_coef": 1.0,
+        },
+        {"n": 5},
+    ),
 }
 
 

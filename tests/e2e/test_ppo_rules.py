@@ -62,6 +62,7 @@ METHODS = {
     "remax": ({"estimator": "remax", "objective": "pg"}, {}, 1),
     "vine": ({"estimator": "vine", "vine_samples": 2}, {"rule": "probability"}, 1),
     "p3o": (PAIRS, {}, 2),
+    "brain": (PAIRS | {"objective": "pg", "estimator": "brain", "kl_coef": 1.0}, {}, 4),
     "masked": ({"sampler_mask": "sequence", "tis_cap": 2.0}, {}, 1),
 }
 

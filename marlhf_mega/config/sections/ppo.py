@@ -14,7 +14,7 @@ from marlhf_mega.algorithm.choices import (
 )
 from marlhf_mega.config.section import Section
 
-UNWHITENED: tuple[Estimator, ...] = ("rloo", "grpo", "dr_grpo", "remax")
+UNWHITENED: tuple[Estimator, ...] = ("rloo", "grpo", "dr_grpo", "remax", "brain")
 
 
 class PPOConfig(Section):
@@ -98,7 +98,7 @@ class PPOConfig(Section):
     """Weight of the entropy bonus in the loss."""
     whiten_advantages: bool = True
     """Normalise advantages to mean 0 and variance 1 over the batch of a rollout. Without being set
-    it is false for `rloo`, `grpo`, `dr_grpo` and `remax`, whose papers do not."""
+    it is false for `rloo`, `grpo`, `dr_grpo`, `remax` and `brain`, whose papers do not."""
     aggregation: Aggregation = "token_mean"
     """What the policy loss is a mean over, within a minibatch: tokens, sequences (of means or sums,
     or of sums over `rollout.max_response_tokens`, `seq_sum_const`) or macro actions."""
@@ -119,4 +119,4 @@ class PPOConfig(Section):
     @property
     def compares_groups(self) -> bool:
         """Whether the estimator compares the responses to a prompt."""
-        return self.estimator in ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
+        return self.estimator in ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline", "brain")

@@ -1,5 +1,6 @@
 """Advantages without a critic against worked numbers and loops."""
 
+import math
 import statistics
 
 import pytest
@@ -11,6 +12,7 @@ from marlhf_mega.algorithm.group_advantages import (
     group_centred,
     group_normalised,
     leave_one_out,
+    posterior_weights,
     returns_to_go,
 )
 from marlhf_mega.algorithm.macro_actions import MacroActions
@@ -34,6 +36,30 @@ ALL = torch.ones(4, dtype=torch.bool)
 def test_worked_groups(estimator, expected):
     found = estimator(RETURNS, ALL, samples_per_prompt=4)
     assert found.tolist() == pytest.approx(expected, abs=5e-7)
+
+
+def test_worked_brain():
+    """log p -5 -6 -7, prior -5.2 -5.9 -7.1, q -5.1 -6 -6.8, r 1 2 0, beta 1."""
+    returns = torch.tensor([1 - 0.2, 2 + 0.1, 0 - 0.1], dtype=torch.float64)
+    ratios = torch.tensor([0.1, 0.0, -0.2], dtype=torch.float64)
+    valid = torch.ones(3, dtype=torch.bool)
+    found = posterior_weights(returns, valid, samples_per_prompt=3, log_ratios=ratios, beta=1.0)
+    assert found.tolist() == pytest.approx([-0.161589, 0.376427, -0.214838], abs=5e-7)
+    exact = [math.exp(x) for x in (0.9, 2.1, -0.3)], [math.exp(x) for x in (0.1, 0.0, -0.2)]
+    expected = [a / sum(exact[0]) - b / sum(exact[1]) for a, b in zip(*exact, strict=True)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_brain_compares_those_with_a_score_and_leaves_one_alone():
+    """Two groups of three: without the second of each, and without a second and a third."""
+    valid = torch.tensor([True, False, True, True, False, False])
+    returns = torch.tensor([1.0, 9.0, 0.5, 3.0, 9.0, 9.0], dtype=torch.float64)
+    ratios = torch.tensor([0.2, 5.0, -0.1, 0.7, 5.0, 5.0], dtype=torch.float64)
+    found = posterior_weights(returns, valid, samples_per_prompt=3, log_ratios=ratios, beta=0.5)
+    a, b = math.exp(2.2), math.exp(0.9)
+    p, q = math.exp(0.2), math.exp(-0.1)
+    first = a / (a + b) - p / (p + q)
+    assert found.tolist() == pytest.approx([first, 0, -first, 0, 0, 0], abs=1e-9)
 
 
 def test_worked_reinforce_plus_plus():

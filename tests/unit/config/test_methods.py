@@ -35,7 +35,12 @@ def test_every_estimator_and_objective_has_a_configuration(estimator, objective)
     if objective == "p3o":
         ppo["aggregation"] = "seq_mean_token_sum"
     found = problems(ppo=ppo, rollout=rollout)
-    if objective == "p3o" and estimator != "dr_grpo":
+    if estimator == "brain":
+        assert [line.partition(":")[0] for line in found if "for ppo.estimator=brain" in line] == [
+            *([] if objective == "pg" else [f"ppo.objective={objective}"]),
+            *([] if objective == "p3o" else ["ppo.aggregation=token_mean"]),
+        ]
+    elif objective == "p3o" and estimator != "dr_grpo":
         assert f"ppo.estimator={estimator}: must be dr_grpo for ppo.objective=p3o" in found[0]
     else:
         assert found == []
@@ -44,7 +49,7 @@ def test_every_estimator_and_objective_has_a_configuration(estimator, objective)
 @pytest.mark.parametrize(
     ("estimator", "whitens"),
     [("gae", True), ("sae", True), ("reinforce_pp", True), ("reinforce_pp_baseline", True)]
-    + [(name, False) for name in ("rloo", "grpo", "dr_grpo", "remax")],
+    + [(name, False) for name in ("rloo", "grpo", "dr_grpo", "remax", "brain")],
 )
 def test_advantages_are_whitened_where_the_paper_does(estimator, whitens):
     config = Config.model_validate({"ppo": {"estimator": estimator}})
@@ -102,6 +107,20 @@ def test_groups_need_two_samples(estimator):
     assert problems(ppo={"estimator": estimator}) == [
         f"rollout.samples_per_prompt=1: must be at least 2 for ppo.estimator={estimator}, which "
         "compares the responses to a prompt. Raise it, or use another ppo.estimator."
+    ]
+
+
+def test_the_posterior_of_a_reward_weights_likelihoods_by_its_temperature():
+    ppo = {"estimator": "brain", "objective": "pg", "aggregation": "seq_mean_token_sum"}
+    rollout = {"samples_per_prompt": 4}
+    assert problems(ppo=ppo, rollout=rollout) == []
+    assert problems(ppo=ppo | {"kl_coef": 0}, rollout=rollout) == [
+        "ppo.kl_coef=0: must be above 0 for ppo.estimator=brain, whose temperature it is. Set it, "
+        "or use another ppo.estimator."
+    ]
+    assert problems(ppo=ppo, rollout=rollout | {"top_p": 0.9}) == [
+        "rollout.top_p=0.9: must be 1 for ppo.estimator=brain, which weights the likelihood of "
+        "whole responses. Change it, or use another ppo.estimator."
     ]
 
 
