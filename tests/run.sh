@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # Makes the environment, then lints and runs all tests. Arguments go to pytest.
+# --vllm: makes another one, with vLLM for CPUs, and runs the tests that need it.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
-make_venv "$root"
-
 # Tests start several ranks at once: one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [[ ${1-} == --vllm ]]; then
+    make_vllm_venv "$root"
+    exec "$VENV_PYTHON" -m pytest tests/vllm "tests/e2e/test_matrix.py::test_every_choice_trains[vllm]" "${@:2}"
+fi
+make_venv "$root"
 lint=0 tests=0
 "$VENV_PYTHON" -m ruff check . || lint=$?
 

@@ -68,8 +68,8 @@ def connect(
     assert own is not None, "every rank has a part in one of the models"
     _, mesh = own
     return Resharder(
-        _described(*source) if source else ([], []),
-        _described(*target) if target else ([], []),
+        described(*source) if source else ([], []),
+        described(*target) if target else ([], []),
         mesh.launch,
         mesh.platform,
         bucket_bytes=bucket_bytes,
@@ -103,7 +103,8 @@ def _described_adapters(
     return blocks, [parameter.tensor for parameter in parameters]
 
 
-def _described(chunks: Sequence[StageModel], mesh: Mesh) -> tuple[list[Block], list[Tensor]]:
+def described(chunks: Sequence[StageModel], mesh: Mesh) -> tuple[list[Block], list[Tensor]]:
+    """Return what a rank holds of a model, and the parameters that hold it."""
     parameters = local_parameters(chunks)
     blocks = describe(parameters, table_of(chunks), layout_of(mesh, chunks[0].model))
     return blocks, [parameter.tensor for parameter in parameters]

@@ -123,6 +123,7 @@ def _devices() -> Iterator[Finding]:
     else:
         yield Finding("device", "ok", here.device_name, must_agree=True)
     yield _engine(here)
+    yield _vllm(here)
     fp8 = here.supports_fp8()
     yield Finding("fp8", "ok" if fp8 else "note", "available" if fp8 else fp8.reason)
 
@@ -145,6 +146,19 @@ def declared_engine_versions() -> SpecifierSet:
     declared = [Requirement(line) for line in requires("megatron-core") or ()]
     found = [r.specifier for r in declared if canonicalize_name(r.name) == "transformer-engine"]
     return max(found, key=len, default=SpecifierSet())
+
+
+def _vllm(here: "Platform") -> Finding:
+    """Judge vLLM, which only rollout.engine=vllm needs."""
+    from marlhf_mega.platform import vllm
+
+    support, installed = vllm.support(), vllm.version()
+    if installed is None:
+        return Finding("vllm", "ok", "not installed, and not needed", must_agree=True)
+    if not support:
+        return Finding("vllm", "note", support.reason, must_agree=True)
+    sizes = "" if here.name == "cuda" else f"; heads of {', '.join(map(str, vllm.CPU_HEAD_SIZES))}"
+    return Finding("vllm", "ok", f"{installed}{sizes}", must_agree=True)
 
 
 def _apex() -> Finding:

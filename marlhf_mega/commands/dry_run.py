@@ -147,13 +147,19 @@ def _build_rollout_ranks(work: Workload, config: Config, found: _Found) -> None:
     for rank in _distinct_ranks(layout, found):
         with fake_mesh(config.rollout_parallel, rank=rank, world_size=layout.world) as mesh:
             found.layouts.add(f"{mesh.describe()} that only generate")
-            transformer_config(config.model, config.precision, mesh, MemoryConfig())
+            if config.rollout.engine == "own":
+                transformer_config(config.model, config.precision, mesh, MemoryConfig())
             _build_generator(work, mesh, found)
 
 
 def _build_generator(work: Workload, mesh: Mesh, found: _Found) -> None:
-    """Build the policy at the layout of generation, and its KV cache."""
+    """Build the policy at the layout of generation, and its KV cache; of an engine, neither."""
     config, generation = work.config, Generation.of_rollout(work)
+    element = compute_dtype(config.precision, mesh).itemsize
+    formats = Formats(element=element, has_engine=False, fp8=False)
+    if generation.by_engine:  # it is not started for this
+        found.kv_cache_bytes = kv_cache_bytes(work, generation, formats)
+        return
     chunks = build_chunks(work.policy.model, config.precision, mesh, head="language")
     planned = stage_parameters(
         work.policy.model, generation.layout, head="language", stage=mesh.pp_rank
@@ -166,8 +172,6 @@ def _build_generator(work: Workload, mesh: Mesh, found: _Found) -> None:
         for _ in range(generation.groups)
         for chunk in chunks
     ]
-    element = compute_dtype(config.precision, mesh).itemsize
-    formats = Formats(element=element, has_engine=False, fp8=False)
     held = sum(cache.nbytes for cache in caches)
     what = f"rollout, rank {mesh.rank}: bytes of kv cache"
     _compare(found, what, held, kv_cache_bytes(work, generation, formats))

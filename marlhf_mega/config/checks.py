@@ -14,6 +14,7 @@ from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.hardware import MemoryConfig, ParallelConfig
 from marlhf_mega.config.sections.rollout import RolloutConfig
+from marlhf_mega.config.vllm import vllm_problems
 
 TrainingJob = Literal["sft", "reward", "preference", "ppo", "offline"]
 Job = TrainingJob | Literal["evaluate", "generate"]
@@ -167,6 +168,8 @@ def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
         yield from method_problems(config, data_size)
         yield from _rollout_rank_problems(config)
     yield from _offload_problems(config, job)
+    if job in GENERATING:
+        yield from vllm_problems(config, learns=job == "ppo")
     if job in ("ppo", *WITHOUT_TRAINING):
         yield from _budget_problems(config)
     if job == "offline":
@@ -342,7 +345,7 @@ def _fp8_problems(config: Config) -> Iterator[str]:
     if precision.fp8_param_gather and (config.rollout.ranks or config.moves_weights):
         yield (
             "precision.fp8_param_gather=true: FP8 weights cannot be resharded for generation. "
-            "Set it to false, or remove rollout.ranks, rollout.tensor_size and "
+            "Set it to false, or remove rollout.ranks, rollout.engine, rollout.tensor_size and "
             "rollout.pipeline_size."
         )
 

@@ -29,6 +29,12 @@ MOVE_BUCKET_BYTES = 1 << 27
 """Memory for resharding on one rank besides the weights: two buckets to send and two to receive, so
 that one round is packed while another is in flight."""
 
+CACHE_PAGE_TOKENS = 128
+"""Tokens in a page of an engine's key-value cache on CPUs; on GPUs they are fewer."""
+
+WHOLE_TENSOR_BYTES = 1 << 29
+"""Whole tensors that wait on a rank for an engine to load them, unless one tensor is larger."""
+
 
 def round_up(value: int, multiple: int) -> int:
     """Round a count up to a multiple."""
@@ -38,6 +44,21 @@ def round_up(value: int, multiple: int) -> int:
 def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
     """Pad so that every rank's shard is a multiple of 16 rows, which FP8 needs."""
     return round_up(vocab_size, 16 * tensor_size)
+
+
+def paged_cache_bytes(*, layers: int, width: int, slots: int, tokens: int, element: int) -> int:
+    """Return the bytes of a rank's key-value cache in pages, for sequences of the greatest length.
+
+    Args:
+        layers: of the rank.
+        width: key heads of the rank times their size.
+        slots: sequences.
+        tokens: of the longest one.
+        element: bytes of a number.
+    """
+    # One page more: an engine keeps one for itself.
+    pages = slots * (round_up(tokens, CACHE_PAGE_TOKENS) // CACHE_PAGE_TOKENS) + 1
+    return layers * 2 * width * pages * CACHE_PAGE_TOKENS * element
 
 
 def replay_mask_row_bytes(*, top_k: int, vocab_size: int) -> int:

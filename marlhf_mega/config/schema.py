@@ -63,14 +63,15 @@ class Config(Section):
     @property
     def rollout_parallel(self) -> ParallelConfig:
         """Degrees during generation: those of training unless the rollout has its own."""
+        own = self.rollout.engine == "own"  # vLLM splits layers by tensor parallelism alone
         tensor = self.rollout.tensor_size or self.parallel.tensor_size
-        pipeline = self.rollout.pipeline_size or self.parallel.pipeline_size
-        if (tensor, pipeline) == (self.parallel.tensor_size, self.parallel.pipeline_size):
+        pipeline = (self.rollout.pipeline_size or self.parallel.pipeline_size) if own else 1
+        if own and (tensor, pipeline) == (self.parallel.tensor_size, self.parallel.pipeline_size):
             return self.parallel.generating
         return ParallelConfig(
             tensor_size=tensor,
             pipeline_size=pipeline,
-            expert_size=self.parallel.expert_size,
+            expert_size=self.parallel.expert_size if own else 1,
             # Megatron-Core requires it with experts; generation itself switches it off.
             sequence_parallel=self.model.num_experts is not None and tensor > 1,
         )
@@ -78,7 +79,8 @@ class Config(Section):
     @property
     def moves_weights(self) -> bool:
         """Whether ranks that train receive weights other than their own to generate."""
-        return self.rollout_parallel != self.parallel.generating
+        own = self.rollout.engine == "own"
+        return not own or self.rollout_parallel != self.parallel.generating
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ppo.kl_loss_estimator": ("ppo.kl_loss_coef", lambda coefficient: coefficient > 0),
     "ppo.kl_horizon": ("ppo.kl_target", lambda target: target is not None),
     "ppo.microbatch_size": ("ppo.microbatch_tokens", lambda tokens: tokens is None),
+    "rollout.vllm": ("rollout.engine", lambda engine: engine == "vllm"),
     "rollout.filter_power": ("rollout.filter", lambda name: name == "pf_ppo"),
     "rollout.filter_tries": ("rollout.filter", lambda name: name == "dynamic"),
     "policy.min_lr": ("policy.lr_schedule", lambda schedule: schedule != "constant"),

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from marlhf_mega.config.limits import PREFILL_TOKENS, replay_mask_row_bytes, round_up
+from marlhf_mega.config.limits import (
+    GIB,
+    PREFILL_TOKENS,
+    paged_cache_bytes,
+    replay_mask_row_bytes,
+    round_up,
+)
+from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.activations import (
     Formats,
     forward_workspace,
@@ -20,6 +27,8 @@ class Generation:
     layout: WorldLayout
     slots: int
     """Sequences that one replica decodes together."""
+    by_engine: bool = False
+    """Whether vLLM generates, not our decoder."""
 
     @staticmethod
     def of_rollout(work: Workload) -> "Generation":
@@ -29,7 +38,11 @@ class Generation:
             config.rollout_parallel, work.num_rollout_ranks or work.layout.world
         )
         share = -(-config.rollout.batch_size // layout.data)
-        return Generation(layout=layout, slots=min(config.rollout.slots or share, share))
+        return Generation(
+            layout=layout,
+            slots=min(config.rollout.slots or share, share),
+            by_engine=config.rollout.engine == "vllm",
+        )
 
     @staticmethod
     def of_evaluation(work: Workload) -> "Generation":
@@ -54,6 +67,11 @@ class Generation:
 def kv_cache_bytes(work: Workload, generation: Generation, formats: Formats) -> int:
     """Return the bytes of the key-value cache on every rank that generates."""
     model = work.policy.model
+    if generation.by_engine:
+        layout = generation.layout
+        return engine_cache_bytes(
+            work.config, tensor=layout.tensor, data=layout.data, element=formats.element
+        )
     multiple = work.config.precision.fp8_alignment * generation.layout.sequence_share
     slots = generation.groups * round_up(generation.group_slots, multiple)
     longest = work.config.data.max_prompt_tokens + work.config.rollout.max_response_tokens
@@ -61,6 +79,33 @@ def kv_cache_bytes(work: Workload, generation: Generation, formats: Formats) -> 
     width = heads * round_up(longest, multiple) * model.kv_channels
     layers = model.num_layers // generation.layout.pipeline
     return work.num_generating * layers * 2 * slots * width * formats.element
+
+
+def engine_cache_bytes(config: Config, *, tensor: int, data: int, element: int) -> int:
+    """Return the bytes of a vLLM engine's key-value cache on every rank.
+
+    Args:
+        config: of the run, whose vocabulary need not be known.
+        tensor: ranks of a replica of the engine.
+        data: its replicas.
+        element: bytes of a number.
+    """
+    settings, model = config.rollout, config.model
+    if settings.vllm.kv_cache_gib is not None:
+        return int(settings.vllm.kv_cache_gib * GIB)
+    return paged_cache_bytes(
+        layers=model.num_layers,
+        width=max(1, model.query_groups // tensor) * model.kv_channels,
+        slots=engine_slots(config, data=data),
+        tokens=config.data.max_prompt_tokens + settings.max_response_tokens,
+        element=element,
+    )
+
+
+def engine_slots(config: Config, *, data: int) -> int:
+    """Return the sequences that a replica of a vLLM engine decodes together at most."""
+    share = -(-config.rollout.batch_size // data)
+    return min(config.rollout.slots or share, share)
 
 
 def replay_mask_bytes(work: Workload) -> int:

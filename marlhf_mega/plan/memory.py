@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from marlhf_mega.config.limits import MOVE_BUCKET_BYTES
+from marlhf_mega.config.limits import MOVE_BUCKET_BYTES, WHOLE_TENSOR_BYTES
 from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
 from marlhf_mega.plan.activations import (
     Formats,
@@ -21,7 +21,14 @@ from marlhf_mega.plan.activations import (
 from marlhf_mega.plan.buffers import buffers
 from marlhf_mega.plan.generation import Generation, generation_memory
 from marlhf_mega.plan.layout import WorldLayout
-from marlhf_mega.plan.parameters import Parameter, count, largest_stage, learning, stage_parameters
+from marlhf_mega.plan.parameters import (
+    Parameter,
+    count,
+    largest_stage,
+    learning,
+    stage_parameters,
+    whole_model_size,
+)
 from marlhf_mega.plan.workload import GENERATING_ROLES, MicrobatchShape, Role, Workload
 
 WORKING = ("activations", "backward", "forward", "prefill and sampling")
@@ -133,12 +140,19 @@ def stage_memory(work: Workload, stage: int, formats: Formats) -> StageMemory:
         resident = _resident(roles, work.config.memory, "rollout")
         generation = Generation.of_evaluation(work)
         phases["evaluate"] = resident | generation_memory(work, generation, formats)
-    if work.config.moves_weights and work.policy.model.lora.is_on:
+    sleeps = work.config.rollout.engine == "vllm"
+    if work.config.moves_weights and work.policy.model.lora.is_on and not sleeps:
         # Only adapters travel in each rollout: the rest of the second copy stays.
         kept = _second_policy(work, formats) - _second_policy(work, formats, only_learning=True)
         for phase in phases.keys() - {"rollout"}:
             phases[phase] = phases[phase] | {"policy in the rollout layout": kept}
     return StageMemory(stage=stage, roles=roles, phases=phases)
+
+
+def _engine_policy(work: Workload, formats: Formats) -> int:
+    """Return the bytes of the policy in a vLLM engine, which splits experts too."""
+    ranks = work.config.rollout_parallel.tensor_size
+    return formats.element * whole_model_size(work.policy.model, "language") // ranks
 
 
 def _second_policy(work: Workload, formats: Formats, *, only_learning: bool = False) -> int:
@@ -162,6 +176,8 @@ def rollout_rank_memory(work: Workload, stage: int, formats: Formats) -> StageMe
     still = replace(work.policy, learns=False)
     roles = {"policy": role_memory(still, generation.layout, stage, formats, precision)}
     held = _resident(roles, work.config.memory, "rollout") | {"resharding buckets": _ONE_WAY}
+    if generation.by_engine:
+        held["whole tensors"] = WHOLE_TENSOR_BYTES
     phases = {"rollout": held | generation_memory(work, generation, formats)}
     return StageMemory(stage=stage, only_generates=True, roles=roles, phases=phases)
 
@@ -239,8 +255,11 @@ def _rollout(work: Workload, formats: Formats, roles: Mapping[str, RoleMemory]) 
     found = _resident(roles, config.memory, "rollout")
     if work.num_rollout_ranks:
         return found | {"resharding buckets": _ONE_WAY}
+    if config.rollout.engine == "vllm":
+        found["policy in the engine"] = _engine_policy(work, formats)
+        found["whole tensors and buckets"] = WHOLE_TENSOR_BYTES + MOVE_BUCKET_BYTES
     # A rank's stage may differ between the two layouts: the largest stage counts.
-    if config.moves_weights:
+    elif config.moves_weights:
         found["policy in the rollout layout"] = _second_policy(work, formats)
         found["resharding buckets"] = MOVE_BUCKET_BYTES
     return found | generation_memory(work, generation, formats)

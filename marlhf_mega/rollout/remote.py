@@ -5,14 +5,13 @@ other work in between. Both worlds make the same exchanges in the same order.
 """
 
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.resharder import Resharder
-from marlhf_mega.rollout.transport import Answer, End, LocalTransport, Request, move_metrics
+from marlhf_mega.rollout.transport import Answer, End, LocalTransport, Moves, Request, move_metrics
 
 
 class RemoteTransport:
     """The ranks that only generate, as the training ranks see them. All of these call it."""
 
-    def __init__(self, resharder: Resharder, mesh: Mesh) -> None:
+    def __init__(self, resharder: Moves, mesh: Mesh) -> None:
         """Take what gives the others the weights, and this rank's mesh in training."""
         self._resharder, self._launch = resharder, mesh.launch
         self.num_ranks = mesh.launch.size - mesh.world_size

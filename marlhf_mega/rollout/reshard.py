@@ -6,16 +6,16 @@ from contextlib import AbstractContextManager
 from marlhf_mega.parallel.collectives import gather_objects
 from marlhf_mega.parallel.mesh import Mesh, use_mesh
 from marlhf_mega.rollout.assignment import gather_rollouts, select
-from marlhf_mega.rollout.generator import Generator
+from marlhf_mega.rollout.protocol import ResponseGenerator
 from marlhf_mega.rollout.types import Rollout, RolloutOptions
 
 
 class ReshardedGenerator:
-    """A `Generator` for callers at the training layout; it returns what that one would."""
+    """A generator for callers at the training layout; it returns what that one would."""
 
     def __init__(
         self,
-        generator: Generator,
+        generator: ResponseGenerator,
         *,
         training: Mesh,
         weights: Callable[[], AbstractContextManager[None]],
@@ -23,10 +23,10 @@ class ReshardedGenerator:
         """Take a second set of weights.
 
         Args:
-            generator: at the rollout's layout, with chunks of its own.
+            generator: at the rollout's layout, with weights of its own.
             training: the callers' layout, of the same world.
-            weights: holds the weights that are trained in those chunks for the length of a `with`
-                block; all ranks enter it together.
+            weights: fills it with the weights that are trained for the length of a `with` block;
+                all ranks enter it together.
         """
         self.chunks, self.mesh = generator.chunks, generator.mesh
         self.training, self.weights = training, weights

@@ -5,7 +5,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from marlhf_mega.config.schema import Config
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.parallel.resharder import Resharder
 from marlhf_mega.rollout.assignment import own_samples, select
 from marlhf_mega.rollout.protocol import ResponseGenerator
 from marlhf_mega.rollout.types import Rollout, RolloutOptions
@@ -100,6 +99,18 @@ def _decode(state: Mapping[str, Any]) -> Tensor:
     return flat.view(state["shape"])
 
 
+class Moves(Protocol):
+    """What moves weights to those that generate."""
+
+    seconds: float
+    """Duration of the last move on this rank."""
+    total_bytes: int
+    """Bytes that all ranks together send in one move."""
+
+    def move(self) -> None:
+        """Bring the weights as they are now."""
+
+
 class LocalTransport:
     """The training ranks generate themselves, each replica the samples that it trains on.
 
@@ -112,7 +123,7 @@ class LocalTransport:
         config: Config,
         mesh: Mesh,
         *,
-        resharder: Resharder | None = None,
+        resharder: Moves | None = None,
     ) -> None:
         """Take what generates.
 
@@ -120,7 +131,7 @@ class LocalTransport:
             generator: takes the prompts of a training replica.
             config: of the run.
             mesh: this rank's mesh in training.
-            resharder: moves the weights to the generator's layout; None where it is training's.
+            resharder: moves the weights to what generates; None where those that train do.
         """
         self._generator, self._config, self._resharder = generator, config, resharder
         self._mesh = mesh
@@ -149,7 +160,7 @@ class LocalTransport:
         return {} if self._resharder is None else move_metrics(self._resharder)
 
 
-def move_metrics(resharder: Resharder) -> dict[str, float]:
+def move_metrics(resharder: Moves) -> dict[str, float]:
     """Return seconds and bytes of the last move of weights."""
     return {
         "time/reshard_seconds": resharder.seconds,

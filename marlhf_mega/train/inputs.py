@@ -31,6 +31,7 @@ from marlhf_mega.experience.parsers import load_parser
 from marlhf_mega.metrics.diversity import check_self_bleu
 from marlhf_mega.metrics.writers import check_wandb
 from marlhf_mega.plan.parameters import whole_model_size
+from marlhf_mega.platform import vllm
 from marlhf_mega.rewards.rule import check_importable
 from marlhf_mega.train.best import check_best
 from marlhf_mega.train.origins import check_origins, check_same_tokenizer, policy_origin
@@ -130,6 +131,7 @@ def read_inputs(config: Config, job: Job, world_size: int) -> Inputs[Any]:
         keep_special=config.rollout.keep_special_tokens,
     )
     config = with_time_to_write(_with_vocabulary(config, tokenizer), job)
+    _check_engine_model(config, job)
     sources = () if job in WITHOUT_TRAINING else config.data.train_path or ()
     train_hash = data_hash(sources) if sources else ""
     validation_hash = ""
@@ -254,6 +256,7 @@ def check_machine(config: Config, job: Job) -> None:
         load_parser(config.macro.parser)
     if not generates(config, job):
         return
+    _check_engine(config)
     check_self_bleu(config.evaluate.self_bleu)
     for judge in config.reward.judges:
         if judge.is_rule:
@@ -294,6 +297,36 @@ def _check_attention(config: Config) -> None:
                 f"precision.attention_backend={backend}: needs {variable}={value}; the environment "
                 f"has {os.environ[variable]}. Unset it, and choose the kernel by this key."
             )
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse an engine that is not here, or that does not take the model's heads."""
+    if config.rollout.engine != "vllm":
+        return
+    support, size = vllm.support(), config.model.kv_channels
+    if not support:
+        raise ConfigError(
+            f"rollout.engine=vllm: needs vLLM; {support.reason}. Run `pip install "
+            "'marlhf-mega[vllm]'`, or use rollout.engine=own."
+        )
+    if not vllm.takes_head_size(size):
+        sizes = ", ".join(map(str, vllm.CPU_HEAD_SIZES))
+        raise ConfigError(
+            f"rollout.engine=vllm: on CPUs vLLM takes heads of {sizes} numbers; the model's have "
+            f"{size}. Use rollout.engine=own."
+        )
+
+
+def _check_engine_model(config: Config, job: Job) -> None:
+    """Refuse a model that an engine could not be told of: Hugging Face has nothing like it."""
+    if config.rollout.engine != "vllm" or not generates(config, job):
+        return
+    try:
+        hf_config_from_model(config.model)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}\nrollout.engine=vllm: loads such a model. Use rollout.engine=own."
+        ) from None
 
 
 def _check_export(config: Config) -> None:

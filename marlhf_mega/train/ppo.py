@@ -32,7 +32,7 @@ from marlhf_mega.train.build import build_roles
 from marlhf_mega.train.checkpoints import make_saver, resume
 from marlhf_mega.train.export import export_hf
 from marlhf_mega.train.filtering import RolloutFilter
-from marlhf_mega.train.generation import build_transport
+from marlhf_mega.train.generation import build_transport, warn_of_gap
 from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.loop import Loop
 from marlhf_mega.train.mask_policy import MaskPolicy
@@ -172,6 +172,8 @@ class PpoRun:
             rates.add(sums, rates.ppo_work(config, *lengths, generated=generated))
         metrics = finish(self.output.reduce(sums)) | divergence
         metrics |= {"policy/kl_coef": self.kl_coef, **self._rates(metrics)}
+
+        warn_of_gap(config, mesh, metrics)
 
         # 5. What the next step starts from, and samples to read.
         self._adapt_kl_coef(metrics)

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from marlhf_mega.checkpoint.reshard import connect
+from marlhf_mega.checkpoint.hf.table import WeightTable
+from marlhf_mega.checkpoint.reshard import connect, described
 from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.checkpoint.whole_tensors import WholeTensors
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.datasets import Prompt
 from marlhf_mega.data.microbatch import MicrobatchLimit
@@ -66,15 +68,41 @@ def there_and_back(config, mesh, second):
         arrived = equal_bits(values(away), wanted)
         back.release()
         back.move()
+    arrived_whole = whole_tensors_equal(trained, mesh, filled(config, second, 1), second)
     released = all(p.untyped_storage().size() == 0 for chunk in away for p in chunk.parameters())
     return {
         "arrived": arrived,
         "came_back": equal_bits(values(trained), before),
+        "arrived_whole": arrived_whole,
         "released": released,
         "rounds": len(there._rounds),
         "sent": there.total_bytes,
         "main_mesh_rules": mesh.groups.tp.size() == mesh.parallel.tensor_size,
     }
+
+
+def whole_tensors_equal(trained, mesh, others, second):
+    """Whether whole tensors that come from a layout hold what ranks of another one hold."""
+    weights = WholeTensors(
+        (trained, mesh), trained[0].model, mesh, receives=True, bucket_bytes=SMALL_BUCKETS
+    )
+    first, found = dict(weights), dict(weights)
+    blocks, parameters = described(others, second)
+    shapes = WeightTable(trained[0].model, "causal_lm").tensors
+    return (
+        len(weights._buckets) > 3
+        and list(found) == list(shapes)
+        and all(tuple(found[name].shape) == shape for name, shape in shapes.items())
+        and all(map(torch.equal, first.values(), found.values()))
+        and all(first[name].data_ptr() != found[name].data_ptr() for name in found)
+        and all(
+            torch.equal(
+                found[b.tensor].narrow(b.dim, b.lo, b.hi - b.lo),
+                parameters[b.parameter].narrow(b.dim, b.start, b.hi - b.lo),
+            )
+            for b in blocks
+        )
+    )
 
 
 def rollouts(config, mesh):

@@ -88,6 +88,11 @@ def test_weights_travel_bit_for_bit_there_and_back(results, name):
     assert min(weights["rounds"]) > 3 or weights["sent"] == [0] * 4
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_can_get_whole_tensors_in_small_buckets(results, name):
+    assert all(results[name]["weights"]["arrived_whole"])
+
+
 @pytest.mark.parametrize("name", STOPPED)
 def test_responses_stop_at_every_end_token_and_text(results, name):
     """Against the same draws without an end, cut by hand."""

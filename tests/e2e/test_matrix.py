@@ -16,6 +16,7 @@ from marlhf_mega.resilience.watchdog import Watchdog
 from tests.e2e.reported import assert_reported
 from tests.e2e.test_ppo_rules import METHODS, REWARDS, RULES
 from tests.e2e.test_preference import LOSSES
+from tests.vllm.installed import needs_vllm
 
 SAFE = {"chosen_safe": True, "rejected_safe": False, "from_reference": "rejected", "margin": 1.0}
 # Job, sections, and the metrics of the job's screen that the run does not have. What
@@ -58,6 +59,14 @@ SETTINGS = {
         (),
     ),
     "sampler": ("ppo", {"ppo": {"old_logprobs": "sampler"}}, ("policy/entropy",)),
+    "vllm": (
+        "ppo",
+        {
+            "model": {"head_dim": 32},
+            "rollout": {"engine": "vllm", "vllm": {"enforce_eager": True}},
+        },
+        (),
+    ),
     "no penalty": ("ppo", {"ppo": {"kl_coef": 0.0}}, ("policy/kl",)),
     **{
         name: ("ppo", {"rollout": {"filter": name, "samples_per_prompt": samples}, "ppo": ppo}, ())
@@ -173,7 +182,9 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[needs_vllm] if n == "vllm" else []) for n in SETTINGS]
+)
 def test_every_choice_trains(files, mesh, tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(str(files))
     job, sections, without = SETTINGS[name]

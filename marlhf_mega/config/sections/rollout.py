@@ -24,6 +24,18 @@ def _one(value: object) -> object:
     return (value,) if isinstance(value, int | str) else value
 
 
+class VllmConfig(Section):
+    """An engine of vLLM that generates."""
+
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Key-value cache of each rank in GiB. None means room for `rollout.slots` sequences of the
+    greatest length; the engine packs shorter ones closer, and waits where there is none."""
+    enforce_eager: bool = False
+    """Neither compile the model nor record CUDA graphs: starts sooner, decodes slower."""
+    prefix_caching: bool = True
+    """Read common beginnings of prompts once, as of the responses to one prompt."""
+
+
 class RolloutConfig(Section):
     """Generation."""
 
@@ -68,6 +80,11 @@ class RolloutConfig(Section):
     filter_tries: int = Field(10, gt=0)
     """`dynamic`: how often a step generates, the first time included. After that prompts whose
     responses score alike are taken as they are. 10 as in DAPO."""
+    engine: Literal["own", "vllm"] = "own"
+    """What decodes: our decoder, with the weights that are trained or a copy at another layout, or
+    a vLLM engine on the same ranks, which gets a copy of the weights before each rollout."""
+    vllm: VllmConfig = VllmConfig()
+    """Of `engine=vllm`."""
     slots: int | None = Field(None, gt=0)
     """Sequences that one data-parallel rank decodes together. None means its whole share."""
     ranks: int = Field(0, ge=0)

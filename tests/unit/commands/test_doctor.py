@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -14,9 +15,11 @@ from marlhf_mega.commands.doctor import (
     Finding,
     _apex,
     _merge,
+    _vllm,
     declared_engine_versions,
     table,
 )
+from marlhf_mega.platform import vllm
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,6 +86,20 @@ def make_package(folder, name, *modules):
     (folder / name).mkdir(parents=True)
     for module in ("__init__", *modules):
         (folder / name / f"{module}.py").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("installed", "status", "detail"),
+    [
+        (None, "ok", "not installed, and not needed"),
+        ("0.31.0", "note", "version 0.31.0 is installed, >=0.32,<0.33 is supported"),
+        ("0.32.0", "ok", "0.32.0; heads of 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512"),
+    ],
+)
+def test_vllm_is_judged_by_its_version(monkeypatch, installed, status, detail):
+    monkeypatch.setattr(vllm, "version", lambda: installed)
+    here = SimpleNamespace(name="cpu")
+    assert _vllm(here) == Finding("vllm", status, detail, must_agree=True)
 
 
 @pytest.mark.parametrize(

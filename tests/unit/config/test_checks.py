@@ -536,7 +536,8 @@ def test_fp8_weights_stay_in_the_training_layout(rollout, num_rollout_ranks):
     )
     assert problems == [
         "precision.fp8_param_gather=true: FP8 weights cannot be resharded for generation. Set it "
-        "to false, or remove rollout.ranks, rollout.tensor_size and rollout.pipeline_size."
+        "to false, or remove rollout.ranks, rollout.engine, rollout.tensor_size and "
+        "rollout.pipeline_size."
     ]
 
 

@@ -8,6 +8,7 @@ from marlhf_mega.config.limits import (
     context_multiple,
     logits_chunk_tokens,
     padded_vocab_size,
+    paged_cache_bytes,
     round_up,
 )
 
@@ -17,6 +18,13 @@ def test_rounding_up_finds_the_next_multiple(value, multiple):
     assert round_up(value, multiple) == next(
         n for n in range(value, value + multiple) if n % multiple == 0
     )
+
+
+def test_a_cache_in_pages_holds_the_longest_sequences_and_a_page_more():
+    """2 layers, keys and values, 3 sequences of 2 pages of 128 tokens, 64 wide, 4 bytes."""
+    sizes = {"layers": 2, "width": 64, "slots": 3, "element": 4}
+    assert paged_cache_bytes(tokens=129, **sizes) == 2 * 2 * 64 * (3 * 2 + 1) * 128 * 4
+    assert paged_cache_bytes(tokens=128, **sizes) == 2 * 2 * 64 * (3 * 1 + 1) * 128 * 4
 
 
 def test_every_shard_of_a_vocabulary_is_a_multiple_of_16():

@@ -98,6 +98,17 @@ def test_a_rollout_layout_of_its_own_costs_weights_and_buckets():
     assert held["kv cache"] == 40 * 2 * 32 * 1 * 1536 * 128 * 2
 
 
+def test_an_engine_costs_its_share_of_the_weights_its_pages_and_tensors_on_their_way():
+    """TP8, 16 replicas: 16 sequences of 12 pages, one page more, 80 layers of one key head."""
+    keys = {"rollout.engine": "vllm", "rollout.pipeline_size": None}
+    held = planned(keys).stages[0].phases["rollout"]
+    assert held["policy in the engine"] == 2 * 70_553_706_496 // 8
+    assert held["whole tensors and buckets"] == (512 + 128) * 2**20
+    assert held["kv cache"] == 80 * 2 * 128 * (16 * 12 + 1) * 128 * 2
+    fixed = planned(keys | {"rollout.vllm": {"kv_cache_gib": 3}}).stages[0].phases["rollout"]
+    assert fixed["kv cache"] == 3 * 2**30
+
+
 def test_every_rank_of_a_pipeline_keeps_the_microbatches_that_it_runs_ahead():
     kept = [stage.phases["update"]["activations"] for stage in planned().stages]
     assert kept[0] > kept[1] > kept[2] > kept[3]

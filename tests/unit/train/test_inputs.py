@@ -16,6 +16,7 @@ from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.stream import SourcePart
 from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from marlhf_mega.platform import vllm
 from marlhf_mega.train.inputs import read_inputs, with_time_to_write
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +53,23 @@ def test_attention_kernels_are_chosen_where_there_are_several(refusal, monkeypat
 def test_cuda_graphs_need_a_gpu(refusal):
     line = refusal("ppo", "rollout.cuda_graphs=true")
     assert line == "rollout.cuda_graphs=true: needs a CUDA device; there is none. Set it to false."
+
+
+def test_an_engine_must_be_installed_and_know_the_model(refusal, monkeypatch):
+    line = "rollout.engine=vllm: needs vLLM; it is not installed. Run `pip install "
+    line += "'marlhf-mega[vllm]'`, or use rollout.engine=own."
+    monkeypatch.setattr(vllm, "version", lambda: None)
+    assert refusal("ppo", "rollout.engine=vllm") == line
+    monkeypatch.setattr(vllm, "version", lambda: "0.32.0")
+    line = refusal("ppo", "rollout.engine=vllm", "model.head_dim=16")
+    assert line == (
+        "rollout.engine=vllm: on CPUs vLLM takes heads of 32, 64, 80, 96, 112, 128, 160, 192, 224, "
+        "256, 512 numbers; the model's have 16. Use rollout.engine=own."
+    )
+    options = ("model.head_dim=32", "model.architecture=mistral", "model.qk_norm=true")
+    line = refusal("generate", "rollout.engine=vllm", *options, num_lines=2)
+    assert line.startswith("model.qk_norm=True: the Hugging Face architecture mistral always has")
+    assert line.endswith("rollout.engine=vllm: loads such a model. Use rollout.engine=own.")
 
 
 def test_a_path_that_the_system_refuses(refusal):

@@ -1,0 +1,69 @@
+"""Generation by a vLLM engine: requests from prompts, a `Rollout` from its answers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
+
+from marlhf_mega.algorithm.counter_rng import fold
+from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.rollout.stops import StopRule
+from marlhf_mega.rollout.types import Rollout, RolloutOptions
+from marlhf_mega.rollout.vllm_engine import EngineRequest, VllmEngine
+
+
+class VllmGenerator:
+    """Generates with the weights that its engine has been filled with."""
+
+    def __init__(self, engine: VllmEngine, mesh: Mesh, *, stop: StopRule) -> None:
+        """Take an engine.
+
+        Args:
+            engine: this rank's.
+            mesh: whose tensor-parallel ranks are a replica of the engine.
+            stop: ends a response.
+        """
+        self.engine, self.mesh, self.stop = engine, mesh, stop
+        self.chunks: Sequence[Module] = ()
+        """None of ours: the engine has its own model."""
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sample_indices: Sequence[int],
+        options: RolloutOptions,
+    ) -> Rollout:
+        """Generate one response to each of this replica's prompts, as `Generator` does.
+
+        The engine draws with a generator of its own, seeded for each sample by (seed, step, sample
+        index): the tokens are others than our decoder's, and the same in every run. It decides
+        itself how many it decodes together: `options.slots` is not read.
+        """
+        assert not options.rule.records_kept, "config/checks.py refuses filters in ppo"
+        indices = torch.tensor(list(sample_indices), dtype=torch.int64)
+        seeds = fold(options.seed, options.step, indices) & (2**63 - 1)
+        requests = [
+            EngineRequest(prompt=list(prompt), max_tokens=options.limit_of(sample), seed=seed)
+            for prompt, sample, seed in zip(prompts, sample_indices, seeds.tolist(), strict=True)
+        ]
+        found = self.engine.complete(requests, rule=options.rule, stop=self.stop)
+        logprobs = _grid([response.logprobs for response in found], self.mesh.device)
+        # Those under the whole vocabulary are not known where tokens were filtered.
+        unknown = torch.full_like(logprobs, torch.nan) if options.rule.is_filtered else None
+        return Rollout(
+            prompts=[list(prompt) for prompt in prompts],
+            responses=[response.tokens for response in found],
+            finished=[self.stop.is_met(response.tokens) for response in found],
+            sample_indices=list(sample_indices),
+            logprobs=logprobs,
+            full_logprobs=unknown,
+        )
+
+
+def _grid(rows: list[list[float]], device: torch.device) -> Tensor:
+    """Return rows of different lengths as one tensor, padded with zeros."""
+    if not rows:
+        return torch.zeros(0, 1, device=device)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)

@@ -1,0 +1,93 @@
+"""A real vLLM engine against our decoder and a training pass: dense, tied and expert models."""
+
+import json
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.vllm.installed import needs_vllm
+
+pytestmark = needs_vllm
+
+BASE = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 32,  # the smallest that it takes on CPUs
+    "ffn_hidden_size": 96,
+    "vocab_size": 50,
+    "init_std": 0.1,
+}
+TP2_PP2 = {"tensor_size": 2, "pipeline_size": 2}
+GEMMA = {
+    "architecture": "gemma2",
+    "activation": "gelu_tanh",
+    "tied_embeddings": True,
+    "embedding_scale": True,
+    "zero_centered_norm": True,
+    "post_norms": True,
+    "attention_softcap": 50.0,
+    "logits_softcap": 30.0,
+    "query_scale": 32.0,
+    "sliding_window": 8,
+    "sliding_window_every": 2,
+}
+EXPERTS = {"architecture": "mixtral", "num_experts": 4, "experts_per_token": 2}
+CASES = {
+    "llama": ({"architecture": "llama"}, TP2_PP2, {"tensor_size": 2}),
+    "tied qwen3": (
+        {"architecture": "qwen3", "qk_norm": True, "tied_embeddings": True},
+        TP2_PP2,
+        {"tensor_size": 1},
+    ),
+    "gemma2": (GEMMA, TP2_PP2, {"tensor_size": 2}),
+    "mixtral": (EXPERTS, {"pipeline_size": 2, "expert_size": 2}, {"tensor_size": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Run every case in one start of 4 ranks; each has an engine of its own."""
+    cases = [
+        {"model": BASE | model, "parallel": parallel, "rollout": rollout}
+        for model, parallel, rollout in CASES.values()
+    ]
+    out = tmp_path_factory.mktemp("vllm") / "4.json"
+    found = run_ranks("../vllm/engine_ranks.py", 4, out, json.dumps(cases), timeout=900)
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_answers_equal_those_of_our_decoder_before_and_after_updates(results, name):
+    states = results[name]["states"]
+    for state in states:
+        assert state["greedy"] == state["greedy_own"]
+        assert state["finished"] == state["finished_own"]
+    answers = [json.dumps(state["greedy"]) for state in states]
+    assert len(set(answers)) == len(states) == 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logprobs_equal_those_of_a_training_pass(results, name):
+    assert max(state["gap"] for state in results[name]["states"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_seed_repeats_its_samples(results, name):
+    found = results[name]
+    assert found["again"] == found["states"][-1]["sampled"]
+    assert found["again"] != found["states"][-1]["greedy"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_process_is_left_as_it_was(results, name):
+    assert results[name]["untouched"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_travel_to_every_rank_that_lacks_them(results, name):
+    """Each of 4 ranks gets the whole model, but for the shards that it holds."""
+    found = results[name]
+    assert found["seconds"] > 0
+    assert 0 < found["bytes"] < 4 * found["whole_bytes"]

@@ -1,0 +1,102 @@
+"""PPO whose samples come from a vLLM engine, and what a killed rank changes of it: nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marlhf_mega.data import toy
+from marlhf_mega.data.files import write_jsonl
+from marlhf_mega.data.train_tokenizer import train_tokenizer
+from tests.vllm.installed import needs_vllm
+
+pytestmark = needs_vllm
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Return the command of a tiny PPO run that trains at TP2 and generates at TP2."""
+    folder = tmp_path_factory.mktemp("vllm_runs")
+    train_tokenizer(toy.tokenizer_text(0, 300), folder / "tok", vocab_size=400)
+    write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 64))
+    write_jsonl(folder / "held_out.jsonl", toy.generate_prompts(0, 4, held_out=True))
+    return [
+        *("bash", str(ROOT / "launch" / "torchrun.sh"), "--ranks-per-node", "2"),
+        *("--restarts", "3", "ppo", f"tokenizer.path={folder / 'tok'}"),
+        *(f"data.train_path={folder / 'prompts.jsonl'}", "data.max_prompt_tokens=64"),
+        f"data.validation_path={folder / 'held_out.jsonl'}",
+        *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"),
+        *("model.num_attention_heads=2", "model.head_dim=32", "parallel.tensor_size=2"),
+        *("rollout.engine=vllm", "rollout.vllm.enforce_eager=true", "rollout.batch_size=4"),
+        *("rollout.samples_per_prompt=2", "rollout.max_response_tokens=12", "rollout.stop=[un]"),
+        *("ppo.minibatch_size=4", "ppo.microbatch_size=2", "policy.lr=1e-2", "run.steps=3"),
+        *("reward.source=marlhf_mega.data.toy:gold_reward", "logging.samples_interval=1"),
+        *("checkpoint.interval=1", "checkpoint.export_hf=false", "logging.tensorboard=false"),
+    ]
+
+
+def run(job, folder, *, faults=""):
+    """Run the job to its end; return its metrics and its samples."""
+    here = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [*job, f"run.dir={folder}"],
+        env=os.environ | here | {"MARLHF_FAULT": faults},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    lines, samples = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "samples.jsonl")
+    )
+    return lines, samples
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job, tmp_path_factory):
+    return run(job, tmp_path_factory.mktemp("undisturbed"))
+
+
+def numbers(lines):
+    timed = "time/|perf/|.*_per_s"
+    return [{k: v for k, v in line.items() if not re.match(timed, k)} for line in lines]
+
+
+def test_samples_are_those_of_the_policy_that_trains_on_them(undisturbed):
+    lines, _ = undisturbed
+    steps = [line for line in lines if "rollout/logprob_gap" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        assert line["rollout/logprob_gap_max"] < 1e-5
+        assert line["time/reshard_seconds"] > 0
+        assert line["rollout/reshard_gib"] > 0
+    assert len({line["policy/entropy"] for line in steps}) == 3
+
+
+def test_a_killed_rank_changes_no_number(job, undisturbed, tmp_path):
+    """Its peer is in the middle of a move of weights or of a decode step."""
+    found = run(job, tmp_path, faults="rank=1,step=2,phase=rollout,kind=kill")
+    assert numbers(found[0]) == numbers(undisturbed[0])
+    assert found[1] == undisturbed[1]
+    assert len([*(tmp_path / "faults").iterdir()]) == 1
+
+
+def test_ranks_that_only_generate_may_have_the_engine(job, undisturbed, tmp_path):
+    """One rank trains, one generates: the samples of the first step are those of TP2."""
+    options = ["parallel.tensor_size=1", "rollout.ranks=1"]
+    lines, samples = run([*job, *options], tmp_path)
+    steps = [line for line in lines if "rollout/logprob_gap" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert max(line["rollout/logprob_gap_max"] for line in steps) < 1e-5
+    first, wanted = (
+        [s["response"] for s in x if s["step"] == 1] for x in (samples, undisturbed[1])
+    )
+    assert first == wanted
