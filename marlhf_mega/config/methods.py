@@ -104,6 +104,7 @@ def online_problems(config: Config) -> Iterator[str]:
     for name, why in (
         ("rollout.top_k", "learns from all tokens"),
         ("rollout.top_p", "learns from all tokens"),
+        ("rollout.mask_interval", "learns from all tokens"),
         ("rollout.engine", "generates where it trains"),
         ("rollout.tensor_size", "generates where it trains"),
         ("rollout.pipeline_size", "generates where it trains"),

@@ -16,7 +16,7 @@ from marlhf_mega.config.section import Section
 
 
 class PreferenceConfig(Section):
-    """Learning from preference pairs without a reward model. The optimizer is that of `policy`."""
+    """Learning from pairs, given ones or the policy's own. The optimizer is that of `policy`."""
 
     loss: PreferenceLoss = "dpo"
     """What is minimised over pairs: see the table of methods in marlhf_mega/algorithm/README.md."""

@@ -423,6 +423,7 @@ def online(**sections):
     ("sections", "line"),
     [
         ({"rollout": {"top_p": 0.9}}, "rollout.top_p=0.9: preference.loss=ipo_md learns from all"),
+        ({"rollout": {"mask_interval": 5}}, "rollout.mask_interval=5: preference.loss=ipo_md lea"),
         ({"rollout": {"top_k": 5}}, "rollout.top_k=5: preference.loss=ipo_md learns from all tok"),
         ({"rollout": {"tensor_size": 1}}, "rollout.tensor_size=1: preference.loss=ipo_md generat"),
         (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlhf_mega.config.load import with_keys
+from marlhf_mega.config.load import ConfigError, with_keys
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.generation import Generation
 from marlhf_mega.plan.workload import workload
@@ -59,3 +59,9 @@ def test_microbatches_of_every_job(job, sequences, count):
     assert (work.microbatch.sequences, work.num_microbatches) == (sequences, count)
     assert work.microbatch.seq == 512 + (1024 if job == "ppo" else 512)
     assert Generation.of_rollout(work).slots == 256
+
+
+def test_a_job_that_answers_and_is_judged_is_planned_as_ppo():
+    settings = {"preference": {"loss": "ipo_md"}, "model": LLAMA_8B}
+    with pytest.raises(ConfigError, match=r"^preference\.loss=ipo_md: cannot be planned, since "):
+        workload(Config.model_validate(settings), "preference", 8)
