@@ -1,5 +1,7 @@
 """Counter-based random numbers: a draw depends on its keys, not on which rank draws or when."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,14 @@ def fold(*keys: int | Tensor) -> Tensor:
 def uniform(key: Tensor) -> Tensor:
     """Map keys from `fold` to float64 numbers in [0, 1), 53 bits each; same shape."""
     return ((key >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def normal(key: Tensor) -> Tensor:
+    """Map keys from `fold` to normal numbers, float32, by Box-Muller on the two halves of each."""
+    high = ((key >> 32) & 0xFFFFFFFF).to(torch.float64)
+    low = (key & 0xFFFFFFFF).to(torch.float64)
+    radius = torch.sqrt(-2.0 * torch.log((high + 1) / 2**32))
+    return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from marlhf_mega.checkpoint import folders, manifest, optimizer_state, sharded
 from marlhf_mega.checkpoint.contents import SCALAR_ROLES, read_whole
 from marlhf_mega.checkpoint.hf.adapters import is_same_base
-from marlhf_mega.checkpoint.hf.parameters import LENGTH_HEAD
+from marlhf_mega.checkpoint.hf.parameters import is_own
 from marlhf_mega.checkpoint.metadata import TensorFacts, read_tensors
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
@@ -149,9 +149,8 @@ def load_weights(
     table = _read_table(folder / name, mesh)
     parts = gather_objects(sharded.compare_weights(table, chunks, mesh))
     absent = {tensor: problem for part in parts for tensor, problem in part.items()}
-    fresh = {sharded.HEAD, LENGTH_HEAD} if chunks[0].head == "scalar" else set()
     for tensor, problem in absent.items():
-        if tensor not in fresh:
+        if chunks[0].head == "language" or not (tensor == sharded.HEAD or is_own(tensor)):
             raise RuntimeError(
                 f"{folder / name}: must hold the weights of this model; it {problem}. Use the "
                 "model settings of that run."

@@ -8,15 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from marlhf_mega.algorithm.counter_rng import fold, uniform
+from marlhf_mega.algorithm.counter_rng import fold, normal, uniform
 from marlhf_mega.checkpoint.hf.adapters import AdapterTable
 from marlhf_mega.checkpoint.hf.importer import import_weights
 from marlhf_mega.checkpoint.hf.parameters import (
-    LENGTH_HEAD,
     LocalParameter,
     adapter_parameters,
     find_shards,
     local_parameters,
+    own_parameters,
 )
 from marlhf_mega.checkpoint.hf.table import Layout, Shard, WeightTable
 from marlhf_mega.checkpoint.sharded import HEAD, replicas_of
@@ -106,11 +106,14 @@ def fill_random(
             std = _standard_deviation(name, chunks[0])
             parameter.zero_()
             for values, key, index in elements_of(parameter, shard, table):
-                values.copy_(_normal(fold(seed, key, index)) * std)
-    for weight in (dict(chunk.named_parameters()).get(LENGTH_HEAD) for chunk in chunks):
-        if weight is not None:
-            keys = fold(seed, zlib.crc32(LENGTH_HEAD.encode()), torch.arange(weight.numel()))
-            weight[0] = _normal(keys.to(weight.device)) / math.sqrt(model.hidden_size + 1)
+                values.copy_(normal(fold(seed, key, index)) * std)
+    for name, weight in own_parameters(chunks).items():
+        if name.endswith("bias"):
+            weight.zero_()
+            continue
+        keys = fold(seed, zlib.crc32(name.encode()), torch.arange(weight.numel()))
+        drawn = normal(keys.to(weight.device)).view(weight.shape)
+        weight.copy_(drawn / math.sqrt(weight.shape[1] + 1))
     round_weights(chunks)
 
 
@@ -150,14 +153,6 @@ def elements_of(
             row = torch.arange(row_lo + lo, row_lo + lo + len(part), device=values.device)
             index = row[:, None] * columns + column
             yield part, key, index.view(part.shape)
-
-
-def _normal(bits: Tensor) -> Tensor:
-    """Map 64-bit hashes to normal numbers, float32, by Box-Muller on the two halves of each."""
-    high = ((bits >> 32) & 0xFFFFFFFF).to(torch.float64)
-    low = (bits & 0xFFFFFFFF).to(torch.float64)
-    radius = torch.sqrt(-2.0 * torch.log((high + 1) / 2**32))
-    return (radius * torch.cos(low * (2 * math.pi / 2**32))).to(torch.float32)
 
 
 def fill_from(

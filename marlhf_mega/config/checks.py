@@ -9,7 +9,12 @@ from typing import Any, Literal
 from marlhf_mega.config.limits import context_multiple, round_up
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.lora import ATTENTION, FEED_FORWARD
-from marlhf_mega.config.methods import method_problems, online_problems, preference_problems
+from marlhf_mega.config.methods import (
+    method_problems,
+    online_problems,
+    preference_problems,
+    reward_model_problems,
+)
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.hardware import MemoryConfig, ParallelConfig
@@ -178,12 +183,8 @@ def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
         yield from preference_problems(config)
         if config.preference.is_online:
             yield from online_problems(config)
-    if job == "reward" and config.reward_model.length_coef and config.reward_model.loss == "span":
-        yield (
-            f"reward_model.length_coef={config.reward_model.length_coef:g}: correlates the scores "
-            "of last tokens with the length; reward_model.loss=span compares those of all tokens. "
-            "Use reward_model.loss=last, or set it to 0."
-        )
+    if job == "reward":
+        yield from reward_model_problems(config)
     yield from _effect_problems(config, job)
 
 

@@ -129,6 +129,30 @@ def online_problems(config: Config) -> Iterator[str]:
             )
 
 
+def reward_model_problems(config: Config) -> Iterator[str]:
+    """Yield a line for every contradiction between the methods of a reward model."""
+    settings = config.reward_model
+    if settings.length_coef and settings.loss == "span":
+        yield (
+            f"reward_model.length_coef={settings.length_coef:g}: correlates the scores of last "
+            "tokens with the length; reward_model.loss=span compares those of all tokens. Use "
+            "reward_model.loss=last, or set it to 0."
+        )
+    if not settings.latent_size:
+        return
+    others = {
+        "reward_model.loss=span": settings.loss == "span",
+        f"reward_model.length_coef={settings.length_coef:g}": settings.length_coef > 0,
+        "checkpoint.export_hf=true": config.checkpoint.export_hf,
+    }
+    for other in (name for name, is_set in others.items() if is_set):
+        yield (
+            f"reward_model.latent_size={settings.latent_size}: scores last tokens by what a user "
+            f"prefers, as no Hugging Face model does; not with {other}. Set it to 0, or change "
+            "that key."
+        )
+
+
 def method_problems(config: Config, data_size: int) -> Iterator[str]:
     """Yield a line for every contradiction between the methods of ppo and other keys.
 

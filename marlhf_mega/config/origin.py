@@ -96,6 +96,12 @@ def _run_origin(path: Path, run_config: Path, key: str) -> Origin:
             f"{key}={path}: its config.yaml must describe the model; {reason}. Fix the file, or "
             "use another run."
         ) from None
+    size = (values.get("reward_model") or {}).get("latent_size", 0)
+    if size:
+        raise ValueError(
+            f"{key}={path}: must be a model that needs no user; this one scores by what a user "
+            f"prefers, reward_model.latent_size={size}. Use another run."
+        )
     base, seed = None, 0
     if model.lora.is_on:
         base = first_origin(model, of=f" of {path}")

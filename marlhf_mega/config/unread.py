@@ -44,6 +44,10 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "reward.overlong_buffer": ("reward.shaping", lambda names: "overlong" in names),
     "reward.overlong_factor": ("reward.shaping", lambda names: "overlong" in names),
     "reward_model.overlap_coef": ("reward_model.length_coef", lambda coef: coef > 0),
+    **{
+        f"reward_model.latent_{name}": ("reward_model.latent_size", lambda size: size > 0)
+        for name in ("context", "kl_coef", "kl_cycle")
+    },
     "reward.missing_eos_penalty": ("reward.missing_eos", lambda rule: rule != "none"),
     "offline.kl_coef": ("offline.algorithm", lambda name: name == "a_lol_kl"),
     "offline.clip_range": (

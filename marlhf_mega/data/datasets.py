@@ -55,6 +55,12 @@ class PreferencePair:
     """Token ids of still worse responses, in their order; of a ranking only."""
     rewards: list[float] = field(default_factory=list)
     """Of all its responses; of a ranking only."""
+    user: str = ""
+    """Whose preference it is; empty if the row does not say."""
+    number: int = 0
+    """Of a pair in a context: which one of the data it is."""
+    context: list["PreferencePair"] = field(default_factory=list)
+    """Other pairs of the same user, for a reward model that reads them."""
 
     @property
     def responses(self) -> list[list[int]]:
@@ -228,6 +234,7 @@ class ExampleBuilder:
                 chosen_probability=float(_number(prompt.row, "chosen_probability", 1.0)),
                 safe=[prompt.row[name] for name in SAFE if name in prompt.row],
                 from_reference=prompt.row.get("from_reference", ""),
+                user=str(prompt.row.get("user", "")),
             )
             for (prompt, _), chosen_ids, rejected_ids in zip(prompts, chosen, rejected, strict=True)
         ]

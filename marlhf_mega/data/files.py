@@ -349,3 +349,9 @@ def _check_labels(row: Row, *, where: str) -> None:
             f"{where}: from_reference: must be chosen or rejected, the response that the reference "
             f"gave; got {row['from_reference']!r:.40}. Fix it."
         )
+    user = row.get("user", "")
+    if not isinstance(user, str | int) or isinstance(user, bool):
+        raise ValueError(
+            f"{where}: user: must be text or an integer, whose preference the pair is; got "
+            f"{type_name(user)}. Fix it."
+        )

@@ -325,6 +325,12 @@ METRICS = {
     "reward/head_overlap": Metric(
         "overlap of the heads", about="|cosine| between their weights; 0 if they are orthogonal."
     ),
+    "reward/latent_kl": Metric(
+        "KL of the latents",
+        "nats",
+        about="Of what is inferred of a user from N(0, 1), mean over the pairs of the batch; near "
+        "0 the score does not depend on the user.",
+    ),
     "offline/loss": Metric("training loss", "", False, about="Of the batch; lower is better."),
     "offline/advantage": Metric(
         "advantage", about="Given score minus what the value model expects, mean over the batch."

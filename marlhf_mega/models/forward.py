@@ -58,6 +58,12 @@ def both_scores_forward(chunk: torch.nn.Module, batch: SequenceBatch) -> Tensor:
     return output
 
 
+def last_state_forward(chunk: torch.nn.Module, batch: SequenceBatch) -> Tensor:
+    """Run a model without its head: the states at the last response tokens, [batch, hidden]."""
+    output: Tensor = chunk(batch, shift=0, last_states=True)
+    return output
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexedBatch:
     """One microbatch, and which of the caller's sequences it holds."""
@@ -188,6 +194,20 @@ def run_forward(
             width = min(shape[-1], output.shape[-1])
             whole[..., indices, :width] = output[..., real.to(mesh.device), :width].float()
     return broadcast_from_last_stage(whole, shape, mesh)
+
+
+def last_states(chunks: Sequence[torch.nn.Module], batches: Batches) -> Tensor | None:
+    """Return float32 [sequences, hidden], states at the last response tokens; on the last stage.
+
+    All ranks of a pipeline call it; on the other stages there is none.
+    """
+    inputs = [m.batch for m in batches.microbatches]
+    outputs = pipeline_forward(chunks, inputs, last_state_forward)
+    if not outputs:
+        return None
+    order = torch.cat([m.indices for m in batches.microbatches]).argsort()
+    real = order[: len(batches.response_lengths)]
+    return torch.cat(outputs)[real.to(batches.mesh.device)]
 
 
 def last_token_scores(chunks: Sequence[torch.nn.Module], batches: Batches) -> Tensor:

@@ -22,6 +22,7 @@ from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.last_layer_pruning import LastLayerPruning, can_prune
+from marlhf_mega.models.latent_head import LatentHead
 from marlhf_mega.models.lora import adapter_state_dict, attach, freeze_others
 from marlhf_mega.models.packing import Packing
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
@@ -81,6 +82,7 @@ class StageModel(LanguageModule):
         chunk: int,
         memory: MemoryConfig,
         length_head: bool = False,
+        latent_size: int = 0,
     ) -> None:
         """Allocate parameters without filling them; `marlhf_mega.checkpoint.weights` does that.
 
@@ -92,6 +94,7 @@ class StageModel(LanguageModule):
             chunk: which of this rank's virtual pipeline stages.
             memory: what is recomputed in the backward pass.
             length_head: a scalar head has a second one beside it, see `ScalarHead`.
+            latent_size: of the latent per user; 0 means that a scalar head knows of no users.
         """
         assert model.vocab_size is not None
         config = transformer_config(model, precision, mesh, memory)
@@ -134,7 +137,7 @@ class StageModel(LanguageModule):
             "rotary_speeds", inverse_frequencies(model).to(mesh.device), persistent=False
         )
         if self.post_process:
-            self.output_layer = self._build_head(padded, mesh, length_head)
+            self.output_layer = self._build_head(padded, mesh, length_head, latent_size)
         self._prunes = self.post_process and can_prune(config)
         if self._prunes:
             LastLayerPruning(self.decoder.layers[-1])
@@ -142,7 +145,11 @@ class StageModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
         _mark_sharded_weights(self)
 
-    def _build_head(self, padded_vocab: int, mesh: Mesh, length_head: bool) -> torch.nn.Module:
+    def _build_head(
+        self, padded_vocab: int, mesh: Mesh, length_head: bool, latent_size: int
+    ) -> torch.nn.Module:
+        if latent_size:
+            return LatentHead(self.config, mesh, size=latent_size)
         if self.head == "scalar":
             return ScalarHead(self.config, mesh, length_head=length_head)
         return tensor_parallel.ColumnParallelLinear(
@@ -186,6 +193,7 @@ class StageModel(LanguageModule):
         filtered: bool = False,
         shift: int = -1,
         with_length: bool = False,
+        last_states: bool = False,
     ) -> Tensor:
         """Run the chunk; all stages are called with the same batch.
 
@@ -196,16 +204,20 @@ class StageModel(LanguageModule):
             shift: for a scalar head: -1 reads the state before each response token (critic), 0 the
                 state at that token (reward model).
             with_length: give the scores of the length head as well.
+            last_states: leave the head out.
 
         Returns:
             Before the last chunk: activations [seq, batch, hidden]. Language head: float32
             [2, batch, response], log-probs of the response tokens and entropies; [3, batch,
             response] if `filtered`, with the log-probs over the whole vocabulary. Scalar head:
-            float32 [batch, response]; [2, batch, response] if `with_length`.
+            float32 [batch, response]; [2, batch, response] if `with_length`. With `last_states`:
+            float32 [batch, hidden], the states at the last response tokens.
         """
         own = self._own_tokens(batch)
         if not self.post_process:
             return self._run_layers(own)
+        if last_states:
+            return self._last_states(batch, own)
         is_language = self.head == "language"
         indices, chosen = own.find(batch, -1 if is_language else shift)
         states = self._states(own, indices, sum_gradients=is_language)
@@ -229,6 +241,15 @@ class StageModel(LanguageModule):
         else:
             grid = batch.to_grid(self.output_layer(states), chosen)
         return grid if own.share is None else own.share.sum(grid)
+
+    def _last_states(self, batch: SequenceBatch, own: _OwnTokens) -> Tensor:
+        indices, chosen = own.find(batch, 0)
+        rows = batch.grid_rows[chosen]
+        is_last = batch.grid_columns[chosen] + 1 == batch.response_lengths[rows]
+        states = self._states(own, indices[is_last], sum_gradients=False).float()
+        whole = states.new_zeros(len(batch.response_lengths), states.shape[-1])
+        found = whole.index_put((rows[is_last],), states)
+        return found if own.share is None else own.share.sum(found)
 
     @torch.no_grad()
     def states(self, batch: SequenceBatch) -> Tensor:
@@ -326,6 +347,9 @@ class StageModel(LanguageModule):
         """Describe this chunk's parameters for distributed checkpoints, or those that learn."""
         if self.has_adapters:
             return self._learning_state_dict(metadata)
+        if self.post_process and isinstance(self.output_layer, LatentHead):
+            # Megatron's language model expects a head with one weight.
+            return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
@@ -412,6 +436,7 @@ def build_chunks(
     memory: MemoryConfig | None = None,
     frozen: bool = False,
     length_head: bool = False,
+    latent_size: int = 0,
     adapters: bool = True,
 ) -> list[StageModel]:
     """Build this rank's chunks of one model on its device, with parameters not yet filled.
@@ -428,6 +453,7 @@ def build_chunks(
             chunk=chunk,
             memory=memory or MemoryConfig(),
             length_head=length_head,
+            latent_size=latent_size,
         ).to(mesh.device)
         for chunk in range(mesh.num_chunks)
     ]

@@ -39,6 +39,7 @@ def build_model(
     name: Literal["policy", "reference", "critic", "reward", "judge"],
     frozen: bool = False,
     length_head: bool = False,
+    latent_size: int = 0,
 ) -> list[StageModel]:
     """Build a role on this rank and fill it.
 
@@ -50,6 +51,7 @@ def build_model(
         name: of the role, which tells the head.
         frozen: it will not learn.
         length_head: a reward model gets a second head, see `ScalarHead`.
+        latent_size: of the latent per user that a reward model has; 0 means none.
 
     Returns:
         This rank's chunks.
@@ -65,6 +67,7 @@ def build_model(
         memory=config.memory,
         frozen=frozen,
         length_head=length_head,
+        latent_size=latent_size,
         adapters=False,
     )
     if origin is None:

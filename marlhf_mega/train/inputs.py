@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +22,8 @@ from marlhf_mega.config.hf_write import hf_config_from_model
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.data import DataSource
-from marlhf_mega.data.datasets import ExampleBuilder, Prompt
+from marlhf_mega.data.contexts import InContext
+from marlhf_mega.data.datasets import ExampleBuilder, PreferencePair, Prompt
 from marlhf_mega.data.files import RowKind, data_hash
 from marlhf_mega.data.stream import SampleStream, SourcePart, epoch_size
 from marlhf_mega.data.token_cache import Build, examples_of, joined
@@ -161,7 +162,17 @@ def read_inputs(config: Config, job: Job, world_size: int) -> Inputs[Any]:
     )
     if generates(config, job):
         _check_first_rows(found, job)
-    return found
+    return _in_context(found) if job == "reward" and config.reward_model.latent_size else found
+
+
+def _in_context(inputs: Inputs[PreferencePair]) -> Inputs[PreferencePair]:
+    """Put every pair beside others of its user; raises ValueError where there are none."""
+    size, seed = inputs.config.reward_model.latent_context, inputs.config.run.seed
+    return replace(
+        inputs,
+        train=InContext(inputs.train, size=size, seed=seed, key="data.train_path"),
+        validation=InContext(inputs.validation, size=size, seed=seed, key="data.validation_path"),
+    )
 
 
 def _check_first_rows(inputs: Inputs[Any], job: Job) -> None:

@@ -1,8 +1,8 @@
 """Reward-model training: Bradley-Terry on preference pairs."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -12,18 +12,21 @@ from marlhf_mega import durable
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.algorithm.reward_models import correlation
 from marlhf_mega.config.limits import round_up
+from marlhf_mega.config.sections.training import RewardModelConfig
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.microbatch import MicrobatchLimit, split_by_size
 from marlhf_mega.metrics.held_out import SCORE, HeldOut, interleave
 from marlhf_mega.metrics.pairs import HELD_OUT_PAIRS, JudgedPair, calibration_error, source_names
 from marlhf_mega.models.forward import (
+    Forward,
     both_scores_forward,
+    last_state_forward,
     last_token_scores,
     make_batches,
     score_forward,
 )
-from marlhf_mega.models.gpt import ScalarHead
+from marlhf_mega.models.gpt import ScalarHead, StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import gather_objects
 from marlhf_mega.parallel.mesh import Mesh
@@ -35,6 +38,7 @@ from marlhf_mega.train.moving_labels import MovingLabels
 from marlhf_mega.train.origins import policy_origin
 from marlhf_mega.train.reward_pairs import PAIR_METRICS, pair_loss, pair_microbatch
 from marlhf_mega.train.supervised import Microbatch, SupervisedJob, train_supervised
+from marlhf_mega.train.user_latents import LATENT_METRICS, UserLatents
 
 
 def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh, watchdog: Watchdog) -> dict[str, float]:
@@ -44,22 +48,34 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh, watchdog: Watchdog) -
     origin = policy_origin(config)
     short = source_names(sorted(set(inputs.validation_sources)))
     sources = [short[path] for path in inputs.validation_sources]
-    two_heads = settings.length_coef > 0
     chunks = build_model(
-        config.model, config, mesh, origin=origin, name="reward", length_head=two_heads
+        config.model,
+        config,
+        mesh,
+        origin=origin,
+        name="reward",
+        length_head=settings.length_coef > 0,
+        latent_size=settings.latent_size,
     )
+    users = None
+    if settings.latent_size:
+        users = UserLatents(chunks, settings, mesh, seed=config.run.seed)
+
+    def lay_out(pairs: Sequence[PreferencePair]) -> Microbatch:
+        if users is not None:
+            return users.microbatch(pairs)
+        return pair_microbatch(pairs, mesh, packed=settings.packing)
 
     def cut(pairs: Sequence[PreferencePair]) -> list[Microbatch]:
         lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
         size, stages = settings.microbatch_size, mesh.pp_size if mesh.num_chunks > 1 else 1
         count = round_up(-(-len(pairs) // size), stages)
         parts = split_by_size(lengths, microbatch_size=size, min_microbatches=count)
-        return [
-            pair_microbatch([pairs[i] for i in p.tolist()], mesh, packed=settings.packing)
-            for p in parts
-        ]
+        return [lay_out([pairs[i] for i in part.tolist()]) for part in parts]
 
     def score(state: TrainState, own: Sequence[PreferencePair]) -> Tensor:
+        if users is not None:
+            return users.score(state, own).double()
         prompts = [p.prompt_ids for p in own]
         limit = MicrobatchLimit(sequences=2 * settings.microbatch_size, packed=settings.packing)
         scores = [
@@ -84,28 +100,51 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh, watchdog: Watchdog) -
         labels = MovingLabels(inputs.train, score, mesh, rate=settings.label_update)
         inputs = replace(inputs, train=labels)
 
-    def loss(output: Tensor, microbatch: Microbatch) -> LossOutput:
-        if not two_heads:
-            return pair_loss(output, microbatch, settings)
-        head, is_first = chunks[-1].output_layer, mesh.cp_rank == 0
-        assert isinstance(head, ScalarHead)
-        return two_head_loss(output, microbatch, settings, head, adds_overlap=is_first)
-
+    head = _head(chunks, settings, mesh, users)
     spec = SupervisedJob(
         job="reward",
         role="reward",
         optimizer=settings,
         batch_size=settings.batch_size,
         cut=cut,
-        forward=both_scores_forward if two_heads else score_forward,
-        loss=loss,
-        prepare=partial(add_length_terms, mesh=mesh) if two_heads else None,
-        metric_names=(*PAIR_METRICS, *(LENGTH_METRICS if two_heads else ())),
+        forward=head.forward,
+        loss=head.loss,
+        prepare=head.prepare,
+        metric_names=(*PAIR_METRICS, *head.metrics),
         output_size=1,
         evaluate=evaluate,
         labels=labels,
     )
     return train_supervised(spec, inputs, chunks, mesh, watchdog)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the head of a reward model changes of the job."""
+
+    forward: Forward
+    loss: Callable[[Tensor, Microbatch], LossOutput]
+    prepare: Callable[[TrainState, list[Microbatch]], list[Microbatch]] | None = None
+    metrics: tuple[str, ...] = ()
+
+
+def _head(
+    chunks: Sequence[StageModel],
+    settings: RewardModelConfig,
+    mesh: Mesh,
+    users: UserLatents | None,
+) -> _Head:
+    if users is not None:
+        return _Head(last_state_forward, users.loss, users.prepare, LATENT_METRICS)
+    if settings.length_coef == 0:
+        return _Head(score_forward, partial(pair_loss, settings=settings))
+
+    def loss(output: Tensor, microbatch: Microbatch) -> LossOutput:
+        head, is_first = chunks[-1].output_layer, mesh.cp_rank == 0
+        assert isinstance(head, ScalarHead)
+        return two_head_loss(output, microbatch, settings, head, adds_overlap=is_first)
+
+    return _Head(both_scores_forward, loss, partial(add_length_terms, mesh=mesh), LENGTH_METRICS)
 
 
 def _held_out(

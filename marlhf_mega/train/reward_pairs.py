@@ -23,6 +23,14 @@ class PairTargets:
     margin: Tensor
     chosen_probability: Tensor
 
+    def label(self, settings: RewardModelConfig) -> Tensor:
+        """Return the probabilities that the chosen responses are better, labels' errors included.
+
+        Of a certain label `label_smoothing` is the probability that it is wrong.
+        """
+        wrong = settings.label_smoothing
+        return self.chosen_probability * (1 - 2 * wrong) + wrong
+
 
 def pair_microbatch(pairs: Sequence[PreferencePair], mesh: Mesh, *, packed: bool) -> Microbatch:
     """Lay out pairs: first all chosen responses, then all rejected ones."""
@@ -46,17 +54,8 @@ def pair_loss(output: Tensor, microbatch: Microbatch, settings: RewardModelConfi
     """Compare the scores [batch, response] of a pair's two responses, as the config says."""
     batch: SequenceBatch = microbatch.batch
     targets: PairTargets = microbatch.extra
-    margin, wrong = targets.margin, settings.label_smoothing
-    label = targets.chosen_probability * (1 - 2 * wrong) + wrong
     if settings.loss == "last":
-        chosen, rejected = batch.at_last(output).chunk(2)
-        return preference_loss(
-            chosen,
-            rejected,
-            margin=margin,
-            chosen_probability=label,
-            center_coef=settings.center_coef,
-        )
+        return last_loss(batch.at_last(output), targets, settings)
     chosen, rejected = output.chunk(2)
     tokens = batch.to_grid(batch.response_tokens).chunk(2)
     masks = batch.response_mask.chunk(2)
@@ -67,7 +66,19 @@ def pair_loss(output: Tensor, microbatch: Microbatch, settings: RewardModelConfi
         rejected_tokens=tokens[1],
         chosen_mask=masks[0],
         rejected_mask=masks[1],
-        margin=margin,
-        chosen_probability=label,
+        margin=targets.margin,
+        chosen_probability=targets.label(settings),
+        center_coef=settings.center_coef,
+    )
+
+
+def last_loss(scores: Tensor, targets: PairTargets, settings: RewardModelConfig) -> LossOutput:
+    """Compare the scores of last tokens [2 * pairs], those of chosen responses first."""
+    chosen, rejected = scores.chunk(2)
+    return preference_loss(
+        chosen,
+        rejected,
+        margin=targets.margin,
+        chosen_probability=targets.label(settings),
         center_coef=settings.center_coef,
     )

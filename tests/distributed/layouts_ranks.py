@@ -16,6 +16,7 @@ from marlhf_mega.algorithm.macro_actions import NO_ACTION
 from marlhf_mega.checkpoint.weights import fill_adapters, fill_random
 from marlhf_mega.config import limits
 from marlhf_mega.config.schema import Config
+from marlhf_mega.data.contexts import InContext
 from marlhf_mega.data.datasets import OfflineExample, PreferencePair
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.builder import ExperienceBuilder
@@ -26,6 +27,7 @@ from marlhf_mega.metrics.reduce import reduce_metrics
 from marlhf_mega.metrics.timing import PhaseTimers
 from marlhf_mega.models.forward import (
     both_scores_forward,
+    last_state_forward,
     logprob_forward,
     make_batches,
     run_forward,
@@ -55,6 +57,7 @@ from marlhf_mega.train.offline_known import Known
 from marlhf_mega.train.reference_sums import pair_batches
 from marlhf_mega.train.reward_pairs import pair_loss, pair_microbatch
 from marlhf_mega.train.supervised import Microbatch
+from marlhf_mega.train.user_latents import UserLatents
 from marlhf_mega.update import ppo as update
 from tests.distributed.tiny_model import TINY
 
@@ -345,12 +348,8 @@ def reward_case(config, mesh, folder, *, two_heads=False):
     fill_random(chunks, mesh, seed=6)
     fill_adapters(chunks, mesh, seed=6)
     state = TrainState(chunks, settings, total_steps=4)
-    prompts, chosen = texts(7, [4] * BATCH), texts(8, [3, 5, 4, 6, 3, 5, 4, 2])
-    rejected = texts(9, [5, 3, 6, 4, 2, 5, 3, 4])
-    pairs = [
-        PreferencePair(prompt_ids=p, chosen_ids=c, rejected_ids=r, margin=0.1)
-        for p, c, r in zip(prompts, chosen, rejected, strict=True)
-    ]
+    pairs = judged_pairs()
+    prompts, chosen = [p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs]
     share = BATCH // mesh.dp_size
     own = list(range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
     size, packed = config.ppo.microbatch_size, config.ppo.packing
@@ -391,6 +390,42 @@ def reward_case(config, mesh, folder, *, two_heads=False):
         "grad_norms": norms,
         "scores": [by_sample(own, grid, mesh) for grid in grids],
     }
+
+
+def judged_pairs():
+    """Pairs of three users, the same on all ranks."""
+    prompts, chosen = texts(7, [4] * BATCH), texts(8, [3, 5, 4, 6, 3, 5, 4, 2])
+    rejected = texts(9, [5, 3, 6, 4, 2, 5, 3, 4])
+    return [
+        PreferencePair(prompt_ids=p, chosen_ids=c, rejected_ids=r, margin=0.1, user="abc"[i % 3])
+        for i, (p, c, r) in enumerate(zip(prompts, chosen, rejected, strict=True))
+    ]
+
+
+def latents_case(config, mesh):
+    """Two optimizer steps of a reward model with a latent per user; the scores afterwards."""
+    size, packed = config.ppo.microbatch_size, config.ppo.packing
+    changes = {"latent_size": 6, "latent_kl_coef": 0.1, "packing": packed, "microbatch_size": size}
+    settings = config.reward_model.model_copy(update=changes)
+    chunks = build_chunks(config.model, config.precision, mesh, head="scalar", latent_size=6)
+    fill_random(chunks, mesh, seed=6)
+    fill_adapters(chunks, mesh, seed=6)
+    state = TrainState(chunks, settings, total_steps=4)
+    users = UserLatents(chunks, settings, mesh, seed=2)
+    share = BATCH // mesh.dp_size
+    own = list(range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
+    pairs = InContext(judged_pairs(), size=2, seed=3, key="")[own[0] : own[-1] + 1]
+    losses, norms = [], []
+    for _ in range(2):
+        state.zero_grad()
+        parts = [users.microbatch(pairs[k : k + size]) for k in range(0, share, size)]
+        outputs = pipeline_forward_backward(
+            state.chunks, users.prepare(state, parts), last_state_forward, users.loss
+        )
+        losses.append(loss_of(outputs, mesh))
+        norms.append(state.step().grad_norm)
+    scores = users.score(state, pairs).T.tolist()
+    return {"losses": losses, "grad_norms": norms, "scores": [by_sample(own, scores, mesh)]}
 
 
 def preference_case(config, mesh):
@@ -526,6 +561,7 @@ def main():
                 "ppo": ppo_case(case, config, mesh, folder),
                 "reward": reward_case(config, mesh, folder),
                 "two_heads": reward_case(config, mesh, folder, two_heads=True),
+                "latents": latents_case(config, mesh),
                 "offline": offline_case(config, mesh, with_losses=case["methods"]),
                 "preference": preference_case(config, mesh) if case["methods"] else {},
             }

@@ -231,7 +231,7 @@ def test_every_number_is_that_of_one_rank(results, model, layout):
     assert found["ppo"]["sampled"] == expected["ppo"]["sampled"]
     if model == "experts":
         assert found["ppo"]["uneven"] == expected["ppo"]["greedy"][:3]
-    for job in ("ppo", "reward", "two_heads", "offline"):
+    for job in ("ppo", "reward", "two_heads", "latents", "offline"):
         for name, value in expected[job].items():
             if name not in ("metrics", "methods", "algorithms", "tokens_per_replica"):
                 assert_same(found[job][name], value, name)

@@ -19,6 +19,7 @@ from tests.e2e.test_preference import LOSSES
 from tests.vllm.installed import needs_vllm
 
 SAFE = {"chosen_safe": True, "rejected_safe": False, "from_reference": "rejected", "margin": 1.0}
+SAFE |= {"user": "x"}
 # Job, sections, and the metrics of the job's screen that the run does not have. What
 # `test_ppo_rules.py` and `test_preference.py` train with is not repeated.
 SETTINGS = {
@@ -85,6 +86,7 @@ SETTINGS = {
     ),
     "last": ("reward", {"reward_model": {"loss": "last"}}, ()),
     "span": ("reward", {"reward_model": {"loss": "span"}}, ()),
+    "latents": ("reward", {"reward_model": {"latent_size": 8, "latent_kl_cycle": 2}}, ()),
     **{
         name: ("offline", {"offline": settings}, () if has_reference else ("offline/kl",))
         for name, settings, has_reference in (

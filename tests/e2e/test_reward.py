@@ -129,6 +129,32 @@ def test_labels_do_not_depend_on_the_layout(folder, smoothed):
             assert numbers(wide)[-1][name] == pytest.approx(value, abs=1e-3), name
 
 
+def test_users_are_judged_by_what_they_prefer(folder):
+    """Two users who want the opposite of each other; a run resumes bit for bit."""
+    for name in ("train", "easy", "hard"):
+        rows = lines(folder / f"{name}.jsonl")
+        for row in rows[1::2]:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        of_users = [row | {"annotator": i % 2} for i, row in enumerate(rows)]
+        write_jsonl(folder / f"{name}_users.jsonl", of_users)
+    options = (
+        *("run.steps=4", "checkpoint.interval=2", "checkpoint.export_hf=false"),
+        *("reward_model.latent_size=8", "reward_model.latent_context=3"),
+        *("data.fields.user=annotator", f"data.train_path={folder}/train_users.jsonl"),
+        f"data.validation_path=[{folder}/easy_users.jsonl,{folder}/hard_users.jsonl]",
+    )
+    users = reward(folder, "users", *options)
+    metrics = numbers(users)
+    assert [line["reward/latent_kl"] > 0 for line in metrics[1:]] == [True] * 4
+    assert metrics[4]["eval/loss"] != metrics[0]["eval/loss"]
+    resumed = folder / "users_resumed"
+    shutil.copytree(users, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_000004")
+    (resumed / "checkpoints" / "latest").write_text("step_000002\n")
+    reward(folder, "users_resumed", *options)
+    assert numbers(resumed) == metrics
+
+
 def test_the_head_without_the_length_is_the_reward(folder):
     """A run with two heads resumes bit for bit; the run and its export give the same scores."""
     options = ("run.steps=4", "reward_model.length_coef=1", "checkpoint.interval=2")

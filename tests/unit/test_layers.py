@@ -200,6 +200,7 @@ TESTED_ELSEWHERE = {
     "experience/rewarding.py": "e2e/test_ppo_rules.py::test_every_reward_trains",
     "jobs.py": "unit/test_cli.py",
     "models/gpt.py": "distributed/layouts_ranks.py",
+    "models/latent_head.py": "unit/train/test_user_latents.py::test_microbatches_add_up_to_the_gradient_of_the_formula",
     "models/offload.py": "distributed/offload_ranks.py",
     "parallel/collectives.py": "distributed/layouts_ranks.py",
     "parallel/fake_mesh.py": "unit/plan/test_parameters.py",

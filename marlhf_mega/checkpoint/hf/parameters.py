@@ -13,7 +13,9 @@ from marlhf_mega.models.lora import NAME
 _LAYER = re.compile(r"decoder\.layers\.\d+")
 _ADAPTER = re.compile(rf"\.{NAME}\.[ab]$")
 LENGTH_HEAD = "output_layer.length_weight"
-"""A parameter that no Hugging Face model has: of a reward model in training."""
+LATENT_HEAD = "output_layer.latent."
+"""Parameters that no Hugging Face model has, of a reward model in training: the one's name, and how
+the names of the others begin."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LocalParameter:
 def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
     """List the parameters of a rank's model chunks with their layer numbers.
 
-    Leaves out adapters and `LENGTH_HEAD`.
+    Leaves out adapters and `own_parameters`.
 
     Args:
         chunks: this rank's chunks, not wrapped for training.
@@ -43,11 +45,22 @@ def adapter_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
     return [p for p in _parameters(chunks) if _ADAPTER.search(p.name)]
 
 
+def own_parameters(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the parameters of a reward model in training that no Hugging Face model has."""
+    every = (item for chunk in chunks for item in chunk.named_parameters())
+    return {name: tensor for name, tensor in every if is_own(name)}
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a parameter is of a kind that no Hugging Face model has."""
+    return name == LENGTH_HEAD or name.startswith(LATENT_HEAD)
+
+
 def _parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
     found = []
     for chunk in chunks:
         for name, tensor in chunk.named_parameters():
-            if name == LENGTH_HEAD:
+            if is_own(name):
                 continue
             match = _LAYER.match(name)
             layer: int | None = None

@@ -82,6 +82,7 @@ FieldName = Literal[
     "from_reference",
     "responses",
     "rewards",
+    "user",
 ]
 
 

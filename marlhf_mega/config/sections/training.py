@@ -79,6 +79,18 @@ class RewardModelConfig(OptimizerConfig):
     model says of its pair. Takes a pass over all training pairs. 0 means that labels stay."""
     center_coef: float = Field(0.0, ge=0)
     """Weight of (chosen + rejected)^2, which keeps scores near zero."""
+    latent_size: int = Field(0, ge=0)
+    """VPL: size of a latent for the user of a pair (field `user`), which a network infers from
+    other pairs of that user and the score depends on; 512 in the released code. Takes the states
+    of these pairs in every step. Such a model judges held-out pairs of its own run; ppo and others
+    cannot score with it. 0 means one score for all users."""
+    latent_context: int = Field(8, gt=0)
+    """VPL: most other pairs of the user that a pair is judged by."""
+    latent_kl_coef: float = Field(0.01, ge=0)
+    """VPL: weight of the KL divergence of the latent from N(0, 1), in nats per pair."""
+    latent_kl_cycle: int = Field(10000, ge=0)
+    """VPL: steps in which that weight rises from a tenth, by half a cosine, again and again. 0
+    means that it is constant."""
 
 
 class CriticConfig(OptimizerConfig):

@@ -746,6 +746,22 @@ def test_a_run_directory_on_a_read_only_file_system_is_refused(read_only, below)
             "reward_model.loss=span compares those of all tokens. Use reward_model.loss=last, or "
             "set it to 0.",
         ),
+        *(
+            (
+                "reward",
+                {
+                    "reward_model": {"latent_size": 8, **reward_model},
+                    "checkpoint": {"export_hf": other == "checkpoint.export_hf=true"},
+                },
+                "reward_model.latent_size=8: scores last tokens by what a user prefers, as no "
+                f"Hugging Face model does; not with {other}. Set it to 0, or change that key.",
+            )
+            for other, reward_model in {
+                "reward_model.loss=span": {"loss": "span"},
+                "reward_model.length_coef=0.5": {"length_coef": 0.5},
+                "checkpoint.export_hf=true": {},
+            }.items()
+        ),
         (
             "offline",
             {"offline": {"algorithm": "a_lol_kl"}},

@@ -85,6 +85,11 @@ def test_a_run_that_also_has_a_config_json_is_a_run(tmp_path):
         (lambda path: run_directory(path, saved=False, model=SHAPE), "must have a checkpoint"),
         (lambda path: run_directory(path), "its config.yaml must describe the model; 'model'"),
         (lambda path: run_directory(path, model={"nope": 1}), "must describe the model; 1 valid"),
+        (
+            lambda path: run_directory(path, model=SHAPE, reward_model={"latent_size": 8}),
+            "must be a model that needs no user; this one scores by what a user prefers, "
+            "reward_model.latent_size=8. Use another run.",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named_with_its_key(tmp_path, make, reason):
