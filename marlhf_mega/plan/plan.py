@@ -13,7 +13,7 @@ from marlhf_mega.plan.generation import Generation
 from marlhf_mega.plan.gpus import Gpu
 from marlhf_mega.plan.host import HostMemory, host_memory
 from marlhf_mega.plan.memory import StageMemory, formats_of, rollout_rank_memory, stage_memory
-from marlhf_mega.plan.timing import Efficiencies, bubble, step_seconds, whole_step
+from marlhf_mega.plan.timing import Efficiencies, besides_steps, bubble, step_seconds, whole_step
 from marlhf_mega.plan.workload import Workload, workload
 
 
@@ -58,6 +58,8 @@ class Plan:
     rollout_stages: tuple[StageMemory, ...]
     """Of the ranks that only generate; empty without such ranks."""
     seconds: Mapping[str, float]
+    besides: Mapping[str, float]
+    """Seconds of what is not in every step, see `besides_steps`."""
     checkpoints: CheckpointPlan
     host: HostMemory
 
@@ -132,6 +134,7 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
         stages=stages,
         rollout_stages=rollout_stages,
         seconds=seconds,
+        besides=besides_steps(work, seconds, cluster.gpu, cluster.rates),
         checkpoints=checkpoints,
         host=host_memory(
             work,

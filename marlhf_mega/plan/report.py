@@ -13,6 +13,11 @@ from marlhf_mega.plan.parameters import whole_model_size
 from marlhf_mega.plan.plan import Plan
 from marlhf_mega.plan.timing import GENERATION_PARTS, MOVE, training_seconds
 
+_WHEN = {
+    "another try": "at most, up to rollout.filter_tries={config.rollout.filter_tries} in all",
+    "reference": "for the pairs of each step of an epoch, all before the first step",
+}
+
 
 def as_text(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> str:
     """Format a plan for a terminal.
@@ -68,6 +73,7 @@ def as_json(plan: Plan, change: tuple[Mapping[str, Any], Plan] | None) -> dict[s
         "stages": [_stage_as_json(stage) for stage in plan.stages],
         "rollout_stages": [_stage_as_json(stage) for stage in plan.rollout_stages],
         "step_seconds": dict(plan.seconds),
+        "besides_seconds": dict(plan.besides),
         "whole_step_seconds": plan.step_seconds,
         "pipeline_bubble": plan.bubble,
         "checkpoint": asdict(plan.checkpoints)
@@ -174,6 +180,8 @@ def _times(plan: Plan) -> list[str]:
         if parts:
             shown = ", ".join(f"{n.partition(' ')[2]} {s:.1f}" for n, s in parts.items())
             lines.append(f"{phase:<12}{sum(parts.values()):>8.1f} s: {shown}")
+    for part, size in plan.besides.items():
+        lines.append(f"{part:<12}{size:>8.1f} s: {_WHEN[part].format(config=plan.work.config)}")
     return lines
 
 

@@ -47,15 +47,20 @@ def step_seconds(
     found: dict[str, float] = {}
     # A filter leaves so much of what is generated and rewarded.
     rollout, kept = work.config.rollout, 1.0
+    # The baseline of remax is a second, greedy response to each prompt.
+    answers = 2 if work.config.ppo.estimator == "remax" else 1
     if work.job == "ppo":
         kept = rollout.trained_size / rollout.batch_size
-        # The baseline of remax is a second, greedy response to each prompt.
-        times = 2 if work.config.ppo.estimator == "remax" else 1
-        times *= work.num_generating
+        times = answers * work.num_generating
         found["rollout prefill"] = times * _prefill(work, gpu, rates)
         found["rollout decode"] = times * _decode(work, gpu, formats, rates)
         if work.config.ppo.estimator == "vine":
             found["experience continuations"] = kept * _continuations(work.config, found)
+            number = kept * _num_continuations(work.config)
+            found["experience their scores"] = number * _scores(work, gpu, rates)
+        if work.config.reward.compares_references:
+            # One to each prompt; if there are more, so many times as long.
+            found["experience scores of references"] = _scores(work, gpu, rates)
         if work.num_rollout_ranks or work.config.moves_weights:
             found[MOVE] = _move(work, gpu, formats, rates)
         offload = _offload(work, formats, rates)
@@ -64,12 +69,39 @@ def step_seconds(
         again = work.config.ppo.old_logprobs == "trainer"
         asked = [r for r in work.roles if r.name != "mask"]
         for role in (r for r in asked if again or r.name != "policy"):
-            share = 1.0 if role.name.startswith("reward") else kept
+            share = answers if _judges(role) else kept
             found[f"experience {role.name}"] = share * _forward(work, role, gpu, rates)
+    if work.job == "reward":
+        found |= _passes_over_pairs(work, gpu, rates)
     epochs = kept * (work.config.ppo.epochs if work.job == "ppo" else 1)
     for role in (r for r in work.roles if r.learns):
         found[f"update {role.name}"] = epochs * _train(work, role, gpu, rates)
         found[f"gradients {role.name}"] = epochs * _reduce(work, role, gpu, formats, rates)
+    return found
+
+
+def besides_steps(
+    work: Workload, seconds: Mapping[str, float], gpu: Gpu, rates: Efficiencies
+) -> dict[str, float]:
+    """Return the seconds of what does not happen in every step, or not as often.
+
+    Args:
+        work: the job.
+        seconds: of the parts of a step.
+        gpu: the device.
+        rates: what it reaches.
+
+    Returns:
+        `another try`: of a step of ppo that generates all its samples once more, as
+        `rollout.filter=dynamic` does at most; `reference`: of preference, for the pairs of a step,
+        all of which are passed before the first one.
+    """
+    config, found = work.config, dict[str, float]()
+    if work.job == "ppo" and config.rollout.filter == "dynamic" and config.rollout.filter_tries > 1:
+        generated = sum(seconds[part] for part in GENERATION_PARTS)
+        found["another try"] = generated + _scores(work, gpu, rates)
+    if work.job == "preference" and config.preference.needs_reference:
+        found["reference"] = _forward(work, work.policy, gpu, rates, learns=False)
     return found
 
 
@@ -88,15 +120,42 @@ def training_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def _continuations(config: Config, rollout: Mapping[str, float]) -> float:
-    """Time of generating on from every macro action, after half of a response on average.
+    """Time of generating on from every macro action, after half of a response on average."""
+    longest = config.rollout.max_response_tokens
+    number = _num_continuations(config)
+    prefill = (1 + longest / config.data.max_prompt_tokens / 2) * rollout["rollout prefill"]
+    return number * (prefill + rollout["rollout decode"] / 2)
+
+
+def _num_continuations(config: Config) -> int:
+    """Return how many continuations a response has.
 
     Where the content decides where actions end, they are taken to have `macro.n` tokens.
     """
     longest = config.rollout.max_response_tokens
     lengths = {"token": 1, "whole_response": longest}
-    number = config.ppo.vine_samples * -(-longest // lengths.get(config.macro.rule, config.macro.n))
-    prefill = (1 + longest / config.data.max_prompt_tokens / 2) * rollout["rollout prefill"]
-    return number * (prefill + rollout["rollout decode"] / 2)
+    return config.ppo.vine_samples * -(-longest // lengths.get(config.macro.rule, config.macro.n))
+
+
+def _judges(role: Role) -> bool:
+    return role.name.startswith("reward") and not role.learns
+
+
+def _scores(work: Workload, gpu: Gpu, rates: Efficiencies) -> float:
+    """Time in which all reward models score as many whole responses as a step has."""
+    return sum(_forward(work, role, gpu, rates) for role in work.roles if _judges(role))
+
+
+def _passes_over_pairs(work: Workload, gpu: Gpu, rates: Efficiencies) -> dict[str, float]:
+    """Time of what the training of a reward model passes without a backward pass in every step."""
+    settings, found = work.config.reward_model, {}
+    once = _forward(work, work.policy, gpu, rates)
+    if settings.length_coef:
+        found["experience lengths"] = once
+    if settings.latent_size:
+        # No two pairs of a batch share a context, at worst.
+        found["experience contexts"] = settings.latent_context * once
+    return found
 
 
 def _offload(work: Workload, formats: Formats, rates: Efficiencies) -> float:
@@ -119,9 +178,13 @@ def bubble(layout: WorldLayout, num_microbatches: int) -> float:
     return (layout.pipeline - 1) / (num_microbatches * layout.chunks)
 
 
-def _forward(work: Workload, role: Role, gpu: Gpu, rates: Efficiencies) -> float:
+def _forward(
+    work: Workload, role: Role, gpu: Gpu, rates: Efficiencies, *, learns: bool | None = None
+) -> float:
+    """Time of scoring a step's sequences; `learns`: in whose precision, default: the role's."""
     flops = _flops(work, role, seq=work.microbatch.seq, outputs=work.microbatch.response)
-    speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=role.learns)
+    learns = role.learns if learns is None else learns
+    speed = gpu.flops * rates.forward_flops * _speedup(work, rates, learns=learns)
     count = -(-work.batch_sequences // work.scoring.sequences)
     return flops / (speed * work.layout.world) * (1 + bubble(work.layout, count))
 

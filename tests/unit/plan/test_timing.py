@@ -8,6 +8,7 @@ from marlhf_mega.config.load import with_keys
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.gpus import find_gpu
 from marlhf_mega.plan.plan import make_plan
+from marlhf_mega.plan.report import as_text
 from tests.unit.plan.plans import PPO, WHOLE, cluster, planned, planned_disaggregated
 
 
@@ -78,6 +79,59 @@ def test_continuations_take_the_time_of_half_a_response_each(macro, number):
     expected = 2 * number * (prefill + found["rollout decode"] / 2)
     assert found["experience continuations"] == pytest.approx(expected)
     assert "experience continuations" not in planned().seconds
+
+
+def counted(plan, sequences, *, prompt=512, response, outputs):
+    """Seconds of a pass of Llama-3-70B: its products one by one, at 45 % of 128 H100.
+
+    Queries, keys and values, their output, three matrices of the feed-forward, causal attention
+    (scores and their use), and the head on the responses; then the idle time of 4 stages.
+    """
+    seq, hidden = prompt + response, 8192
+    layer = hidden * hidden + 2 * hidden * 1024 + hidden * hidden + 3 * hidden * 28672
+    attention = 2 * hidden * seq * (seq + 1) // 2
+    flops = 2 * (80 * (layer * seq + attention) + hidden * outputs * response) * sequences
+    microbatches = -(-sequences // 4 // plan.work.scoring.sequences)
+    return flops / (0.45 * 989e12 * 128) * (1 + 3 / microbatches)
+
+
+def test_passes_over_pairs_take_the_time_of_their_operations():
+    def planned_for(job, **keys):
+        return make_plan(with_keys(Config.model_validate(PPO), keys), job, cluster())
+
+    plain = planned_for("reward")
+    assert not [part for part in plain.seconds if part.startswith("experience")]
+    odin = planned_for("reward", **{"reward_model.length_coef": 1.0})
+    once = counted(odin, 128, response=512, outputs=1)
+    assert odin.seconds == plain.seconds | {"experience lengths": pytest.approx(once)}
+    keys = {"reward_model.latent_size": 512, "reward_model.latent_context": 3}
+    users = planned_for("reward", **keys, **{"checkpoint.export_hf": False})
+    assert users.seconds == plain.seconds | {"experience contexts": pytest.approx(3 * once)}
+    pairs = planned_for("preference")
+    expected = counted(pairs, 128, response=512, outputs=128256)
+    assert pairs.besides == {"reference": pytest.approx(expected)}
+    assert "\nreference " in as_text(pairs, None)
+    assert planned_for("preference", **{"preference.loss": "cpl"}).besides == {}
+    assert plain.besides == {}
+
+
+def test_what_else_is_scored_takes_the_time_of_its_operations():
+    plan = planned()
+    scored = counted(plan, 256, response=1024, outputs=1)
+    assert plan.seconds["experience reward"] == pytest.approx(scored)
+    remax = planned({"ppo.estimator": "remax", "ppo.whiten_advantages": False}).seconds
+    assert remax["experience reward"] == pytest.approx(2 * scored)
+    vine = planned({"ppo.estimator": "vine", "ppo.vine_samples": 2, "macro.n": 300}).seconds
+    assert vine["experience their scores"] == pytest.approx(2 * 4 * scored)
+    shaped = planned({"reward.shaping": ["par"]}).seconds
+    assert shaped["experience scores of references"] == pytest.approx(scored)
+    assert plan.besides == {}
+    keys = {"rollout.filter": "dynamic", "rollout.samples_per_prompt": 8}
+    found = planned(keys)
+    generated = found.seconds["rollout prefill"] + found.seconds["rollout decode"]
+    assert found.besides == {"another try": pytest.approx(generated + scored)}
+    assert "s: at most, up to rollout.filter_tries=10 in all\n" in as_text(found, None)
+    assert found.seconds == plan.seconds
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])
