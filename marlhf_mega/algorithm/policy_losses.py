@@ -1,5 +1,7 @@
 """Policy losses besides the clipped surrogate of `losses.policy_loss`, with the same contract."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,23 @@ def pg_loss(
     weights, count = token_weights(actions, aggregation, dtype=logprobs.dtype)
     gains = advantages * logprobs * weights
     return LossOutput(loss_sum=-gains.sum(), count=count, metrics={})
+
+
+def unlikely_tokens(actions: MacroActions, old_logprobs: Tensor, *, limit: float) -> Tensor:
+    """Find the tokens that the policy learns from: those it found no likelier than the limit.
+
+    Probability mask of SPO (arXiv 2505.23564), as in its code, with the limit 0.9: what was nearly
+    certain takes no part in the loss, its count and the whitening of advantages.
+
+    Args:
+        actions: segmentation.
+        old_logprobs: [batch, response] of the policy at rollout.
+        limit: probability.
+
+    Returns:
+        bool [batch, response], False on padding.
+    """
+    return actions.response_mask & (old_logprobs <= math.log(limit))
 
 
 def p3o_loss(

@@ -107,6 +107,20 @@ def z_score(scores: Tensor, *, mean: Tensor, variance: Tensor) -> Tensor:
     return ((scores - mean) * torch.rsqrt(variance + 1e-8)).to(scores.dtype)
 
 
+def within_kl(scores: Tensor, kl: Tensor, *, longest: float) -> Tensor:
+    """Let a score shrink to 0 as the policy leaves the reference: r max(1 - kl / longest, 0).
+
+    CGPO (arXiv 2409.20370), objectives CRPG and CRRAFT, as in an implementation in TRL (pull
+    request 2190, not merged).
+
+    Args:
+        scores: [batch], not negative.
+        kl: [batch] log of policy over reference of the whole response, in nats.
+        longest: nats from which on nothing is left.
+    """
+    return scores * (1 - kl / longest).clamp(min=0)
+
+
 def constrained(scores: Tensor, holds: Tensor) -> Tensor:
     """Let violations earn nothing: J r, or r itself where it is negative.
 
@@ -114,7 +128,7 @@ def constrained(scores: Tensor, holds: Tensor) -> Tensor:
     2190, not merged), not in the paper itself. There the reward is
     J sigmoid(r - r_0) max(1 - kl / kl_max, 0) less its batch mean, J = 1 where all judges agree: a
     violation has 0, which the mean makes a punishment. Here the sigmoid is `center_reference`, the
-    mean is up to the estimator, and the KL penalty takes the place of the last factor.
+    mean is up to the estimator, and the last factor is `within_kl`.
 
     Args:
         scores: [batch] shaped.

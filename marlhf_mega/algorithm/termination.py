@@ -140,18 +140,23 @@ def _segment_perplexity_rises(surprise: Tensor) -> Tensor:
     return torch.stack(starts, 1)
 
 
-def probability(response_mask: Tensor, old_logprobs: Tensor, *, below: float) -> Tensor:
-    """Start an action at every token that the policy found unlikely: exp(old_logprobs) < below.
+def probability(
+    response_mask: Tensor, old_logprobs: Tensor, *, below: float, every: int = 1
+) -> Tensor:
+    """Start an action at every n-th token that the policy found unlikely, from the first one on.
 
-    SAE (arXiv 2601.07320) with below = 0.2. That the unlikely token starts the action, rather than
-    ends the one before, is the convention of SPO (arXiv 2505.23564).
+    Unlikely: exp(old_logprobs) < below. SAE (arXiv 2601.07320) with below = 0.2 and every = 1;
+    SPO-chain (arXiv 2505.23564) with 0.9 and 5. That the unlikely token starts the action, rather
+    than ends the one before, is the convention of SPO.
 
     Args:
         response_mask: [batch, response] bool.
         old_logprobs: [batch, response] float, of the policy at rollout; anything on padding.
         below: probability in (0, 1].
+        every: n.
     """
-    return given(response_mask, old_logprobs < math.log(below))
+    unlikely = (old_logprobs < math.log(below)) & response_mask
+    return given(response_mask, unlikely & ((unlikely.cumsum(1) - 1) % every == 0))
 
 
 def entropy(response_mask: Tensor, entropies: Tensor, *, share: float) -> Tensor:

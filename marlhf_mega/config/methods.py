@@ -31,6 +31,7 @@ _NEEDED_BY_P3O = {
     "ppo.microbatch_tokens": None,
     "ppo.tis_cap": None,
     "ppo.sampler_mask": None,
+    "ppo.likely_mask": None,
     "rollout.samples_per_prompt": 2,
 }
 
@@ -171,6 +172,7 @@ def method_problems(config: Config, data_size: int) -> Iterator[str]:
     yield from _combination_problems(config)
     yield from _dense_problems(config)
     yield from _shaping_problems(config)
+    yield from _kl_factor_problems(config)
     ppo, macro = config.ppo, config.macro
     if ppo.gae_lambda_alpha is not None and ppo.gae_lambda != Config().ppo.gae_lambda:
         yield (
@@ -392,6 +394,32 @@ def _shaping_problems(config: Config) -> Iterator[str]:
             f"reward.overlong_buffer={buffer}: must not exceed rollout.max_response_tokens="
             f"{longest}, before which it lies. Lower it."
         )
+
+
+def _kl_factor_problems(config: Config) -> Iterator[str]:
+    reward, estimator = config.reward, config.ppo.estimator
+    if reward.kl_max is None:
+        return
+    others = {"remax": "greedy responses", "vine": "continuations"}.get(estimator)
+    if others:
+        yield (
+            f"reward.kl_max={reward.kl_max:g}: scales the reward by a divergence that {others} of "
+            f"ppo.estimator={estimator} do not have. Use another ppo.estimator, or remove it."
+        )
+    needed: dict[str, list[Any]] = {
+        "reward.shaping": [("par",), ("center_reference",)],
+        "reward.normalize": ["none"],
+        "reward.missing_eos": ["none"],
+    }
+    for key, values in needed.items():
+        value = _value(config, key)
+        if value not in values:
+            shown = " or ".join(_shown(list(v) if isinstance(v, tuple) else v) for v in values)
+            value = list(value) if isinstance(value, tuple) else value
+            yield (
+                f"reward.kl_max={reward.kl_max:g}: shrinks the reward, so none may be negative; "
+                f"needs {key}={shown}, not {_shown(value)}. Change that key, or remove it."
+            )
 
 
 def _value(config: Config, key: str) -> Any:

@@ -57,7 +57,7 @@ class Config(Section):
         """Whether ppo asks the policy's first weights: for a penalty, macro actions or a reward."""
         ppo = self.ppo
         asked = any(term.kind == "rto" for term in self.reward.dense)
-        asked |= ppo.kl_coef > 0 or ppo.kl_loss_coef > 0
+        asked |= ppo.kl_coef > 0 or ppo.kl_loss_coef > 0 or self.reward.kl_max is not None
         return asked or self.macro.rule == "perplexity"
 
     @property

@@ -15,6 +15,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "macro.parser": ("macro.rule", lambda rule: rule == "parsing"),
     "macro.cutoff": ("macro.rule", lambda rule: rule == "parsing"),
     "macro.probability": ("macro.rule", lambda rule: rule == "probability"),
+    "macro.probability_interval": ("macro.rule", lambda rule: rule == "probability"),
     "macro.entropy_share": ("macro.rule", lambda rule: rule == "entropy"),
     "macro.max_length": ("macro.rule", lambda rule: rule != "token"),
     "macro.value": ("macro.rule", lambda rule: rule != "token"),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.losses import sampler_mask, sampler_weights
-from marlhf_mega.algorithm.macro_actions import MacroActions, value_weights
+from marlhf_mega.algorithm.macro_actions import NO_ACTION, MacroActions, value_weights
+from marlhf_mega.algorithm.policy_losses import unlikely_tokens
 from marlhf_mega.algorithm.rewards import kl_estimate, last_token_positions, token_rewards
-from marlhf_mega.algorithm.shaping import without_praise
+from marlhf_mega.algorithm.shaping import within_kl, without_praise
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.continuations import Continuations
@@ -126,6 +127,7 @@ class ExperienceBuilder:
             rollout, batches, rows, scores=scores, greedy=greedy, references=references
         )
         passes = self._passes(rollout, batches)
+        shaped = self._within_kl(earned.shaped, passes, rollout)
         scores = without_non_finite(earned.scores, [rollout.logprobs, *passes.grids])
         mask = rollout.response_mask(mesh.device) & scores.valid[:, None]
         actions, num_fallbacks = self.segmenter.segment(rollout, mask, passes.evidence, step=step)
@@ -138,9 +140,9 @@ class ExperienceBuilder:
             scores, actions, tried = without_unknown(scores, actions, tried)
             mask = actions.response_mask
         self._check_enough(scores)
-        values = passes.values
+        values, learned = passes.values, self._learned(passes.old_logprobs, actions)
         estimate = estimate_advantages(
-            self._token_rewards(earned.shaped, passes, mask, kl_coef=kl_coef),
+            self._token_rewards(shaped, passes, mask, kl_coef=kl_coef),
             actions,
             config,
             mesh,
@@ -148,6 +150,7 @@ class ExperienceBuilder:
             baselines=earned.baselines,
             sample_indices=rollout.sample_indices,
             log_ratios=((passes.old_logprobs - rollout.logprobs) * mask).sum(1),
+            learned=None if learned is None else learned.response_mask,
         )
         weights = self._importance_weights(passes.old_logprobs, rollout.logprobs, actions)
         advantages = estimate.advantages * weights
@@ -162,11 +165,12 @@ class ExperienceBuilder:
             old_values=values,
             advantages=advantages,
             returns=estimate.returns,
+            learned=learned,
             kept=rollout.kept,
         )
         details = Details(
             scores=torch.where(scores.valid, scores.scores, NO_SCORE),
-            shaped=earned.shaped,
+            shaped=shaped,
             kl=passes.divergence(mask),
             values=tried if values is None else self._pooled(values, actions),
         )
@@ -176,8 +180,9 @@ class ExperienceBuilder:
             _add_experience(sums, rollout, experience, passes, num_fallbacks)
             if scores.holds is not None:
                 add_violations(sums, holds=scores.holds, valid=scores.valid)
-            if config.ppo.sampler_mask is not None:
-                add_masked(sums, weights=weights, mask=actions.response_mask)
+            if config.ppo.sampler_mask is not None or learned is not None:
+                counted = weights if learned is None else weights * learned.response_mask
+                add_masked(sums, weights=counted, mask=actions.response_mask)
         return experience, details
 
     def _passes(self, rollout: Rollout, batches: Batches) -> Passes:
@@ -192,6 +197,16 @@ class ExperienceBuilder:
             values=self._values(batches),
             dense=self._dense(rollout, batches, ref_logprobs),
         )
+
+    def _within_kl(self, shaped: Tensor, passes: Passes, rollout: Rollout) -> Tensor:
+        """Scale what responses earn by `reward.kl_max`, if there is one: [batch]."""
+        longest = self.config.reward.kl_max
+        if longest is None:
+            return shaped
+        divergence = passes.divergence(rollout.response_mask(self.mesh.device))
+        assert divergence is not None
+        # Samples whose log-probs are not finite are left out later.
+        return within_kl(shaped, divergence.sum(1), longest=longest).nan_to_num()
 
     def _token_rewards(
         self, shaped: Tensor, passes: Passes, mask: Tensor, *, kl_coef: float
@@ -276,6 +291,16 @@ class ExperienceBuilder:
             unit, bounds = ppo.sampler_mask, ppo.sampler_bounds
             weights = weights * sampler_mask(*logprobs, actions, unit=unit, bounds=bounds)
         return weights
+
+    def _learned(self, old_logprobs: Tensor, actions: MacroActions) -> MacroActions | None:
+        """Return the tokens that `ppo.likely_mask` leaves, None for all. All ranks call it."""
+        limit = self.config.ppo.likely_mask
+        if limit is None:
+            return None
+        unlikely = unlikely_tokens(actions, old_logprobs, limit=limit)
+        if not sum_over_data(unlikely.sum().float(), self.mesh) > 0:
+            return None
+        return MacroActions.from_ids(actions.ids.where(unlikely, NO_ACTION))
 
     def _pooled(self, values: Tensor, actions: MacroActions) -> Tensor:
         """Pool the critic's values over macro actions as the configuration says."""

@@ -48,6 +48,7 @@ def estimate_advantages(
     baselines: Tensor | None,
     sample_indices: Sequence[int],
     log_ratios: Tensor | None = None,
+    learned: Tensor | None = None,
 ) -> Estimate:
     """Estimate the advantages of this replica's tokens. All ranks call it.
 
@@ -62,6 +63,7 @@ def estimate_advantages(
         sample_indices: global index of every sample within the step.
         log_ratios: [batch] log-probs of whole responses over those by the sampler, for `brain`;
             None means that there is no difference.
+        learned: bool [batch, response], the tokens to whiten over; None means all.
     """
     ppo, macro = config.ppo, config.macro
     steps, returns = actions, None
@@ -105,7 +107,8 @@ def estimate_advantages(
     if ppo.whiten_advantages:
         # By tokens, or by actions if the loss is a mean of those.
         by_action = ppo.aggregation == "macro_mean"
-        weights = (steps.lengths > 0) if by_action else steps.lengths
+        lengths = steps.lengths if learned is None else steps.pool(learned.long())
+        weights = (lengths > 0) if by_action else lengths
         moments = sum_over_data(masked_moments(grid, weights), mesh)
         mean, variance = mean_and_variance(moments)
         grid = whiten(grid, weights, mean=mean, variance=variance)

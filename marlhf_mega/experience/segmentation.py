@@ -122,8 +122,9 @@ class Segmenter:
                 assert ref_logprobs is not None
                 return termination.perplexity(mask, ref_logprobs, form=form, compat=compat), 0
             case "probability":
-                below = config.probability
-                return termination.probability(mask, evidence.old_logprobs, below=below), 0
+                below, every = config.probability, config.probability_interval
+                logprobs = evidence.old_logprobs
+                return termination.probability(mask, logprobs, below=below, every=every), 0
             case "entropy":
                 assert evidence.entropy is not None
                 return termination.entropy(mask, evidence.entropy, share=config.entropy_share), 0

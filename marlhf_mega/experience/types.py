@@ -27,6 +27,8 @@ class Experience:
     """[batch, response]; whitened and weighted if asked for."""
     returns: Tensor | None
     """[batch, response] targets of the critic; None without one."""
+    learned: MacroActions | None = None
+    """Those tokens of `actions` that the policy learns from; None means all."""
     kept: Tensor | None = None
     """[batch, response, width] on the CPU: what the sampler's filters kept, see `Rollout`."""
 

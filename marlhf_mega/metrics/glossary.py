@@ -181,7 +181,7 @@ METRICS = {
         about="New tokens of a response from the start of a macro action, which tells its value.",
     ),
     "rollout/masked_fraction": Metric(
-        "tokens left out", "%", about="Tokens that ppo.sampler_mask keeps from the policy's loss."
+        "tokens left out", "%", about="Tokens that masks of ppo keep from the policy's loss."
     ),
     "rollout/kept_probability": Metric(
         "probability of kept tokens",

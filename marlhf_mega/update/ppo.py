@@ -54,6 +54,8 @@ class PpoMicrobatch:
     old_values: Tensor | None
     advantages: Tensor
     returns: Tensor | None
+    learned: MacroActions | None = None
+    """Those tokens of `actions` that the policy learns from; None means all."""
 
 
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
@@ -126,8 +128,8 @@ def ppo_update(
 
 
 def _any_counts(experience: Experience, samples: Tensor, mesh: Mesh) -> bool:
-    """Whether any sample of a minibatch takes part, on any replica; all ranks get the same."""
-    ids = experience.actions.ids
+    """Whether any token of a minibatch counts, on any replica; all ranks get the same."""
+    ids = (experience.learned or experience.actions).ids
     counting = (ids[samples.to(ids.device)] != NO_ACTION).sum()
     return bool(sum_over_data(counting.float(), mesh) > 0)
 
@@ -180,7 +182,8 @@ def policy_objective(output: Tensor, microbatch: PpoMicrobatch, *, config: Confi
         microbatch: the samples.
         config: of the run.
     """
-    logprobs, advantages, actions = output[0], microbatch.advantages, microbatch.actions
+    logprobs, advantages = output[0], microbatch.advantages
+    actions = microbatch.learned or microbatch.actions
     compared = logprobs, microbatch.old_logprobs, advantages, actions
     ppo, ratio = config.ppo, config.macro.ratio
     match ppo.objective:
@@ -212,7 +215,7 @@ def _with_penalties(
     loss: LossOutput, output: Tensor, microbatch: PpoMicrobatch, config: Config
 ) -> LossOutput:
     logprobs, entropy, *full = output
-    ppo, actions = config.ppo, microbatch.actions
+    ppo, actions = config.ppo, microbatch.learned or microbatch.actions
     total, metrics = loss.loss_sum, dict(loss.metrics)
     if ppo.kl_loss_coef:
         assert microbatch.ref_logprobs is not None
@@ -297,10 +300,15 @@ def _take(experience: Experience, samples: Tensor, part: IndexedBatch) -> PpoMic
     def cut_known(values: Tensor | None) -> Tensor | None:
         return None if values is None else cut(values)
 
-    ids = cut(experience.actions.ids)
+    def cut_actions(whole: MacroActions) -> MacroActions:
+        ids = cut(whole.ids)
+        return MacroActions.from_ids(ids.where(real.to(ids.device)[:, None], NO_ACTION))
+
+    learned = experience.learned
     return PpoMicrobatch(
         batch=batch,
-        actions=MacroActions.from_ids(ids.where(real.to(ids.device)[:, None], NO_ACTION)),
+        actions=cut_actions(experience.actions),
+        learned=None if learned is None else cut_actions(learned),
         old_logprobs=cut(experience.old_logprobs),
         ref_logprobs=cut_known(experience.ref_logprobs),
         old_values=cut_known(experience.old_values),

@@ -75,7 +75,7 @@ METHODS = {
             "clip_range_high": 0.3,
             "aggregation": "macro_mean",
         },
-        {"rule": "probability", "probability": 0.01},
+        {"rule": "probability", "probability": 0.01, "probability_interval": 2},
     ),
     "rloo": (
         {"estimator": "rloo", "objective": "cispo", "aggregation": "seq_mean_token_mean"},
@@ -90,7 +90,10 @@ METHODS = {
         {"rule": "whole_response"},
     ),
     "reinforce_pp": ({"estimator": "reinforce_pp", "objective": "pg"}, {"rule": "token"}),
-    "reinforce_pp_baseline": ({"estimator": "reinforce_pp_baseline"}, {"rule": "token"}),
+    "reinforce_pp_baseline": (
+        {"estimator": "reinforce_pp_baseline", "likely_mask": 0.02},
+        {"rule": "token"},
+    ),
     "remax": ({"estimator": "remax"}, {"n": 2}),
     "vine": ({"estimator": "vine", "vine_samples": 2}, {"n": 4}),
     "brain": (
@@ -118,7 +121,7 @@ REWARDS = {
         ],
     },
     "reinforce_pp": {"constraints": {"source": "other", "threshold": 0.02}},
-    "grpo": {"shaping": "center_reference"},
+    "grpo": {"shaping": "center_reference", "kl_max": 5.0},
     "remax": {
         "shaping": ["par", "length_penalty", "overlong", "z_score"],
         "length_coef": 0.01,

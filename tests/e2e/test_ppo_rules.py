@@ -60,7 +60,11 @@ METHODS = {
     "reinforce_pp": ({"estimator": "reinforce_pp"}, {"rule": "token"}, 1),
     "reinforce_pp_baseline": ({"estimator": "reinforce_pp_baseline"}, {}, 2),
     "remax": ({"estimator": "remax", "objective": "pg"}, {}, 1),
-    "vine": ({"estimator": "vine", "vine_samples": 2}, {"rule": "probability"}, 1),
+    "vine": (
+        {"estimator": "vine", "vine_samples": 2, "likely_mask": 0.01},
+        {"rule": "probability", "probability": 0.01, "probability_interval": 4},
+        1,
+    ),
     "p3o": (PAIRS, {}, 2),
     "brain": (PAIRS | {"objective": "pg", "estimator": "brain", "kl_coef": 1.0}, {}, 4),
     "masked": ({"sampler_mask": "sequence", "tis_cap": 2.0}, {}, 1),
@@ -90,6 +94,7 @@ REWARDS = {
         {
             "shaping": "center_reference",
             "reference_field": "drafts",
+            "kl_max": 50.0,
             # Nobody judges the references.
             "constraints": {"source": "unlike:reward", "threshold": 1},
         },

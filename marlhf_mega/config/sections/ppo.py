@@ -77,6 +77,9 @@ class PPOConfig(Section):
         5.0,
     )
     """`sampler_mask`: lowest and highest ratio that is kept. Those of IcePop."""
+    likely_mask: float | None = Field(None, gt=0, lt=1)
+    """Leave tokens that the policy found likelier than this at rollout out of its loss and out of
+    whitening; if all are, none. SPO has 0.9. None means that all tokens count."""
     value_clip_range: float | None = Field(0.2, gt=0)
     """New values are clipped to old values +- this. None means no clipping."""
     kl_coef: float = Field(0.05, ge=0)

@@ -213,6 +213,10 @@ class RewardConfig(Section):
     means a fifth of the limit."""
     overlong_factor: float = Field(1.0, gt=0)
     """What `overlong` subtracts at the limit."""
+    kl_max: float | None = Field(None, gt=0)
+    """CGPO: scale the reward of a response by 1 - KL / this, at least 0; KL is log p of the policy
+    less that of the reference, in nats. For scores that are never negative: those of `par` or
+    `center_reference`. None means no such factor."""
     clip: float | None = Field(None, gt=0)
     """Normalised scores are clipped to +- this. None means no clipping."""
     normalize: ScoreNormalization = "none"

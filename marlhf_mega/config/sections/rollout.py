@@ -141,6 +141,8 @@ class MacroConfig(Section):
     current action rises."""
     probability: float = Field(0.2, gt=0, le=1)
     """`probability`: a token that the policy found less likely starts an action. 0.2 as in SAE."""
+    probability_interval: int = Field(1, gt=0)
+    """`probability`: of these tokens the first one, and from there every so many-th. SPO has 5."""
     entropy_share: float = Field(0.3, gt=0, le=1)
     """`entropy`: share of a response's tokens, those of highest entropy, that end an action. 0.3 as
     in Segment-Aligned PO."""

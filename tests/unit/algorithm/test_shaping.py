@@ -15,6 +15,7 @@ from marlhf_mega.algorithm.shaping import (
     overlong,
     par,
     robust,
+    within_kl,
     without_praise,
     z_score,
 )
@@ -129,3 +130,12 @@ def test_references_by_a_loop(seed):
 def test_one_reference_makes_par_and_the_calibration_one():
     scores, references = torch.randn(5).double(), torch.randn(5, 1).double()
     assert torch.equal(par(scores, references), center_reference(scores, references))
+
+
+def test_a_score_shrinks_with_the_divergence_as_in_cgpo():
+    """r 2 .5 1 against 1, KL 1 2 6 of at most 5, all constraints held; then less the mean."""
+    calibrated = center_reference(doubles(2, 0.5, 1), doubles(1, 1, 1)[:, None])
+    found = within_kl(calibrated, doubles(1, 2, 6), longest=5)
+    assert found.tolist() == pytest.approx([0.584847, 0.226524, 0], abs=1e-6)
+    centred = [0.314390, -0.043933, -0.270457]
+    assert (found - found.mean()).tolist() == pytest.approx(centred, abs=1e-6)

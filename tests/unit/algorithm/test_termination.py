@@ -128,6 +128,16 @@ def test_an_unlikely_token_starts_an_action():
     assert torch.equal(probability(mask_of(7, 3), probabilities.log(), below=1.0), mask_of(7, 3))
 
 
+def test_every_second_unlikely_token_starts_an_action_from_the_first_one_on():
+    """SPO's example: cuts before tokens 1, 3 and 5, of which an interval of 2 leaves two."""
+    probabilities = torch.tensor([[0.95, 0.3, 0.99, 0.6, 0.97, 0.2, 0.92], [0.3] * 5 + [0.1] * 2])
+    mask = mask_of(7, 5)
+    found = [probability(mask, probabilities.log(), below=0.9, every=every) for every in (1, 2, 3)]
+    assert torch.equal(found[0], flags("xx.x.x. xxxxx.."))
+    assert torch.equal(found[1], flags("xx...x. x.x.x.."))
+    assert torch.equal(found[2], flags("xx..... x..x..."))
+
+
 def test_tokens_of_high_entropy_end_an_action():
     entropies = torch.tensor(
         [[0.1, 2, 0.3, 1.5, 0.2, 0.4, 0.05, 0.6, 0.7, 0.3], [1, 1, 1, 1, 9, 9, 9, 9, 9, 9]]

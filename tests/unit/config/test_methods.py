@@ -179,6 +179,42 @@ def test_bounds_need_a_mask_and_a_rule_of_entropies_needs_them():
     assert problems(ppo={"old_logprobs": "sampler"}, macro={"rule": "probability"}) == []
 
 
+@pytest.mark.parametrize(
+    ("sections", "needed"),
+    [
+        ({}, "reward.shaping=[par] or [center_reference], not []"),
+        (
+            {"reward": {"shaping": ["par", "overlong"]}},
+            "reward.shaping=[par] or [center_reference], not [par,overlong]",
+        ),
+        (
+            {"reward": {"shaping": "par", "normalize": "running"}},
+            "reward.normalize=none, not running",
+        ),
+        (
+            {"reward": {"shaping": "par", "missing_eos": "replace"}},
+            "reward.missing_eos=none, not replace",
+        ),
+    ],
+)
+def test_a_reward_that_shrinks_is_not_negative(sections, needed):
+    assert problems(reward=sections.get("reward", {}) | {"kl_max": 5}) == [
+        f"reward.kl_max=5: shrinks the reward, so none may be negative; needs {needed}. Change "
+        "that key, or remove it."
+    ]
+
+
+def test_only_responses_with_a_divergence_have_a_reward_that_shrinks():
+    reward = {"shaping": "center_reference", "kl_max": 5}
+    assert problems(reward=reward) == []
+    assert Config.model_validate({"reward": reward, "ppo": {"kl_coef": 0}}).has_reference
+    for estimator, others in (("remax", "greedy responses"), ("vine", "continuations")):
+        assert problems(ppo={"estimator": estimator}, reward=reward) == [
+            f"reward.kl_max=5: scales the reward by a divergence that {others} of ppo.estimator="
+            f"{estimator} do not have. Use another ppo.estimator, or remove it."
+        ]
+
+
 @pytest.mark.parametrize("name", get_args(Shaping))
 def test_every_shaping_has_a_configuration(name):
     assert problems(reward={"shaping": name, "length_coef": 0.1}) == []

@@ -21,7 +21,9 @@ def mesh():
     destroy_mesh()
 
 
-def estimate(mesh, *, indices=(0, 1, 2, 3), mask=MASK, baselines=None, critic=False, **ppo):
+def estimate(
+    mesh, *, indices=(0, 1, 2, 3), mask=MASK, baselines=None, critic=False, learned=None, **ppo
+):
     config = Config.model_validate(
         {
             "ppo": {"whiten_advantages": False} | ppo,
@@ -39,6 +41,7 @@ def estimate(mesh, *, indices=(0, 1, 2, 3), mask=MASK, baselines=None, critic=Fa
         values=torch.full((4, 3), 0.5) * mask if critic else None,
         baselines=baselines,
         sample_indices=indices,
+        learned=learned,
     )
 
 
@@ -85,6 +88,22 @@ def test_whitened_advantages_have_no_mean_over_tokens(mesh, estimator):
     assert tokens.std().item() == pytest.approx(1, abs=1e-5)
     assert not found.advantages[~MASK].any()
     assert (found.returns is None) == (not critic)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "macro_mean"])
+def test_what_the_policy_does_not_learn_from_is_not_in_the_moments(mesh, aggregation):
+    learned = MASK.clone()
+    learned[0, 1:] = learned[3, 0] = False
+    found = estimate(
+        mesh,
+        estimator="reinforce_pp",
+        whiten_advantages=True,
+        learned=learned,
+        aggregation=aggregation,
+    )
+    tokens = found.advantages[learned]
+    assert tokens.mean().item() == pytest.approx(0, abs=1e-6)
+    assert tokens.std().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_sae_with_actions_of_one_token_is_gae(mesh):

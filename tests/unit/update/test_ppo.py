@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from marlhf_mega.algorithm.macro_actions import MacroActions
+from marlhf_mega.algorithm.macro_actions import NO_ACTION, MacroActions
+from marlhf_mega.algorithm.policy_losses import unlikely_tokens
+from marlhf_mega.algorithm.termination import probability
 from marlhf_mega.config.schema import Config
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.update.ppo import (
@@ -76,6 +78,41 @@ def test_a_sum_over_a_budget_is_divided_by_it_once(objective):
     assert divided.loss_sum == plain.loss_sum != 0
     assert (plain.count.item(), divided.count.item()) == (2, 14)
     assert {count.item() for _, count in divided.metrics.values()} == {14}
+
+
+def test_the_policy_learns_from_some_tokens_and_the_critic_from_all():
+    """SPO's example: all but tokens 1, 3 and 5 are nearly certain."""
+    actions, logprobs, learned = spo()
+    advantages = torch.tensor([[0.0, 2, 2, 2, 2, 3, 3]]) / 9
+    experience = Experience(
+        prompts=[[1]],
+        responses=[[5] * 7],
+        actions=actions,
+        learned=MacroActions.from_ids(actions.ids.where(learned, NO_ACTION)),
+        old_logprobs=logprobs,
+        ref_logprobs=None,
+        old_values=torch.zeros(1, 7),
+        advantages=advantages,
+        returns=torch.ones(1, 7),
+    )
+    config = Config.model_validate({"macro": {"ratio": "macro_geo"}})
+    (part,) = make_microbatches(experience, torch.arange(1), config, mesh(1))
+    output = torch.stack([logprobs, torch.zeros(1, 7)])
+    policy = policy_objective(output, part, config=config)
+    assert (policy.loss_sum / policy.count).item() == pytest.approx(-(2 + 2 + 3) / 9 / 3)
+    assert policy.count == 3
+    critic = critic_objective(torch.zeros(1, 7), part, config=config)
+    assert critic.count == 7
+
+
+def spo():
+    """Actions, log-probs and the tokens that count: probabilities of methods' worked example."""
+    logprobs = torch.tensor([[0.95, 0.3, 0.99, 0.6, 0.97, 0.2, 0.92]]).log()
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    starts = probability(mask, logprobs, below=0.9, every=2)
+    actions = MacroActions.from_starts(starts, mask)
+    assert actions.ids.tolist() == [[0, 1, 1, 1, 1, 2, 2]]
+    return actions, logprobs, unlikely_tokens(actions, logprobs, limit=0.9)
 
 
 @pytest.mark.parametrize("limit", [{"microbatch_size": 1}, {"microbatch_tokens": 4}])
