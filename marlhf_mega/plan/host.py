@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlhf_mega.config.limits import READ_BLOCK_BYTES, SMALL_DATA_BYTES
+from marlhf_mega.config.lora import FUSED
 from marlhf_mega.config.sections.data import DataSource
 from marlhf_mega.plan.memory import StageMemory
+from marlhf_mega.plan.parameters import stage_parameters
 from marlhf_mega.plan.workload import GENERATING_ROLES, Workload
 
 _COPY_AHEAD = 10_000_000
@@ -27,6 +29,8 @@ class HostMemory:
     """Copies of what its ranks write, or buffers if a save is not done in the background."""
     load: int
     """Buffers of reads; a rank reads straight into the tensors that it owns."""
+    export: int
+    """Weights of the model whose adapters are merged for its export, as they were before."""
     offload: int
     """Weights and optimizer states that are on the host between the phases that use them."""
     data: int | None
@@ -35,12 +39,17 @@ class HostMemory:
 
     @property
     def total(self) -> int:
-        """Sum of what is held at the same time: a load is over before anything is saved."""
-        return max(self.save, self.load) + self.offload + (self.data or 0)
+        """Sum of what is held at the same time: loads come first, exports when all is saved."""
+        return max(self.save, self.load, self.export) + self.offload + (self.data or 0)
 
 
 def host_memory(
-    work: Workload, stages: Sequence[StageMemory], *, gpus_per_node: int, checkpoint_bytes: int
+    work: Workload,
+    stages: Sequence[StageMemory],
+    *,
+    gpus_per_node: int,
+    checkpoint_bytes: int,
+    element: int,
 ) -> HostMemory:
     """Return the host memory that the ranks of one machine take.
 
@@ -49,14 +58,35 @@ def host_memory(
         stages: memory of the training ranks of each pipeline stage.
         gpus_per_node: ranks of a machine.
         checkpoint_bytes: size of a checkpoint, which the training ranks write in equal shares.
+        element: bytes of a weight.
     """
     copies = work.config.checkpoint.async_save
     save = -(-checkpoint_bytes // work.layout.world) if copies else _COPY_AHEAD
     return HostMemory(
         save=save * gpus_per_node,
         load=READ_BLOCK_BYTES * gpus_per_node,
+        export=max(_merged(work, stage.stage) for stage in stages) * element * gpus_per_node,
         offload=max(_offloaded(work, stage) for stage in stages) * gpus_per_node,
         data=_data(work.config.data.train_path, num_ranks=gpus_per_node),
+    )
+
+
+def _merged(work: Workload, stage: int) -> int:
+    """Return the weights of a rank that adapters are merged into, of the model with the most."""
+    if not work.config.checkpoint.export_hf:
+        return 0
+    learning = [role for role in work.roles if role.learns]
+    return max(
+        sum(
+            p.size
+            for chunk in stage_parameters(role.model, work.layout, head=role.head, stage=stage)
+            for p in chunk
+            if any(
+                p.name.endswith(f".{projection}.weight") and role.model.lora.adapted(projection)
+                for projection in FUSED
+            )
+        )
+        for role in learning
     )
 
 

@@ -141,5 +141,6 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
             stages,
             gpus_per_node=cluster.gpus_per_node,
             checkpoint_bytes=checkpoints.num_bytes,
+            element=formats.element,
         ),
     )

@@ -215,7 +215,7 @@ def _host(plan: Plan) -> str:
     data = "unknown, without the file" if host.data is None else f"{host.data / GIB:.1f}"
     return (
         f"host memory of a machine, GiB: save {host.save / GIB:.1f}, load {host.load / GIB:.1f}, "
-        f"offload {host.offload / GIB:.1f}, data {data}"
+        f"export {host.export / GIB:.1f}, offload {host.offload / GIB:.1f}, data {data}"
     )
 
 

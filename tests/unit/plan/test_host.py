@@ -33,6 +33,21 @@ def test_what_is_offloaded_is_on_the_host_of_every_rank():
     assert planned({"memory.offload_optimizer": True}).host.offload == 8 * held("optimizer")
 
 
+def test_an_export_keeps_the_weights_that_adapters_are_merged_into():
+    assert planned().host.export == 0
+    lora = {"model.lora": {"rank": 16}}
+    # Queries, keys and values, the output, gates and up, down: of 20 layers, an eighth of each.
+    layer = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672
+    host = planned(lora).host
+    assert host.export == 8 * 20 * layer // 8 * 2
+    assert host.total == host.export
+    assert (
+        planned({"model.lora": {"rank": 16, "targets": ["o_proj"]}}).host.export
+        == 20 * 8192 * 8192 * 2
+    )
+    assert planned(lora | {"checkpoint.export_hf": False}).host.export == 0
+
+
 def test_small_data_is_held_by_every_rank_and_other_data_once(tmp_path):
     assert planned().host.data is None
     path = tmp_path / "prompts.jsonl"
@@ -47,7 +62,9 @@ def test_small_data_is_held_by_every_rank_and_other_data_once(tmp_path):
 def test_the_report_shows_it(file, tmp_path, capsys):
     out = tmp_path / "plan.json"
     main(["plan", "--config", file, "--nodes", "16", "--json", str(out)])
-    line = "\nhost memory of a machine, GiB: save 0.1, load 0.1, offload 0.0, data unknown"
+    line = (
+        "\nhost memory of a machine, GiB: save 0.1, load 0.1, export 0.0, offload 0.0, data unknown"
+    )
     assert line in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["host_memory"]["data"] is None
