@@ -17,6 +17,7 @@ from marlhf_mega.checkpoint.contents import SCALAR_ROLES, read_whole
 from marlhf_mega.checkpoint.hf.adapters import is_same_base
 from marlhf_mega.checkpoint.hf.parameters import is_own
 from marlhf_mega.checkpoint.metadata import TensorFacts, read_tensors
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import agree_on_error, broadcast_object, gather_objects
@@ -83,6 +84,7 @@ def load(
         The state that was passed to `Saver.save`.
 
     Raises:
+        ConfigError: adapters belong to other weights.
         RuntimeError: a model, a tensor or a key is missing, or the checkpoint has tensors that the
             model does not have.
     """
@@ -133,6 +135,7 @@ def load_weights(
         Names of the tensors that the checkpoint does not have, the same on every rank.
 
     Raises:
+        ConfigError: it has adapters of other weights.
         RuntimeError: there is no checkpoint, it is damaged, or it lacks any other tensor.
     """
     suitable = ("policy",) if chunks[0].head == "language" else (*SCALAR_ROLES, "policy")
@@ -221,7 +224,7 @@ def _check_base(folder: Path, saved: Mapping[str, Any], digest: str | None) -> N
     """Raise unless adapters belong to the frozen weights that they are loaded for."""
     expected = saved.get("base_digest")
     if not is_same_base(expected, digest):
-        raise RuntimeError(
+        raise ConfigError(
             f"{folder}: must be of the weights of this model; it has adapters of a base with hash "
             f"{expected}, and this model's is {digest}. Use the model.hf_path or model.init that "
             "the run began from, unchanged, and its precision.dtype."

@@ -19,6 +19,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.hardware import MemoryConfig
 from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel, build_chunks
+from marlhf_mega.models.shared_base import build_on_base, own_parameters
 from marlhf_mega.models.spec import compute_dtype, transformer_config
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.fake_mesh import fake_mesh
@@ -76,10 +77,12 @@ def dry_run(config: Config, job: Job, world_size: int) -> tuple[list[str], list[
     for rank in _distinct_ranks(work.layout, found):
         with fake_mesh(config.parallel, rank=rank, world_size=work.layout.world) as mesh:
             found.layouts.add(mesh.describe())
+            policy: list[StageModel] = []
             for role in (r for r in work.roles if not r.is_policy):
                 precision = config.precision if role.learns else config.precision.frozen()
                 transformer_config(role.model, precision, mesh, config.memory)
-                _build(role, work, mesh, found)
+                built = _build(role, work, mesh, found, policy)
+                policy = policy or built
             if job == "ppo" and not work.num_rollout_ranks:
                 _build_rollout(work, mesh, found)
     if work.num_rollout_ranks:
@@ -103,16 +106,25 @@ def _distinct_ranks(layout: WorldLayout, found: _Found) -> list[int]:
     return ranks
 
 
-def _build(role: Role, work: Workload, mesh: Mesh, found: _Found) -> None:
+def _build(
+    role: Role, work: Workload, mesh: Mesh, found: _Found, policy: Sequence[StageModel]
+) -> list[StageModel]:
+    """Build a role, and compare what it has with its plan; the policy is the first."""
     config, stage = work.config, mesh.pp_rank
-    chunks = build_chunks(role.model, config.precision, mesh, head=role.head, memory=config.memory)
+    settings, memory = (role.model, config.precision, mesh), config.memory
     planned = stage_parameters(role.model, work.layout, head=role.head, stage=stage)
-    built = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    if role.shares_base:
+        chunks = build_on_base(policy, *settings, memory=memory)
+        planned = learning(planned)
+    else:
+        chunks = build_chunks(*settings, head=role.head, memory=memory)
+    # A base that is the policy's has been counted.
+    built = sum(p.numel() for p in own_parameters(chunks, policy))
     _compare(found, f"{role.name}, rank {mesh.rank}: parameters", built, count(planned))
     found.parameters.setdefault(role.name, Counter())[stage] = built
     _name_tensors(role, chunks, mesh, found)
     if not role.learns:
-        return
+        return chunks
     overlap = config.parallel.overlap
     state = TrainState(chunks, OptimizerConfig(), total_steps=1, overlap=overlap)
     parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
@@ -121,6 +133,7 @@ def _build(role: Role, work: Workload, mesh: Mesh, found: _Found) -> None:
     _compare(found, f"{role.name}, rank {mesh.rank}: buckets", elements, laid_out.num_elements)
     found.buckets.setdefault(role.name, Counter())[stage] = elements
     found.checkpoint_bytes[role.name] += bytes_to_write(state, mesh)
+    return chunks
 
 
 def _name_tensors(role: Role, chunks: Sequence[StageModel], mesh: Mesh, found: _Found) -> None:

@@ -528,6 +528,8 @@ def _lora_problems(config: Config, job: Job) -> Iterator[str]:
             f"model.lora.path={lora.path}: {job} begins with a whole model. Merge the adapters "
             "into it with `python tools/convert_hf.py merge`, and remove the key."
         )
+    if job in ("ppo", "offline"):
+        yield from _base_problems(config, job)
     if job in WITHOUT_TRAINING or not lora.is_on:
         return
     if model.num_experts and (lacking := [n for n in lora.modules if n in FEED_FORWARD]):
@@ -546,6 +548,33 @@ def _lora_problems(config: Config, job: Job) -> Iterator[str]:
             f"model.router_aux_loss_coef={model.router_aux_loss_coef}: routers do not learn with "
             f"model.lora.rank={lora.rank}. Set it to 0."
         )
+
+
+def _base_problems(config: Config, job: Job) -> Iterator[str]:
+    """Rules for models that share the policy's frozen weights."""
+    critic, reward = config.critic.share_base, config.reward.share_base
+    for key, shares in (("critic.share_base", critic), ("reward.share_base", reward)):
+        if shares and job == "offline":
+            yield f"{key}=true: only ppo shares a base; this is offline. Set it to false."
+        elif shares and not config.model.lora.is_on:
+            yield (
+                f"{key}=true: needs weights that stay as they are; model.lora.rank is not set, and "
+                "all weights of the policy learn. Set it, or remove share_base."
+            )
+    if critic and job == "ppo" and not config.ppo.has_critic:
+        yield (
+            f"critic.share_base=true: ppo.estimator={config.ppo.estimator} has no critic. Set it "
+            "to false."
+        )
+    if reward and job == "ppo":
+        if not config.reward.models:
+            yield "reward.share_base=true: reward.source names no reward model. Set it to false."
+        for judge in config.reward.models:
+            if judge.is_language:
+                yield (
+                    f"{judge.key}={judge.source}: is a language model, and only reward models "
+                    "share the policy's base. Set reward.share_base=false, or leave it out."
+                )
 
 
 def _router_problems(config: Config, job: Job) -> Iterator[str]:

@@ -61,6 +61,12 @@ class Config(Section):
         return asked or self.macro.rule == "perplexity"
 
     @property
+    def critic_from_policy(self) -> bool:
+        """Whether the critic begins as the policy with a new head."""
+        init = self.critic.init
+        return init == "policy" or (init == "reward" and self.reward.critic_model is None)
+
+    @property
     def rollout_parallel(self) -> ParallelConfig:
         """Degrees during generation: those of training unless the rollout has its own."""
         own = self.rollout.engine == "own"  # vLLM splits layers by tensor parallelism alone

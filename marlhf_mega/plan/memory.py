@@ -187,10 +187,12 @@ def role_memory(
 ) -> RoleMemory:
     """Return the memory of one model on a rank of a stage."""
     chunks = stage_parameters(role.model, layout, head=role.head, stage=stage)
+    products = sum(p.size for chunk in chunks for p in chunk if p.is_product)
+    if role.shares_base:
+        chunks = learning(chunks)
     own = precision if role.learns else precision.frozen()
     if role.is_policy:
         return RoleMemory(num_parameters=0, weights=0, fp8_copies=0, gradients=0, optimizer=0)
-    products = sum(p.size for chunk in chunks for p in chunk if p.is_product)
     if not role.learns:
         return RoleMemory(
             num_parameters=count(chunks),

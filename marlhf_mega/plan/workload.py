@@ -7,6 +7,7 @@ from typing import Literal, cast, get_args
 from marlhf_mega.config.checks import SECTIONS, check_other_model, check_world, rollout_ranks
 from marlhf_mega.config.limits import round_up
 from marlhf_mega.config.load import ConfigError
+from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.origin import find_origin
 from marlhf_mega.config.schema import Config
@@ -15,6 +16,8 @@ from marlhf_mega.plan.layout import WorldLayout
 PlannedJob = Literal["sft", "reward", "preference", "ppo"]
 GENERATING_ROLES = ("policy", "mask")
 """Models that generate, and are never offloaded; the mask policy does nothing else."""
+_Shape = tuple[ModelConfig, LoraConfig, bool]
+"""A model's shape, its adapters, and whether that is an assumption: its folder is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Role:
     learns: bool
     is_policy: bool = False
     """Whether it is the policy without its adapters, which takes no memory of its own."""
+    shares_base: bool = False
+    """Whether its frozen weights are the policy's: its own are adapters and a head."""
     is_assumed: bool = False
     """Its folder does not exist here, so it is assumed to have the policy's shape."""
 
@@ -231,6 +236,7 @@ def _roles(config: Config, job: PlannedJob) -> tuple[Role, ...]:
         return (Role(name="reward", model=model, head="scalar", learns=True),)
     judges = config.reward.models
     shapes = [_shape(judge.source, model) for judge in judges]
+    shares = config.reward.share_base
     names = ["reward"] if len(judges) == 1 else [f"reward {n}" for n in range(1, len(judges) + 1)]
     return (
         Role(name="policy", model=model, head="language", learns=True),
@@ -240,12 +246,13 @@ def _roles(config: Config, job: PlannedJob) -> tuple[Role, ...]:
         *(
             Role(
                 name=name,
-                model=shape.plain,
+                model=shape.adapted(lora) if shares else shape.plain,
                 head="language" if judge.is_language else "scalar",
                 learns=False,
                 is_assumed=assumed,
+                shares_base=shares,
             )
-            for name, judge, (shape, assumed) in zip(names, judges, shapes, strict=True)
+            for name, judge, (shape, lora, assumed) in zip(names, judges, shapes, strict=True)
         ),
     )
 
@@ -264,20 +271,27 @@ def _mask(config: Config) -> Role:
     return Role(name="mask", model=config.model, head="language", learns=False)
 
 
-def _critic(config: Config, rewards: list[tuple[ModelConfig, bool]]) -> Role:
-    match config.critic.init:
-        case "reward" if config.reward.critic_model is not None:
-            model, assumed = rewards[config.reward.critic_model]
-        case "reward" | "policy":
-            model, assumed = config.model, False
-        case path:
-            model, assumed = _shape(path, config.model)
-    model = model.adapted(config.model.lora)
-    return Role(name="critic", model=model, head="scalar", learns=True, is_assumed=assumed)
+def _critic(config: Config, rewards: list[_Shape]) -> Role:
+    shares = config.critic.share_base
+    if shares or config.critic_from_policy:
+        model, assumed = config.model, False
+    elif config.critic.init == "reward":
+        assert config.reward.critic_model is not None
+        model, _, assumed = rewards[config.reward.critic_model]
+    else:
+        model, _, assumed = _shape(config.critic.init, config.model)
+    return Role(
+        name="critic",
+        model=model.adapted(config.model.lora),
+        head="scalar",
+        learns=True,
+        is_assumed=assumed,
+        shares_base=shares,
+    )
 
 
-def _shape(source: str, policy: ModelConfig) -> tuple[ModelConfig, bool]:
-    """Return a model's shape, and whether it is an assumption because its folder is missing."""
+def _shape(source: str, policy: ModelConfig) -> _Shape:
     if not Path(source).exists():
-        return policy, True
-    return find_origin(Path(source), key="reward.source").model, False
+        return policy, policy.lora, True
+    origin = find_origin(Path(source), key="reward.source")
+    return origin.model, origin.lora, False

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from marlhf_mega.checkpoint.hf.peft import import_adapters
+from marlhf_mega.checkpoint.store import load_weights
 from marlhf_mega.checkpoint.weights import (
     adapter_table_of,
     digest_of_base,
@@ -15,6 +16,7 @@ from marlhf_mega.checkpoint.weights import (
     layout_of,
     learning_parts,
 )
+from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.origin import Origin
 from marlhf_mega.config.schema import Config
@@ -22,6 +24,7 @@ from marlhf_mega.data.tokenizer import Tokenizer
 from marlhf_mega.models.gpt import StageModel, attach_adapters, build_chunks
 from marlhf_mega.models.offload import create_offload
 from marlhf_mega.models.roles import Roles
+from marlhf_mega.models.shared_base import build_on_base
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.train.origins import critic_origin, policy_origin, reward_origins
@@ -122,8 +125,10 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: 
         reference = build_model(
             config.model, config, mesh, origin=start, name="reference", frozen=True
         )
-    critic = _critic_chunks(config, tokenizer, mesh, rewards) if config.ppo.has_critic else None
-    models = build_judges(config, mesh, rewards)
+    critic = None
+    if config.ppo.has_critic:
+        critic = _critic_chunks(config, tokenizer, mesh, rewards, policy)
+    models = build_judges(config, mesh, rewards, policy)
     steps = optimizer_steps(config, num_steps)
     overlap = config.parallel.overlap
     learner = TrainState(policy, config.policy, total_steps=steps["policy"], overlap=overlap)
@@ -144,8 +149,21 @@ def build_roles(config: Config, tokenizer: Tokenizer, mesh: Mesh, *, num_steps: 
     )
 
 
-def build_judges(config: Config, mesh: Mesh, origins: Sequence[Origin]) -> list[list[StageModel]]:
-    """Build the reward models, and language models that serve as such, from `reward_origins`."""
+def build_judges(
+    config: Config,
+    mesh: Mesh,
+    origins: Sequence[Origin],
+    policy: Sequence[StageModel] | None = None,
+) -> list[list[StageModel]]:
+    """Build the reward models, and language models that serve as such, from `reward_origins`.
+
+    With `reward.share_base` and a policy with adapters they are on its base.
+    """
+    if policy is not None and config.reward.share_base:
+        return [
+            _on_base(policy, config, mesh, origin=origin, name="reward", lora=origin.lora)
+            for origin in origins
+        ]
     return [
         build_model(
             origin.model,
@@ -160,8 +178,45 @@ def build_judges(config: Config, mesh: Mesh, origins: Sequence[Origin]) -> list[
 
 
 def _critic_chunks(
-    config: Config, tokenizer: Tokenizer, mesh: Mesh, rewards: list[Origin]
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    rewards: list[Origin],
+    policy: Sequence[StageModel],
 ) -> list[StageModel]:
     origin = critic_origin(config, tokenizer, rewards)
+    if config.critic.share_base:
+        known = None if config.critic_from_policy else origin
+        lora = config.model.lora
+        return _on_base(policy, config, mesh, origin=known, name="critic", lora=lora)
     model = config.model if origin is None else origin.model
     return build_model(model, config, mesh, origin=origin, name="critic")
+
+
+def _on_base(
+    policy: Sequence[StageModel],
+    config: Config,
+    mesh: Mesh,
+    *,
+    origin: Origin | None,
+    name: Literal["critic", "reward"],
+    lora: LoraConfig,
+) -> list[StageModel]:
+    """Build a model on the policy's base, with adapters and head of a run, or with new ones."""
+    frozen = name == "reward"
+    chunks = build_on_base(
+        policy,
+        config.model.adapted(lora),
+        config.precision.frozen() if frozen else config.precision,
+        mesh,
+        memory=config.memory,
+        frozen=frozen,
+    )
+    fill_random(chunks, mesh, seed=config.run.seed, only="output_layer")
+    if origin is None:
+        fill_adapters(chunks, mesh, seed=config.run.seed)
+    else:
+        load_weights(origin.path, chunks, mesh)
+    where = "new" if origin is None else f"from {origin.path}"
+    logger.info("%s: on the policy's base; adapters and head are %s", name, where)
+    return chunks

@@ -5,6 +5,7 @@ from typing import Any
 
 from marlhf_mega.checkpoint.contents import roles_of
 from marlhf_mega.config.checks import Job, check_other_model, generates
+from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.origin import Origin, find_origin, first_origin
 from marlhf_mega.config.schema import Config
@@ -90,13 +91,12 @@ def critic_origin(config: Config, tokenizer: Tokenizer, rewards: list[Origin]) -
     Raises:
         ValueError: it is missing or does not fit the tokenizer.
     """
-    match config.critic.init:
-        case "reward" if config.reward.critic_model is not None:
-            return rewards[config.reward.critic_model]
-        case "reward" | "policy":
-            return policy_origin(config)
-        case path:
-            return origin_of(path, tokenizer, key="critic.init")
+    if config.critic_from_policy:
+        return policy_origin(config)
+    if config.critic.init == "reward":
+        assert config.reward.critic_model is not None
+        return rewards[config.reward.critic_model]
+    return origin_of(config.critic.init, tokenizer, key="critic.init")
 
 
 def reference_origin(config: Config, tokenizer: Tokenizer) -> Origin | None:
@@ -130,6 +130,8 @@ def check_origins(config: Config, job: Job, tokenizer: Tokenizer, num_ranks: int
         ValueError: anything that the user has to fix.
     """
     policy_origin(config)
+    if config.model.lora.path is not None:
+        _check_adapters(config.model, config.model.lora.path, job)
     if job == "preference" and (start := reference_origin(config, tokenizer)) is not None:
         what = f"preference.reference={start.path}"
         check_other_model(config, start.model, num_ranks, what=what, learns=False)
@@ -146,6 +148,66 @@ def check_origins(config: Config, job: Job, tokenizer: Tokenizer, num_ranks: int
     if start is not None:
         what = f"critic.init={config.critic.init}"
         check_other_model(config, start.model, num_ranks, what=what, learns=job == "ppo")
+    if job == "ppo":
+        _check_shared_bases(config, rewards, start)
+
+
+def _check_adapters(model: ModelConfig, folder: Path, job: Job) -> None:
+    # Imports Megatron, which no other check needs.
+    from marlhf_mega.checkpoint.hf.adapters import AdapterTable
+    from marlhf_mega.checkpoint.hf.peft import check_adapters
+    from marlhf_mega.checkpoint.hf.table import WeightTable
+
+    whole = WeightTable(model, "sequence_classification" if job == "reward" else "causal_lm")
+    check_adapters(folder, [AdapterTable(model, "causal_lm"), whole])
+
+
+def _check_shared_bases(config: Config, rewards: list[Origin], critic: Origin | None) -> None:
+    """Refuse models that are not adapters on the base of the policy, where they are to share it.
+
+    Whether its weights are still the same, their hash tells when they are loaded.
+    """
+    if config.reward.share_base:
+        for judge, origin in zip(config.reward.models, rewards, strict=True):
+            _check_shared_base(config, origin, key=judge.key, option="reward.share_base")
+    if not (config.ppo.has_critic and config.critic.share_base) or config.critic_from_policy:
+        return
+    assert critic is not None
+    _check_shared_base(config, critic, key="critic.init", option="critic.share_base")
+    for name, ours in _adapters(config.model.lora).items():
+        theirs = _adapters(critic.lora)[name]
+        if ours != theirs:
+            raise ValueError(
+                f"model.lora.{name}={ours}: must be that of {critic.path}, {theirs}, whose "
+                "adapters the critic goes on from with critic.share_base=true. Set it, or use "
+                "critic.init=policy."
+            )
+
+
+def _adapters(lora: LoraConfig) -> dict[str, str]:
+    """Return what the shape and the function of adapters depend on, as text."""
+    alpha = lora.scale * lora.size  # with rank_stabilized not the key's value
+    return {
+        "rank": str(lora.size),
+        "targets": f"[{','.join(lora.modules)}]",
+        "alpha": f"{alpha:g}",
+    }
+
+
+def _check_shared_base(config: Config, origin: Origin, *, key: str, option: str) -> None:
+    start = policy_origin(config)
+    what = f"{key}={origin.path}: must be adapters on the policy's base, with {option}=true"
+    if not origin.lora.is_on:
+        raise ValueError(
+            f"{what}; all its weights are its own. Train it with model.lora.rank, or set {option} "
+            "to false."
+        )
+    ours, theirs = (None if o is None else o.path.resolve() for o in (start, origin.base))
+    if ours != theirs:
+        raise ValueError(
+            f"{what}; they are on {theirs or 'random weights'}, and the policy begins from "
+            f"{ours or 'random weights'}. Begin both from the same model, or set {option} to false."
+        )
 
 
 def check_same_tokenizer(origin: Origin, tokenizer: Tokenizer, *, key: str) -> None:

@@ -17,6 +17,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.forward import logprob_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.models.shared_base import build_on_base, own_parameters
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import pipeline_forward_backward
@@ -120,15 +121,23 @@ def optimizer_bytes(state):
     return found
 
 
-def role_case(role, work, mesh):
-    """Build a role; train a step of it and measure, or only weigh it."""
+def role_case(role, work, mesh, policy):
+    """Build a role; train a step of it and measure, or only weigh it; `policy` gets its chunks."""
     config = work.config
-    chunks = build_chunks(role.model, config.precision, mesh, head=role.head, memory=config.memory)
-    fill_random(chunks, mesh, seed=1)
-    fill_adapters(chunks, mesh, seed=1)
+    settings = (role.model, config.precision, mesh)
+    if role.shares_base:
+        chunks = build_on_base(policy, *settings, memory=config.memory)
+    else:
+        chunks = build_chunks(*settings, head=role.head, memory=config.memory)
+        fill_random(chunks, mesh, seed=1)
+    if role.model.lora.is_on:
+        fill_adapters(chunks, mesh, seed=1)
+    own = own_parameters(chunks, policy)
+    policy += [] if policy else chunks
     if not role.learns:
-        tensors = {p.untyped_storage()._cdata: p for c in chunks for p in c.parameters()}
+        tensors = {p.untyped_storage()._cdata: p for p in own}
         return {"weights": sum(p.nbytes for p in tensors.values()), "gradients": 0, "optimizer": 0}
+    still = sum(p.nbytes for p in own if not p.requires_grad)
     state = TrainState(chunks, config.policy, total_steps=2)
     forward = FORWARDS[role.head]
     microbatches = [SimpleNamespace(batch=batch) for batch in batches(work, mesh)]
@@ -143,8 +152,7 @@ def role_case(role, work, mesh):
     state.step()
     parts = [b for c in state.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     return {
-        "weights": sum(b.param_data.nbytes for b in parts)
-        + sum(p.nbytes for c in chunks for p in c.parameters() if not p.requires_grad),
+        "weights": sum(b.param_data.nbytes for b in parts) + still,
         "gradients": sum(b.grad_data.nbytes for b in parts),
         "optimizer": optimizer_bytes(state),
         "peak": peak,
@@ -196,7 +204,9 @@ def planned(work, stage):
 
 def job_case(work, mesh):
     """Every model of a job whose ranks train and generate."""
-    real = {role.name: role_case(role, work, mesh) for role in work.roles if not role.is_policy}
+    policy = []
+    built = [role for role in work.roles if not role.is_policy]
+    real = {role.name: role_case(role, work, mesh, policy) for role in built}
     nothing = {"weights": 0, "gradients": 0, "optimizer": 0}
     real |= {role.name: nothing for role in work.roles if role.is_policy}
     real["kv cache"] = cache_bytes(work, Generation.of_rollout(work), mesh)

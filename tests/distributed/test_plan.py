@@ -117,7 +117,7 @@ CASES = {
         "ppo": PPO | {"minibatch_size": 32},
         "reward": {"source": "runs/none"},
     },
-    "TP2 DP2 bfloat16 tied adapters": {
+    "TP2 DP2 bfloat16 tied adapters on one base": {
         "model": {
             "num_layers": 3,
             "vocab_size": 300,
@@ -129,7 +129,8 @@ CASES = {
         "data": TEXT,
         "rollout": SMALL,
         "ppo": PPO,
-        "reward": {"source": "runs/none"},
+        "reward": {"source": "runs/none", "share_base": True},
+        "critic": {"share_base": True},
     },
     "TP2 SP EP2 experts": {
         "model": {

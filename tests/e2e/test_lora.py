@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from marlhf_mega.checkpoint import manifest
 from marlhf_mega.checkpoint.metadata import read_tensors
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
@@ -134,11 +135,7 @@ def test_checkpoints_hold_what_learns(jobs):
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(jobs, tmp_path):
     copy = tmp_path / "ppo"
-    shutil.copytree(jobs / "ppo", copy)
-    for step in (2, 3):
-        shutil.rmtree(copy / "checkpoints" / f"step_00000{step}")
-    (copy / "checkpoints" / "latest").write_text("step_000001")
-    (copy / "complete.json").unlink()
+    begin_again(jobs / "ppo", copy)
     run("ppo", jobs, copy, *ppo_of(jobs))
     assert numbers(copy) == numbers(jobs / "ppo")
     for export in ("hf", "hf_critic", "hf_peft", "hf_critic_peft"):
@@ -170,6 +167,91 @@ def test_the_other_jobs_learn_adapters_too(jobs, tmp_path):
         found = read_tensors(tmp_path / job / "checkpoints" / "step_000003" / "policy")
         assert all(".lora." in name for name in found)
         assert (tmp_path / job / "hf_peft" / "adapter_model.safetensors").is_file()
+
+
+SHARED = ("critic.share_base=true", "reward.share_base=true")
+TP2_PP2 = (TP2, "parallel.pipeline_size=2", "memory.offload_idle=true")
+
+
+@pytest.fixture(scope="module")
+def shared(jobs):
+    """One base for policy, reference, critic and reward model, on one rank."""
+    run("ppo", jobs, jobs / "shared", *ppo_of(jobs), *SHARED)
+    return jobs / "shared"
+
+
+def test_models_on_one_base_judge_as_those_that_are_merged_into_bases_of_their_own(jobs, shared):
+    (start, first, *_), (same_start, same_first, *_) = map(numbers, (shared, jobs / "ppo"))
+    close([start], [same_start])
+    names = ["critic/value", "critic/return_mean", "rollout/score_mean", "rollout/score_std"]
+    close([{n: first[n] for n in names}], [{n: same_first[n] for n in names}])
+    state = json.loads((shared / "checkpoints" / "step_000003" / "state.json").read_text())
+    digests = [state["roles"][role]["base_digest"] for role in ("policy", "critic")]
+    assert digests[0].startswith(f"{digests[1]}-")
+
+
+def test_a_critic_on_the_policys_base_is_that_on_a_copy_bit_for_bit(jobs, tmp_path):
+    begin = [*ppo_of(jobs), "critic.init=policy", "run.steps=1", "ppo.epochs=2"]
+    found = []
+    for name in ("true", "false"):
+        run("ppo", jobs, tmp_path / name, *begin, f"critic.share_base={name}")
+        learned = load_file(tmp_path / name / "hf_critic_peft" / "adapter_model.safetensors")
+        found.append((numbers(tmp_path / name), {key: t.tolist() for key, t in learned.items()}))
+    assert found[0] == found[1]
+
+
+def test_one_base_at_another_layout_goes_on_from_a_checkpoint(jobs, shared, tmp_path):
+    copy = tmp_path / "shared"
+    begin_again(shared, copy)
+    run("ppo", jobs, copy, *ppo_of(jobs), *SHARED, *TP2_PP2, ranks=4)
+    close(numbers(copy), numbers(shared))
+
+
+def begin_again(source, copy):
+    """Copy a run as it was after its first checkpoint."""
+    shutil.copytree(source, copy)
+    for step in (2, 3):
+        shutil.rmtree(copy / "checkpoints" / f"step_00000{step}")
+    (copy / "checkpoints" / "latest").write_text("step_000001")
+    (copy / "complete.json").unlink()
+
+
+def test_each_model_on_one_base_is_exported_by_itself(jobs, shared):
+    base = load_file(jobs / "sft" / "hf" / "model.safetensors")
+    for name in ("hf", "hf_critic"):
+        learned = load_file(shared / f"{name}_peft" / "adapter_model.safetensors")
+        merged = load_file(shared / name / "model.safetensors")
+        own = {"hf": "lm_head.weight", "hf_critic": "score.weight"}[name]
+        assert merged.keys() == (base.keys() - {"lm_head.weight"}) | {own}
+        for key, found in merged.items():
+            expected = learned[f"base_model.model.{key}"] if key == "score.weight" else base[key]
+            a, b = (f"base_model.model.{key[:-7]}.lora_{side}.weight" for side in "AB")
+            if a in learned:
+                change = 2 * learned[b] @ learned[a]
+                assert change.any()
+                expected = expected + change
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_that_have_changed_under_a_reward_model_are_refused(jobs, tmp_path):
+    reward = tmp_path / "reward"
+    shutil.copytree(jobs / "reward", reward)
+    state = reward / "checkpoints" / "step_000003" / "state.json"
+    text = re.sub(
+        '"base_digest": "[0-9a-f]+"', '"base_digest": "0123456789abcdef"', state.read_text()
+    )
+    state.write_text(text)
+    table = state.with_name(manifest.FILE)
+    files = json.loads(table.read_text())["files"] | {manifest.STATE: manifest.facts(state)}
+    table.write_text(manifest.make(files, format=1, step=3))
+    options = [*ppo_of(jobs), *SHARED, f"reward.source={reward}"]
+    done = run("ppo", jobs, tmp_path / "ppo", *options, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "0123456789abcdef" in line]
+    assert line.startswith(
+        f"{reward}/checkpoints/step_000003/reward: must be of the weights of this model; it has "
+        "adapters of a base with hash 0123456789abcdef"
+    )
 
 
 @pytest.fixture
@@ -213,8 +295,9 @@ def test_training_goes_on_from_a_folder_of_peft(jobs, tmp_path):
     # The adapters of another base, and a job that begins with a whole model.
     options[0] = f"model.hf_path={jobs / 'ppo' / 'hf'}"
     done = run("sft", jobs, tmp_path / "base", *options, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "must belong to the weights of this model, hash " in done.stderr
+    assert not (tmp_path / "base" / "config.yaml").exists()
     done = run("ppo", jobs, tmp_path / "ppo", *ppo_of(jobs), options[3], check=False)
     assert done.returncode == 2
     assert f"model.lora.path={adapters}: ppo begins with a whole model." in done.stderr

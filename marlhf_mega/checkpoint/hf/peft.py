@@ -1,7 +1,7 @@
 """Folders of peft: import and export of adapters, and of a scalar head that was saved with them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,42 @@ from marlhf_mega import durable
 from marlhf_mega.checkpoint.hf.adapters import is_same_base
 from marlhf_mega.checkpoint.hf.parameters import LocalParameter, find_shards
 from marlhf_mega.checkpoint.hf.table import Layout, WeightTable
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.peft import CONFIG_FILE
 from marlhf_mega.parallel.collectives import gather_objects_to_first
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DIGEST = "base_digest"
+
+
+def check_adapters(
+    folder: Path, tables: Iterable[WeightTable], *, key: str = "model.lora.path"
+) -> str | None:
+    """Check that a folder has the adapters of a model and no others, by the names and shapes alone.
+
+    Args:
+        folder: a folder of peft.
+        tables: those of the model that have what is needed.
+        key: the config key that names the folder, for messages.
+
+    Returns:
+        The hash of the frozen weights that an export of ours says it belongs to.
+
+    Raises:
+        ValueError: the files are damaged, or belong to a model of another shape.
+    """
+    where = f"{key}={folder}"
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+            digest: str | None = (opened.metadata() or {}).get(_DIGEST)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{where}: must have a complete {WEIGHTS_FILE}; {error}. Save the adapter again."
+        ) from None
+    _check(where, shapes, {n: s for table in tables for n, s in _needed(table).items()})
+    return digest
 
 
 @torch.no_grad()
@@ -40,23 +70,19 @@ def import_adapters(
         key: the config key that names the folder, for messages.
 
     Raises:
-        ValueError: the files are damaged, or belong to another model.
+        ValueError: the files are damaged, or belong to a model of another shape; a `ConfigError` if
+            they belong to other weights.
     """
-    where, parts = f"{key}={folder}", list(parts)
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            expected = (opened.metadata() or {}).get(_DIGEST, digest)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{where}: must have a complete {WEIGHTS_FILE}; {error}. Save the adapter again."
-        ) from None
-    if digest is not None and not is_same_base(expected, digest):
-        raise ValueError(
-            f"{where}: must belong to the weights of this model, hash {digest}; its own are those "
-            f"with hash {expected}. Use the model that it was trained on, or its precision.dtype."
+    parts = list(parts)
+    expected = check_adapters(folder, [table for _, table in parts], key=key)
+    if digest is not None and expected is not None and not is_same_base(expected, digest):
+        raise ConfigError(
+            f"{key}={folder}: must belong to the weights of this model, hash {digest}; its own are "
+            f"those with hash {expected}. Use the model that it was trained on, or its "
+            "precision.dtype."
         )
-    _check(where, tensors, {n: s for _, t in parts for n, s in _needed(t).items()})
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     for parameters, table in parts:
         for local, shard in find_shards(parameters, table, layout):
             local.tensor.zero_()
@@ -117,7 +143,9 @@ def _needed(table: WeightTable) -> dict[str, tuple[int, ...]]:
     return {_PREFIX + n: s for n, s in named if ".lora_" in n or n == "score.weight"}
 
 
-def _check(where: str, found: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]]) -> None:
+def _check(
+    where: str, found: Mapping[str, Sequence[int]], needed: Mapping[str, tuple[int, ...]]
+) -> None:
     if absent := sorted(needed.keys() - found.keys()):
         raise ValueError(
             f"{where}: must have an adapter for every target of the model; {len(absent)} of "
@@ -129,8 +157,8 @@ def _check(where: str, found: Mapping[str, Tensor], needed: Mapping[str, tuple[i
             "adapters of this model and of its head."
         )
     for name, shape in needed.items():
-        if tuple(found[name].shape) != shape:
+        if tuple(found[name]) != shape:
             raise ValueError(
                 f"{where}: {name} must have shape {list(shape)} as the model's; it has "
-                f"{list(found[name].shape)}. Use the adapters of this model."
+                f"{list(found[name])}. Use the adapters of this model."
             )

@@ -231,6 +231,9 @@ class RewardConfig(Section):
     added as they are; scores, also those of held-out responses, are without them."""
     max_invalid_fraction: float = Field(0.5, ge=0, le=1)
     """Largest share of responses without a score. A step with more stops the run."""
+    share_base: bool = False
+    """ppo: with `model.lora.rank`, reward models are adapters and a head on the policy's frozen
+    weights. They must have been trained so, from the model that the policy begins from."""
 
     @property
     def judges(self) -> tuple[RewardSource, ...]:

@@ -99,3 +99,6 @@ class CriticConfig(OptimizerConfig):
     init: str = "reward"
     """`reward` (the first reward model of `reward.source`, else the policy), `policy` (its body
     with a new head), or a run directory."""
+    share_base: bool = False
+    """ppo: with `model.lora.rank`, the critic is adapters and a head on the policy's frozen
+    weights; from `critic.init` it takes these, and not a model that they are merged into."""

@@ -72,6 +72,18 @@ def test_a_layout_of_the_rollouts_own_and_virtual_stages():
     assert "in flight by stage 5, 3; idle" in "\n".join(lines)
 
 
+def test_models_on_one_base_hold_adapters_and_a_head():
+    lora = [*PPO, "model.lora.rank=2", "model.lora.targets=[o_proj]", "critic.share_base=true"]
+    lora += ["reward.source=runs/none", "reward.share_base=true"]
+    lines, problems = dry_run(load_config(None, lora), "ppo", 4)
+    assert problems == []
+    # Two layers of a stage: A has 2 rows of half the 128 inputs, B 2 columns. The head has 128.
+    own = 2 * (2 * 64 + 2 * 128)
+    for role in ("critic", "reward"):
+        assert f"{role}: parameters of a rank by stage {own}, {own + 128}" in lines
+    assert f"critic: elements in its data-parallel buckets by stage {own}, {own + 128}" in lines
+
+
 @st.composite
 def settings_with_rollout_ranks(draw):
     """Small models of every kind, trained and generating at layouts of their own."""

@@ -669,6 +669,34 @@ def test_adapters_that_a_model_or_a_job_cannot_have_are_named(job_problems):
         )
 
 
+def test_a_shared_base_needs_weights_that_stay_and_models_that_may_share_it(job_problems):
+    lora, shares = {"model": {"lora": {"rank": 4}}}, {"share_base": True}
+    learned = {"reward": {"source": "rm"} | shares}
+    assert job_problems("ppo", **lora, critic=shares, **learned) == []
+    for job in ("sft", "evaluate"):
+        assert job_problems(job, critic=shares, **learned) == []
+    lines = job_problems("ppo", critic=shares, **learned)
+    for key, line in zip(("critic", "reward"), lines, strict=True):
+        assert line == (
+            f"{key}.share_base=true: needs weights that stay as they are; model.lora.rank is not "
+            "set, and all weights of the policy learn. Set it, or remove share_base."
+        )
+    lines = job_problems("ppo", **lora, critic=shares, ppo={"estimator": "rloo"})
+    assert lines[0] == "critic.share_base=true: ppo.estimator=rloo has no critic. Set it to false."
+    (line,) = job_problems("ppo", **lora, reward={"source": "a:b"} | shares)
+    assert line == "reward.share_base=true: reward.source names no reward model. Set it to false."
+    asked = {"source": "lm", "template": "{response}?", "answers": ["Yes", "No"]}
+    (line,) = job_problems("ppo", **lora, reward={"source": asked} | shares)
+    assert line == (
+        "reward.source=lm: is a language model, and only reward models share the policy's base. "
+        "Set reward.share_base=false, or leave it out."
+    )
+    (line,) = job_problems("offline", **lora, critic=shares)
+    assert (
+        line == "critic.share_base=true: only ppo shares a base; this is offline. Set it to false."
+    )
+
+
 def test_a_run_directory_may_exist_or_be_created(tmp_path):
     check_folder(tmp_path, key="run.dir")
     check_folder(tmp_path / "a" / "b", key="run.dir")
