@@ -528,8 +528,7 @@ def _lora_problems(config: Config, job: Job) -> Iterator[str]:
             f"model.lora.path={lora.path}: {job} begins with a whole model. Merge the adapters "
             "into it with `python tools/convert_hf.py merge`, and remove the key."
         )
-    if job in ("ppo", "offline"):
-        yield from _base_problems(config, job)
+    yield from _base_problems(config, job)
     if job in WITHOUT_TRAINING or not lora.is_on:
         return
     if model.num_experts and (lacking := [n for n in lora.modules if n in FEED_FORWARD]):
@@ -552,13 +551,18 @@ def _lora_problems(config: Config, job: Job) -> Iterator[str]:
 
 def _base_problems(config: Config, job: Job) -> Iterator[str]:
     """Rules for models that share the policy's frozen weights."""
+    if job in WITHOUT_TRAINING:  # adapters are merged
+        return
     critic, reward = config.critic.share_base, config.reward.share_base
-    for key, shares in (("critic.share_base", critic), ("reward.share_base", reward)):
-        if shares and job == "offline":
-            yield f"{key}=true: only ppo shares a base; this is offline. Set it to false."
-        elif shares and not config.model.lora.is_on:
+    for section, shares in (("critic", critic), ("reward", reward)):
+        if not shares or section not in read_sections(config, job):
+            continue
+        key = f"{section}.share_base=true"
+        if job != "ppo":
+            yield f"{key}: only ppo shares a base; this is {job}. Set it to false."
+        elif not config.model.lora.is_on:
             yield (
-                f"{key}=true: needs weights that stay as they are; model.lora.rank is not set, and "
+                f"{key}: needs weights that stay as they are; model.lora.rank is not set, and "
                 "all weights of the policy learn. Set it, or remove share_base."
             )
     if critic and job == "ppo" and not config.ppo.has_critic:

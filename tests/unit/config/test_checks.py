@@ -691,10 +691,10 @@ def test_a_shared_base_needs_weights_that_stay_and_models_that_may_share_it(job_
         "reward.source=lm: is a language model, and only reward models share the policy's base. "
         "Set reward.share_base=false, or leave it out."
     )
-    (line,) = job_problems("offline", **lora, critic=shares)
-    assert (
-        line == "critic.share_base=true: only ppo shares a base; this is offline. Set it to false."
-    )
+    online = {"preference": {"loss": "nash_md"}}
+    for job, sections in (("offline", {}), ("preference", online)):
+        line = "reward.share_base=true: only ppo shares a base; this is {}. Set it to false."
+        assert line.format(job) in job_problems(job, **lora, **learned, **sections)
 
 
 def test_a_run_directory_may_exist_or_be_created(tmp_path):
