@@ -193,7 +193,6 @@ TESTED_ELSEWHERE = {
     "config/sections/training.py": "unit/config/test_unread.py::test_a_warm_up_as_long_as_the_run_never_lets_the_learning_rate_be",
     "data/tokenizer_backends.py": "unit/data/test_tokenizer.py::test_offsets_by_hand",
     "experience/builder.py": "distributed/layouts_ranks.py",
-    "checkpoint/whole_tensors.py": "distributed/reshard_ranks.py",
     "experience/continuations.py": "e2e/test_ppo_rules.py::test_values_of_vine_are_the_mean_scores_of_continuations",
     "experience/evaluation.py": "distributed/reshard_ranks.py",
     "experience/scoring.py": "distributed/layouts_ranks.py",

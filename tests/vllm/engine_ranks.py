@@ -102,6 +102,33 @@ def compare(run):
     }
 
 
+def ended(run):
+    """Answers without an end, then with a text that one has, then with limits, all the same draws.
+
+    Filters keep the most likely token alone.
+    """
+    inner = run.generator._generator
+    inner.stop = StopRule()
+    whole = run.gathered(run.rollout(run.generator, temperature=0.7).responses)
+    text = bytes(whole[2][3:6])
+    inner.stop = StopRule(texts=(text,), token_bytes=[bytes([i]) for i in range(50)])
+    at_text = run.rollout(run.generator, temperature=0.7)
+    inner.stop = StopRule()
+    limits = {sample: 3 + sample for sample in range(BATCH)}
+    limited = run.rollout(run.generator, temperature=0.7, limits=limits)
+    likeliest = run.rollout(run.generator, temperature=0.7, top_k=1)
+    return {
+        "whole": whole,
+        "text": list(text),
+        "at_text": run.gathered(at_text.responses),
+        "finished": run.gathered(at_text.finished),
+        "text_gap": run.gap(at_text, 0.7),
+        "limited": run.gathered(limited.responses),
+        "likeliest": run.gathered(likeliest.responses),
+        "greedy": run.gathered(run.rollout(run.generator, temperature=0.0).responses),
+    }
+
+
 def whole(case, config, mesh):
     run = Run(config, mesh, StopRule(frozenset({EOS})))
     states = [compare(run)]
@@ -112,6 +139,7 @@ def whole(case, config, mesh):
     found = {
         "states": states,
         "again": again,
+        "ended": ended(run),
         "untouched": run.untouched,
         "bytes": run.moves.total_bytes,
         "seconds": run.moves.seconds,

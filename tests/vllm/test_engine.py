@@ -81,6 +81,26 @@ def test_a_seed_repeats_its_samples(results, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_texts_and_limits_end_responses_as_if_cut_by_hand(results, name):
+    found = results[name]["ended"]
+    whole, text = found["whole"], found["text"]
+    ends = [next((i for i in range(3, 13) if r[i - 3 : i] == text), 12) for r in whole]
+    assert found["at_text"] == [r[:end] for r, end in zip(whole, ends, strict=True)]
+    assert found["finished"] == [
+        r[end - 3 : end] == text for r, end in zip(whole, ends, strict=True)
+    ]
+    assert found["finished"][2]
+    assert found["text_gap"] < 1e-5
+    assert found["limited"] == [r[: 3 + i] for i, r in enumerate(whole)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_one_token_that_is_kept_there_is_no_choice(results, name):
+    found = results[name]["ended"]
+    assert found["likeliest"] == found["greedy"]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_process_is_left_as_it_was(results, name):
     assert results[name]["untouched"]
 

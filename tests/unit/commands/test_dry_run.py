@@ -84,6 +84,19 @@ def test_models_on_one_base_hold_adapters_and_a_head():
     assert f"critic: elements in its data-parallel buckets by stage {own}, {own + 128}" in lines
 
 
+@pytest.mark.parametrize(("options", "replicas"), [([], 4), (["rollout.ranks=4"], 2)])
+def test_a_vllm_engine_is_planned_and_not_started(options, replicas):
+    """Pages of 128 tokens: 3 for each sequence of 80 + 200 tokens, and one more."""
+    sizes = ["data.max_prompt_tokens=80", "rollout.max_response_tokens=200"]
+    heads = ["model.num_attention_heads=4", "model.num_query_groups=2", "model.head_dim=32"]
+    config = load_config(None, [*PPO, *sizes, *heads, *options, "rollout.engine=vllm"])
+    lines, problems = dry_run(config, "ppo", 8)
+    assert problems == []
+    pages = config.rollout.batch_size // replicas * 3 + 1
+    found = 4 * 2 * 32 * pages * 128 * 2  # 4 layers, keys and values, one head, bfloat16
+    assert f"rollout: bytes of kv cache of a rank {found:,}" in lines
+
+
 @st.composite
 def settings_with_rollout_ranks(draw):
     """Small models of every kind, trained and generating at layouts of their own."""
