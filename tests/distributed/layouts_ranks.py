@@ -554,24 +554,31 @@ def main():
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     # Several chunks in a microbatch, of other sizes at other tensor-parallel sizes.
     limits.LOGITS_CHUNK_ELEMENTS = 640
-    results = []
+    results, mesh, parallel = [], None, None
     for case in cases:
         config = config_for(case)
-        mesh = create_mesh(config.parallel)
+        if case["parallel"] != parallel:
+            if mesh is not None:
+                destroy_mesh(leave_world=False)
+            mesh, parallel = create_mesh(config.parallel), case["parallel"]
         folder = Path(case["weights"])
         results.append(
             {
                 "ppo": ppo_case(case, config, mesh, folder),
                 "reward": reward_case(config, mesh, folder),
-                "two_heads": reward_case(config, mesh, folder, two_heads=True),
-                "latents": latents_case(config, mesh),
-                "offline": offline_case(config, mesh, with_losses=case["methods"]),
+                "two_heads": reward_case(config, mesh, folder, two_heads=True)
+                if case["heads"]
+                else {},
+                "latents": latents_case(config, mesh) if case["heads"] else {},
+                "offline": offline_case(config, mesh, with_losses=case["methods"])
+                if case["heads"]
+                else {},
                 "preference": preference_case(config, mesh) if case["methods"] else {},
             }
         )
         if mesh.rank == 0:
             out.write_text(json.dumps(results))
-        destroy_mesh(leave_world=False)
+    destroy_mesh(leave_world=False)
     dist.destroy_process_group()
 
 
