@@ -160,7 +160,7 @@ ATTENTION = {"targets": ["q_proj", "v_proj", "o_proj"]}
 MODELS["adapters experts"] = (EXPERTS | {"lora": LORA | ATTENTION}, ["TP1", "TP2 SP EP2"])
 # Where every estimator, objective and loss is tried: padded on one rank, packed on eight.
 METHOD_CASES = [("untied", name) for name in ("TP1", "TP2 PP2 DP2 packed")]
-# Whose cases also have a second head and prompt values: small layers on the states of any
+# Whose cases also have a second head, latents and prompt values: small layers on the states of any
 # architecture, with experts and adapters among what they train.
 WITH_HEADS = ["untied", "experts", "adapters", "adapters experts"]
 # A process keeps the groups of all its layouts, and each has a thread that polls. Neighbours of one

@@ -201,7 +201,7 @@ def test_autograd_saves_as_much_as_planned_at_its_peak(results, name, role):
         assert planned == pytest.approx(real, rel=0.15), rank["stage"]
 
 
-# Messages between ranks that share sequences are freed by threads that the profiler does not watch.
+# Elsewhere it cannot be told.
 @pytest.mark.parametrize("name", [name for name in CASES if "SP" not in name and "CP" not in name])
 @pytest.mark.parametrize("role", ["policy", "critic"])
 def test_the_allocators_peak_in_an_update_is_as_planned(results, name, role):

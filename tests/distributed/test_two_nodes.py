@@ -63,7 +63,7 @@ def config(tmp_path):
         "run": {"dir": str(tmp_path / "run"), "steps": STEPS},
         "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 400},
         "parallel": {"tensor_size": 2},
-        "tokenizer": {"path": str(tmp_path / "tok")},
+        "tokenizer": {"path": str(tmp_path / "tok" / "tokenizer.model")},
         "data": {"train_path": str(tmp_path / "sft.jsonl")},
         "sft": {"batch_size": 8, "microbatch_size": 4},
         "checkpoint": {"interval": 4, "export_hf": False},

@@ -16,6 +16,7 @@ import pytest
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
+from tests.distributed.ranks import JOB, run_forked
 
 ROOT = Path(__file__).parents[2]
 NUM_RANKS = 2
@@ -23,13 +24,13 @@ NUM_RANKS = 2
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Return the command of a tiny PPO run that saves after every step."""
+    """Return the arguments of a tiny PPO run that saves after every step."""
     folder = tmp_path_factory.mktemp("faults")
     train_tokenizer(toy.tokenizer_text(0, 300), folder / "tok", vocab_size=400)
     write_jsonl(folder / "prompts.jsonl", toy.generate_prompts(0, 64))
     return [
-        *("bash", str(ROOT / "launch" / "torchrun.sh"), "--ranks-per-node", str(NUM_RANKS)),
-        *("--restarts", "25", "ppo", f"tokenizer.path={folder / 'tok'}"),
+        # SentencePiece alone is loaded sooner, in every rank that starts again.
+        *("ppo", f"tokenizer.path={folder / 'tok' / 'tokenizer.model'}"),
         *(f"data.train_path={folder / 'prompts.jsonl'}", "data.max_prompt_tokens=64"),
         *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64"),
         *("rollout.batch_size=4", "rollout.max_response_tokens=12"),
@@ -37,6 +38,12 @@ def job(tmp_path_factory):
         *("reward.source=marlhf_mega.data.toy:gold_reward", "reward.normalize=running"),
         *("checkpoint.interval=1", "checkpoint.export_hf=false", "logging.tensorboard=false"),
     ]
+
+
+LAUNCHER = (
+    *("bash", str(ROOT / "launch" / "torchrun.sh"), "--ranks-per-node", str(NUM_RANKS)),
+    *("--restarts", "25"),
+)
 
 
 def environment(**more):
@@ -47,7 +54,7 @@ def environment(**more):
 def start(job, run_dir, *options, faults="", timeout=300):
     """Run the job to its end; return what it wrote to the terminal."""
     done = subprocess.run(
-        [*job, f"run.dir={run_dir}", *options],
+        [*LAUNCHER, *job, f"run.dir={run_dir}", *options],
         env=environment(MARLHF_FAULT=faults),
         capture_output=True,
         text=True,
@@ -56,6 +63,13 @@ def start(job, run_dir, *options, faults="", timeout=300):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stderr
+
+
+def undisturbed(job, run_dir, *options):
+    """Return the metrics of a run without a fault, which needs no launcher."""
+    done = run_forked(JOB, *job, f"run.dir={run_dir}", *options, ranks=NUM_RANKS)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return numbers(run_dir)
 
 
 def numbers(run_dir):
@@ -74,9 +88,7 @@ def numbers(run_dir):
 @pytest.fixture(scope="module")
 def whole(job, tmp_path_factory):
     """Return the metrics of four steps without a fault."""
-    run_dir = tmp_path_factory.mktemp("whole")
-    start(job, run_dir, "run.steps=4")
-    return numbers(run_dir)
+    return undisturbed(job, tmp_path_factory.mktemp("whole"), "run.steps=4")
 
 
 def test_a_rank_that_stops_loops_or_ends_is_named_in_time_and_the_run_goes_on(job, whole, tmp_path):
@@ -149,11 +161,10 @@ def kills():
 @pytest.mark.slow
 def test_kills_in_every_phase_change_no_number_and_cost_a_step_each(job, tmp_path, capsys):
     steps, faults = zip(*kills(), strict=True)
-    whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    num_steps = f"run.steps={steps[-1] + 1}"
-    start(job, whole, num_steps, "checkpoint.interval=0")
+    run_dir, num_steps = tmp_path / "run", f"run.steps={steps[-1] + 1}"
+    whole = undisturbed(job, tmp_path / "whole", num_steps, "checkpoint.interval=0")
     process = subprocess.Popen(
-        [*job, f"run.dir={run_dir}", num_steps],
+        [*LAUNCHER, *job, f"run.dir={run_dir}", num_steps],
         env=environment(MARLHF_FAULT=";".join(faults)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -167,7 +178,7 @@ def test_kills_in_every_phase_change_no_number_and_cost_a_step_each(job, tmp_pat
         elif " ppo step " in line and len(stepped) < len(resumed):
             stepped.append(time.time())
     assert process.wait(timeout=120) == 0, "".join(said)[-6000:]
-    assert numbers(run_dir) == numbers(whole)
+    assert numbers(run_dir) == whole
     assert len(resumed) == len(steps) == 8
     for step, start_step in zip(steps, resumed, strict=True):
         assert start_step in (step - 1, step)

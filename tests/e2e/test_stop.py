@@ -32,7 +32,8 @@ def job(tmp_path_factory):
     write_jsonl(folder / "sft.jsonl", toy.generate_sft(0, 64))
     return [
         "sft",
-        f"tokenizer.path={folder / 'tok'}",
+        # SentencePiece alone is loaded sooner than a whole folder.
+        f"tokenizer.path={folder / 'tok' / 'tokenizer.model'}",
         f"data.train_path={folder / 'sft.jsonl'}",
         *("model.hidden_size=32", "model.ffn_hidden_size=64", "sft.batch_size=4"),
         *("checkpoint.export_hf=false", "logging.tensorboard=false"),
