@@ -62,6 +62,7 @@ class PreparedJob:
         from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
         from marlhf_mega.resilience.preemption import EarlyEndError
         from marlhf_mega.resilience.watchdog import Watchdog
+        from marlhf_mega.train.products import choose_products
 
         mesh = create_mesh(
             self.config.parallel,
@@ -78,6 +79,7 @@ class PreparedJob:
             else:
                 with Watchdog(self.config, mesh) as watchdog:
                     self._begin(mesh)
+                    choose_products(self.config, mesh)
                     results = self.work(mesh, watchdog)
                     self._end(mesh, results)
         except EarlyEndError:

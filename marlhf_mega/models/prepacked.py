@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marlhf_mega.parallel.mesh import Group
+from marlhf_mega.platform.cpu.matmul import library_of, pack
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 """Maps an input [..., in] and a bias, or none, to [..., out]."""
@@ -36,9 +37,7 @@ def matrix_product(weight: Tensor) -> Product:
     is_small = weight.numel() < MIN_ELEMENTS
     if weight.device.type != "cpu" or is_small or not _onednn_takes(weight.dtype):
         return lambda rows, bias: F.linear(rows, weight, bias)
-    onednn = torch.ops.mkldnn
-    packed = onednn._reorder_linear_weight(weight.detach(), FEW_ROWS)
-    return lambda rows, bias: onednn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return pack(weight, FEW_ROWS)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
@@ -47,7 +46,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return supported
-    return dtype == torch.float32
+    return dtype == torch.float32 and library_of("decode") == "onednn"
 
 
 @contextmanager

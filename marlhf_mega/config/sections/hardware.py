@@ -49,6 +49,10 @@ class PrecisionConfig(Section):
     attention_backend: Literal["auto", "fused", "flash", "unfused"] = "auto"
     """Which attention kernel of Transformer Engine computes; they round differently. `auto` lets it
     choose. Use this key, not the NVTE_*_ATTN variables."""
+    cpu_products: Literal["onednn", "torch", "auto"] = "onednn"
+    """Library of large float32 matrix products on CPUs; they round differently. `auto` measures
+    both at the first start, for each kind of product, and keeps the faster ones for the whole run,
+    in `products.json` of its directory. Two such runs may differ in the last bits."""
     fp8: Annotated[Literal["off", "hybrid", "e4m3"], BeforeValidator(spell_off)] = "off"
     """Matrix products in FP8, by Transformer Engine. `hybrid` uses e5m2 for gradients and e4m3 for
     all else."""

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from marlhf_mega.platform.cpu.matmul import MIN_MULTIPLICATIONS, matmul
+from marlhf_mega.platform.cpu import matmul as module
+from marlhf_mega.platform.cpu.matmul import (
+    KINDS,
+    MIN_MULTIPLICATIONS,
+    faster,
+    matmul,
+    measured,
+    use,
+)
 
 
 def draw(rows, columns, seed):
@@ -51,3 +59,51 @@ def test_a_transposed_factor_is_right_on_several_threads(sizes):
         torch.set_num_threads(threads)
     error = (found.double() - left.double() @ right.double()).abs().max()
     assert error < 1e-5 * inner**0.5
+
+
+@pytest.fixture
+def onednn():
+    yield
+    use(dict.fromkeys(KINDS, "onednn"))
+
+
+@pytest.mark.parametrize("library", ["onednn", "torch"])
+def test_each_kind_of_product_goes_to_the_library_that_was_chosen(onednn, monkeypatch, library):
+    seen = []
+    monkeypatch.setattr(module, "_onednn", lambda a, b: seen.append("onednn") or a @ b)
+    hidden, grad, weight = draw(128, 128, 0), draw(128, 96, 1), draw(96, 128, 2)
+    use(dict.fromkeys(KINDS, "torch"))
+    cases = {
+        "forward": (hidden, weight.t()),
+        "input_gradient": (grad, weight),
+        "weight_gradient": (grad.t(), hidden),
+    }
+    for kind, factors in cases.items():
+        matmul(*factors)
+        assert seen == []
+        use({kind: library})
+        matmul(*factors)
+        assert seen == ["onednn"] * (library == "onednn")
+        use({kind: "torch"})
+        seen.clear()
+
+
+def test_a_library_that_is_hardly_faster_is_not_chosen():
+    assert faster({"forward": 1.1, "decode": 1.2, "input_gradient": 0.5}) == {
+        "forward": "onednn",
+        "decode": "torch",
+        "input_gradient": "onednn",
+    }
+
+
+def test_all_kinds_are_measured():
+    ratios = measured(64, 48)
+    assert set(ratios) == set(KINDS)
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_the_slower_one_is_told(monkeypatch):
+    clock = iter([0, 4, 4, 6] * 5)  # torch 4 s, oneDNN 2 s
+    for name in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(module.time, name, lambda: next(clock))
+    assert module._ratio(lambda: None, lambda: None) == 0.5
