@@ -22,7 +22,8 @@ def fold(*keys: int | Tensor) -> Tensor:
     state = torch.zeros((), dtype=torch.int64)
     for key in keys:
         key = key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64)
-        state = _mix(state.to(key.device) + key + _GOLDEN)
+        # One number on the host adds to tensors on any device.
+        state = _mix(key + state + _GOLDEN)
     return state
 
 

@@ -60,6 +60,12 @@ def gather_tensors(value: Tensor, group: Group | None = None) -> list[Tensor]:
     return parts
 
 
+def gather_columns(value: Tensor, group: Group) -> Tensor:
+    """Concatenate the ranks' [..., n] along the last dim, in rank order."""
+    parts = gather_tensors(value, group)
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else value
+
+
 def send_bytes(
     value: Tensor, sizes: Sequence[int], group: Group | None, *, to: int
 ) -> list[Tensor]:

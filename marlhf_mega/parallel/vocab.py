@@ -31,6 +31,12 @@ class VocabShard:
     num_total: int
     """Number of tokens of the whole vocabulary."""
 
+    @property
+    def most_real(self) -> int:
+        """Number of real tokens of the first rank: no other has more."""
+        rank = self.group.rank()
+        return min(self.start // rank, self.num_total) if rank else self.num_real
+
     @staticmethod
     def of(mesh: Mesh, *, vocab_size: int, padded_size: int) -> "VocabShard":
         """Return this rank's shard of `vocab_size` tokens padded to `padded_size`."""

@@ -146,6 +146,10 @@ def stage_memory(work: Workload, stage: int, formats: Formats) -> StageMemory:
         kept = _second_policy(work, formats) - _second_policy(work, formats, only_learning=True)
         for phase in phases.keys() - {"rollout"}:
             phases[phase] = phases[phase] | {"policy in the rollout layout": kept}
+    cache = max(held.get("kv cache", 0) for held in phases.values())
+    if work.config.rollout.cuda_graphs and cache:
+        # Graphs are kept, and with them what they read and write.
+        phases = {phase: {"kv cache": cache} | held for phase, held in phases.items()}
     return StageMemory(stage=stage, roles=roles, phases=phases)
 
 

@@ -34,6 +34,8 @@ class KeyValueCache:
         """
         self.attentions = attentions
         self.on_cpu = device.type == "cpu"
+        self.by_products = self.on_cpu or attentions[0].softcap is not None
+        """Whether tokens attend by `_products`."""
         self.num_slots, groups, self.max_tokens, head_dim = shape
         # A CPU multiplies a query by keys twice as fast if they lie like the right factor.
         key_dims = (head_dim, self.max_tokens) if self.on_cpu else (self.max_tokens, head_dim)
@@ -48,6 +50,11 @@ class KeyValueCache:
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return self.keys.nbytes + self.values.nbytes
+
+    def clear(self) -> None:
+        """Forget all: what a diverged model left, unlike a number, would not be weighted by 0."""
+        self.keys.zero_()
+        self.values.zero_()
 
     def move_slot(self, source: int, target: int) -> None:
         """Copy a sequence's keys and values to another slot."""
@@ -94,19 +101,21 @@ class KeyValueCache:
         values[slots, :, work.positions] = value
         if self.on_cpu:
             keys[slots, :, :, work.positions] = key
+        else:
+            keys[slots, :, work.positions] = key
+            keys = keys.transpose(2, 3)
+        keys, values = keys[:batch, ..., :longest], values[:batch, :, :longest]
+        if self.by_products:
             context = _products(
                 self.attentions[index],
                 query.flatten(0, 1),
-                keys[:batch].flatten(0, 1)[:, :, :longest],
-                values[:batch].flatten(0, 1)[:, :longest],
+                keys.flatten(0, 1),
+                values.flatten(0, 1),
                 mask,
             )
         else:
-            keys[slots, :, work.positions] = key
             # Heads that share keys go as queries of one head: each key is read once.
-            context = self.attentions[index].attend(
-                query, keys[:batch, :, :longest], values[:batch, :, :longest], mask=mask
-            )
+            context = self.attentions[index].attend(query, keys.mT, values, mask=mask)
         return context.reshape(1, batch, -1)
 
     def _attend_prompts(
@@ -136,18 +145,22 @@ class KeyValueCache:
         return causal_mask(size, window=window, device=work.tokens.device)
 
     def _token_mask(self, work: Decode, window: int | None) -> Tensor:
-        """Return bool [batch, 1, 1, keys]; on CPUs the sum to add to scores, [sets, 1, keys]."""
-        columns = torch.arange(self._padded(work.longest), device=work.positions.device)
+        """Return what to add to scores, [sets of keys, 1, keys] or, for `attend`, [batch, 1, ..].
+
+        Zero where a key is seen. Made once a step: `attend` would make it of flags in every layer.
+        """
+        longest = self._padded(work.longest)
+        # The kernels of GPUs want rows that start at 16 bytes, or copy the mask.
+        columns = torch.arange(round_up(longest, LENGTH_STEP), device=work.positions.device)
         distance = work.positions[:, None] - columns
-        visible = distance >= 0
+        unseen = distance < 0
         if window is not None:
-            visible &= distance < window
-        if not self.on_cpu:
-            return visible[:, None, None, :]
-        hidden = torch.zeros(visible.shape, dtype=self.values.dtype).masked_fill_(
-            ~visible, -torch.inf
-        )
-        return hidden.repeat_interleave(self.values.shape[2], 0)[:, None, :]
+            unseen |= distance >= window
+        hidden = torch.zeros_like(unseen, dtype=self.values.dtype).masked_fill_(unseen, -torch.inf)
+        hidden = hidden[:, :longest]
+        if self.by_products:
+            return hidden.repeat_interleave(self.values.shape[2], 0)[:, None, :]
+        return hidden[:, None, None, :]
 
 
 def _products(

@@ -19,6 +19,9 @@ from marlhf_mega.rollout.cache import KeyValueCache
 from marlhf_mega.rollout.layers import decoder_layer
 from marlhf_mega.rollout.work import Prefill, Work
 
+NOTHING = -1e30
+"""The logit of a rank whose columns are all padding: of a share of zero, but finite."""
+
 
 class ChunkDecoder:
     """Runs one model chunk on new tokens and keeps its keys and values."""
@@ -115,7 +118,7 @@ class ChunkDecoder:
         """Return float32 logits of this rank's real columns, [batch, vocab/tp] (at least one)."""
         shard, cap = self.chunk.vocab_shard, self.chunk.model.logits_softcap
         if shard.num_real == 0:
-            return hidden.new_full((len(hidden), 1), -torch.inf, dtype=torch.float32)
+            return hidden.new_full((len(hidden), 1), NOTHING, dtype=torch.float32)
         padded, _ = self.chunk.output_layer(hidden, weight=self.chunk.head_weight())
         logits = padded[:, : shard.num_real].float()
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -26,7 +26,7 @@ from marlhf_mega.parallel.collectives import (
 )
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
-from marlhf_mega.rollout.recorded import RecordedSteps
+from marlhf_mega.rollout.recorded import KeptSteps
 from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 from marlhf_mega.rollout.slots import Response, SlotGroup
 from marlhf_mega.rollout.stops import StopRule
@@ -52,14 +52,16 @@ class Generator:
             chunks: this rank's part of the policy.
             mesh: this rank's mesh.
             stop: ends a response.
-            cuda_graphs: launch a decode step as one; on CUDA devices only.
+            cuda_graphs: launch a decode step as one; on CUDA devices only. Graphs and caches then
+                stay between calls.
             second: this rank's part of another model of the same shape, for rules that ask it.
         """
         self.chunks = list(chunks)
         self.second = list(second)
         self.mesh = mesh
         self.stop = stop
-        self.cuda_graphs = cuda_graphs
+        self.kept = [KeptSteps(each, mesh) for each in (self.chunks, self.second) if cuda_graphs]
+        """The recorded steps of both models."""
 
     def models(self, rule: SamplingRule) -> list[list[StageModel]]:
         """Return the chunks of all that reads the tokens: the policy, and what the rule asks."""
@@ -90,7 +92,8 @@ class Generator:
         ]
         order = sorted(responses, key=lambda r: (-len(r.prompt), r.sample))
         indices = torch.tensor(list(sample_indices), dtype=torch.int64)
-        run = _Run(self, deque(order), fold(options.seed, options.step, indices), options)
+        keys = fold(options.seed, options.step, indices.to(self.mesh.device))
+        run = _Run(self, deque(order), keys, options)
         with ExitStack() as stack:
             for chunks in self.models(options.rule):
                 stack.enter_context(generating(chunks))
@@ -130,17 +133,26 @@ class _Run:
         num_groups = max(1, min(self.mesh.pp_size, most_groups))
         share = max(1, -(-slots // num_groups))
         self.groups = [SlotGroup(share, waiting, self.mesh.device) for _ in range(num_groups)]
+        most = max((r.max_tokens for r in waiting), default=1)
+        self.positions = torch.arange(most, device=self.mesh.device)
+        self.numbers = [keys.new_zeros(share, most, dtype=torch.float64) for _ in self.groups]
+        """[slots, longest response] of each group: in [0, 1), what decides a slot's tokens."""
+        sizes = {"num_slots": share, "max_tokens": longest}
         # For each group, the decoders of all models chunk by chunk.
-        self.decoders = [
-            [
-                tuple(ChunkDecoder(c, num_slots=share, max_tokens=longest) for c in chunks)
-                for chunks in zip(*models, strict=True)
+        if generator.kept:
+            kept = [steps.take(num_groups, **sizes) for steps in generator.kept[: len(models)]]
+            recorded = [[*zip(*groups, strict=True)] for groups in zip(*kept, strict=True)]
+            self.decoders = [[tuple(s.decoder for s in x) for x in each] for each in recorded]
+            self.passes = [[tuple(s.run for s in x) for x in each] for each in recorded]
+        else:
+            self.decoders = [
+                [
+                    tuple(ChunkDecoder(chunk, **sizes) for chunk in chunks)
+                    for chunks in zip(*models, strict=True)
+                ]
+                for _ in self.groups
             ]
-            for _ in self.groups
-        ]
-        # Between two calls weights move: graphs are recorded anew in each, as the cache is made.
-        passes = (lambda d: RecordedSteps(d).run) if generator.cuda_graphs else (lambda d: d.run)
-        self.passes = [[tuple(map(passes, d)) for d in each] for each in self.decoders]
+            self.passes = [[tuple(d.run for d in x) for x in each] for each in self.decoders]
         self.hidden_size = len(models) * generator.chunks[0].config.hidden_size
         self.dtype = generator.chunks[0].config.params_dtype
         self.sends: deque[tuple[Tensor, object]] = deque()
@@ -197,20 +209,24 @@ class _Run:
             if not chunk.post_process:
                 self._send(torch.cat(outputs, -1))
             elif group.in_flight:
-                sampled = self._sample(decoders, outputs, group)
+                sampled = self._sample(decoders, outputs, group, self.numbers[index])
             assert number < mesh.num_chunks
         return sampled
 
     def _sample(
-        self, decoders: Sequence[ChunkDecoder], hidden: Sequence[Tensor], group: SlotGroup
+        self,
+        decoders: Sequence[ChunkDecoder],
+        hidden: Sequence[Tensor],
+        group: SlotGroup,
+        numbers: Tensor,
     ) -> _Sampled:
-        samples = torch.tensor([r.sample for r in group.in_flight])
-        positions = torch.tensor([len(r.tokens) for r in group.in_flight])
-        numbers = uniform(fold(self.keys[samples], positions)).to(self.mesh.device)
+        rows = numbers[group.first_slot : group.first_slot + len(group.in_flight)]
+        if group.are_new:
+            rows.copy_(uniform(fold(self.keys[group.samples][:, None], self.positions)))
         logits = [decoder.logits(h) for decoder, h in zip(decoders, hidden, strict=True)]
         found = sample_tokens(
             logits[0],
-            numbers,
+            rows.gather(1, group.counts[:, None])[:, 0],
             rule=self.rule,
             shard=decoders[0].chunk.vocab_shard,
             second=logits[-1] if self.rule.has_second else None,
@@ -223,9 +239,10 @@ class _Run:
         columns, kept = sampled
         columns = share_sampled(columns, self.mesh)
         if kept is not None:
-            kept = share_sampled(kept, self.mesh).cpu()
+            kept = share_sampled(kept, self.mesh)
         moves = group.record(columns, kept, stop=self.stop)
         for source, target in moves:
+            self.numbers[index][target] = self.numbers[index][source]
             for decoder in chain.from_iterable(self.decoders[index]):
                 decoder.cache.move_slot(source, target)
 

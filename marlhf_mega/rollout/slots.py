@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.config.limits import PREFILL_TOKENS
+from marlhf_mega.platform.transfers import fetch, upload
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.work import Decode, Prefill, Work
 
@@ -44,6 +45,13 @@ class SlotGroup:
         self.active: list[Response] = []
         self.in_flight: list[Response] = []
         """Responses that the work under way adds a token to."""
+        self.first_slot = 0
+        """Of these."""
+        self.are_new = False
+        """Whether they get their first token."""
+        self._state: Tensor | None = None
+        """Of their slots, int64 [4, slots] on the device, see `_from_books`. None: it must come
+        from the books, since the slots are others than in the last step."""
 
     def next_work(self) -> Work | None:
         """Choose what to run now: new prompts once enough slots are free, else one more token."""
@@ -52,13 +60,36 @@ class SlotGroup:
             return self._admit(free)
         if not self.active:
             return None
-        self.in_flight = list(self.active)
-        positions = [len(r.prompt) + len(r.tokens) - 1 for r in self.active]
-        return Decode(
-            tokens=self._tensor([[r.tokens[-1]] for r in self.active]),
-            positions=self._tensor(positions),
-            longest=max(positions) + 1,
-        )
+        self.in_flight, self.first_slot, self.are_new = list(self.active), 0, False
+        if self._state is None:
+            self._state = self._from_books()
+        longest = max(len(r.prompt) + len(r.tokens) for r in self.active)
+        return Decode(tokens=self._state[0, :, None], positions=self._state[2], longest=longest)
+
+    @property
+    def samples(self) -> Tensor:
+        """[slots] int64: of the responses in flight, by `Response.sample`."""
+        assert self._state is not None
+        return self._state[1]
+
+    @property
+    def counts(self) -> Tensor:
+        """[slots] int64: tokens that they have."""
+        assert self._state is not None
+        return self._state[3]
+
+    def _from_books(self) -> Tensor:
+        """Return last token, sample, its place in the sequence, and tokens so far of each slot."""
+        rows = [
+            (
+                r.tokens[-1] if r.tokens else 0,
+                r.sample,
+                len(r.prompt) + len(r.tokens) - 1,
+                len(r.tokens),
+            )
+            for r in self.in_flight
+        ]
+        return upload([*zip(*rows, strict=True)], self.device)
 
     def record(
         self, sampled: Tensor, kept: Tensor | None, *, stop: StopRule
@@ -73,16 +104,18 @@ class SlotGroup:
         Returns:
             (source, target) slots whose caches have to be copied, in this order.
         """
-        tokens, logprobs, full_logprobs = sampled.tolist()
+        # The only time that the host waits for a step.
+        columns, *rows = fetch(sampled) if kept is None else fetch(sampled, kept)
+        tokens, logprobs, full_logprobs = columns.tolist()
         for index, response in enumerate(self.in_flight):
             response.tokens.append(int(tokens[index]))
             response.logprobs.append(logprobs[index])
             response.full_logprobs.append(full_logprobs[index])
-            if kept is not None:
-                response.kept.append(kept[index])
+            response.kept += [part[index] for part in rows]
             response.finished = stop.is_met(response.tokens)
+        number = len(self.in_flight)
         self.in_flight = []
-        moves = []
+        moves, are_all = [], number == len(self.active)
         for slot in range(len(self.active) - 1, -1, -1):
             response = self.active[slot]
             if response.finished or len(response.tokens) == response.max_tokens:
@@ -91,6 +124,11 @@ class SlotGroup:
                     self.active[slot] = self.active[last]
                     moves.append((last, slot))
                 self.active.pop()
+        if self._state is not None and are_all and number == len(self.active):
+            self._state[0] = sampled[0]
+            self._state[2:] += 1
+        else:
+            self._state = None
         return moves
 
     def _admit(self, free: int) -> Prefill:
@@ -107,12 +145,11 @@ class SlotGroup:
             row_of.append(rows.setdefault(prompt, len(rows)))
             self.in_flight.append(self.waiting.popleft())
         self.active += self.in_flight
+        self.first_slot, self.are_new = first, True
+        self._state = self._from_books()
         return Prefill(
-            tokens=self._tensor([[*p] + [0] * (width - len(p)) for p in rows]),
-            rows=self._tensor(row_of),
-            lengths=self._tensor([len(r.prompt) for r in self.in_flight]),
+            tokens=upload([[*p] + [0] * (width - len(p)) for p in rows], self.device),
+            rows=upload(row_of, self.device),
+            lengths=self._state[2] + 1,
             first_slot=first,
         )
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, device=self.device)

@@ -6,6 +6,7 @@ Each rank writes, by case and answer, the largest difference.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from marlhf_mega import platform
 
 platform.prepare()
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "engine"), str(Path(__file__).parents[2])]
 
 import transformer_engine
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -29,6 +30,7 @@ from marlhf_mega.models.forward import logprob_forward, make_batches, run_forwar
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.lora import adapters_of
 from marlhf_mega.models.train_state import TrainState
+from marlhf_mega.parallel.fake_mesh import fake_mesh
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import pipeline_forward_backward
 from marlhf_mega.rollout import decoder
@@ -37,6 +39,8 @@ from marlhf_mega.rollout.layers import ModuleLayer
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import RolloutOptions
+from marlhf_mega.rollout.work import Decode
+from tests.operators import Operators
 
 BASE = {
     "num_layers": 2,
@@ -136,6 +140,25 @@ def compare(model, dtype, mesh):
     }
 
 
+def launches_of_a_layer(family, ranks):
+    """Kernels of a decode step on the first of so many GPUs."""
+    model = ModelConfig.model_validate(BASE | FAMILIES[family])
+    found = []
+    with fake_mesh(ParallelConfig(tensor_size=ranks), rank=0, world_size=ranks) as mesh:
+        mesh = replace(mesh, platform=replace(mesh.platform, name="cuda"))
+        (chunk,) = build_chunks(model, PrecisionConfig(), mesh, head="language")
+        with decoder.generating([chunk]):
+            steps = decoder.ChunkDecoder(chunk, num_slots=8, max_tokens=24)
+            zeros = torch.zeros(8, dtype=torch.int64)
+            work = Decode(tokens=zeros[:, None], positions=zeros, longest=20)
+            layers = steps.layers
+            for steps.layers in (layers, layers[:-1]):
+                with Operators() as operators:
+                    steps.run(work, None)
+                found.append(operators.total)
+    return found[0] - found[1]
+
+
 def main():
     # On a GPU decoding takes the modules that train, as it must with the engine's.
     decoder.decoder_layer = ModuleLayer
@@ -150,6 +173,11 @@ def main():
         if layout == "TP2 SP":
             found["bfloat16"] = compare(ModelConfig.model_validate(BASE), "bfloat16", mesh)
         destroy_mesh(leave_world=layout == list(LAYOUTS)[-1])
+    found["launches"] = {
+        f"{family} {ranks}": launches_of_a_layer(family, ranks)
+        for family in ("llama", "qwen3", "gemma")
+        for ranks in (1, 2)
+    }
     Path(f"{sys.argv[1]}.{mesh.rank}").write_text(json.dumps(found))
 
 

@@ -70,3 +70,18 @@ def test_packed_rows_reach_the_engine_in_bfloat16(found):
         # Bfloat16 has 8 bits: both round, in other places.
         assert answers["packed log-probs"] < 0.1
         assert answers["packed values"] < 0.05
+
+
+def test_a_decode_step_launches_few_kernels_in_a_layer(found):
+    """On the meta device; see tests/unit/test_launches.py for what is around the layers."""
+    budget = {
+        "llama 1": 17,
+        "llama 2": 19,
+        "qwen3 1": 20,
+        "qwen3 2": 22,
+        "gemma 1": 19,
+        "gemma 2": 21,
+    }
+    for rank in found:
+        assert rank["launches"].keys() == budget.keys()
+        assert all(rank["launches"][name] <= most for name, most in budget.items()), rank

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from marlhf_mega import platform
-from marlhf_mega.algorithm.counter_rng import fold
+from marlhf_mega.algorithm.counter_rng import fold, uniform
 from marlhf_mega.algorithm.macro_actions import MacroActions
 from marlhf_mega.config.schema import Config
 from marlhf_mega.plan.memory import formats_of, stage_memory
@@ -106,8 +106,10 @@ def test_the_golden_vectors_hold_on_the_device(name):
 
 
 def test_random_draws_are_those_of_the_cpu():
-    indices = torch.arange(1000)
-    assert torch.equal(fold(3, 5, indices), fold(3, 5, indices.cuda()).cpu())
+    rows, positions = torch.arange(100), torch.arange(50)
+    here = uniform(fold(fold(3, 5, rows)[:, None], positions))
+    there = uniform(fold(fold(3, 5, rows.cuda())[:, None], positions.cuda()))
+    assert torch.equal(here, there.cpu())
 
 
 def test_macro_actions_are_those_of_the_cpu():

@@ -84,7 +84,7 @@ class LayerNormLinear(Linear):
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
 
     def forward(self, inp, is_first_microbatch=None):
-        weight = self.layer_norm_weight + self.is_centered
+        weight = self.layer_norm_weight + 1 if self.is_centered else self.layer_norm_weight
         return self.product(F.rms_norm(inp, weight.shape, weight, self.eps))
 
 
@@ -100,7 +100,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = options["sequence_parallel"]
 
     def forward(self, inp):
-        weight = self.weight + self.is_centered
+        weight = self.weight + 1 if self.is_centered else self.weight
         return F.rms_norm(inp, weight.shape, weight, self.eps)
 
 

@@ -10,6 +10,14 @@ def test_the_kv_cache_of_70b_by_hand():
     assert held["kv cache"] == 20 * 2 * 64 * 1 * 1536 * 128 * 2
 
 
+def test_graphs_keep_the_cache_in_every_phase():
+    plain, kept = (
+        planned({"rollout.cuda_graphs": graphs}).stages[0].phases for graphs in (False, True)
+    )
+    cache = plain["rollout"]["kv cache"]
+    assert kept == {phase: {"kv cache": cache} | held for phase, held in plain.items()}
+
+
 def test_masks_of_filters_are_counted_where_there_are_any():
     """DP4 of 128 ranks: 512 / 4 samples of 1024 tokens, 50 ids of 4 bytes or 128256 bits each."""
     assert replay_mask_bytes(planned().work) == 0

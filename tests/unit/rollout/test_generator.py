@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import torch
 
+from marlhf_mega.algorithm.counter_rng import fold, uniform
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.sections.hardware import PrecisionConfig
 from marlhf_mega.models.gpt import build_chunks
+from marlhf_mega.rollout import generator
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
+from marlhf_mega.rollout.slots import SlotGroup
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import RolloutOptions
 
@@ -73,3 +76,39 @@ def test_a_mask_policy_reads_the_same_tokens_beside_the_policy(model):
     assert plain.responses != found.responses
     assert generate(chunks).responses == plain.responses
     assert torch.equal(generate(chunks).kept, plain.kept)
+
+
+def test_every_draw_is_that_of_its_sample_and_position(model, monkeypatch):
+    """Also after slots have moved and new prompts have come."""
+    chunks, mesh = model
+    fill_random(chunks, mesh, seed=1)
+    seen = {}
+
+    class Group(SlotGroup):
+        def record(self, *arguments, **options):
+            places = [(response.sample, len(response.tokens)) for response in self.in_flight]
+            seen.update(zip(places, numbers.pop().tolist(), strict=True))
+            return super().record(*arguments, **options)
+
+    def sample(logits, drawn, **options):
+        numbers.append(drawn)
+        return sample_tokens(logits, drawn, **options)
+
+    numbers, sample_tokens = [], generator.sample_tokens
+    monkeypatch.setattr(generator, "SlotGroup", Group)
+    monkeypatch.setattr(generator, "sample_tokens", sample)
+    limits = dict(zip([7, 3, 90, 8, 2], [6, 2, 9, 1, 4], strict=True))
+    rollout = Generator(chunks, mesh, stop=StopRule()).generate(
+        [[3, 4, 5], [6, 7], [8], [9, 10], [11]],
+        [*limits],
+        RolloutOptions(
+            rule=SamplingRule(temperature=1.0), max_response_tokens=limits, slots=2, seed=4, step=6
+        ),
+    )
+    assert [len(response) for response in rollout.responses] == [*limits.values()]
+    wanted = {
+        (number, position): float(uniform(fold(fold(4, 6, sample), position)))
+        for number, (sample, length) in enumerate(limits.items())
+        for position in range(length)
+    }
+    assert seen == wanted

@@ -64,13 +64,17 @@ def model():
 
 
 def generate(chunks, mesh, **options):
-    return Generator(chunks, mesh, stop=StopRule(), **options).generate(
+    return answered(Generator(chunks, mesh, stop=StopRule(), **options))
+
+
+def answered(generator, limits=LIMITS, slots=3):
+    return generator.generate(
         PROMPTS,
         range(5),
         RolloutOptions(
             rule=SamplingRule(temperature=1.0),
-            max_response_tokens=LIMITS,
-            slots=3,
+            max_response_tokens=limits,
+            slots=slots,
             seed=0,
             step=0,
         ),
@@ -110,3 +114,38 @@ def test_a_step_is_recorded_when_its_size_comes_again(model):
             counts.append(list(recorder.repeated))
     # 9 slots are all there are, fewer fill up to 8; 128 tokens are one size, 200 the last.
     assert counts == [[], [], [1], [2], [2], [2, 1], [2, 2]]
+
+
+def test_what_is_recorded_serves_later_rollouts_while_sizes_fit_and_weights_stay(
+    model, monkeypatch
+):
+    chunks, mesh = model
+    recorder = Recorder()
+    monkeypatch.setattr(recorded, "GraphRecorder", lambda: recorder)
+    monkeypatch.setattr(recorded, "GRAPH_LENGTH_STEP", 16)
+    kept = Generator(chunks, mesh, stop=StopRule(), cuda_graphs=True)
+
+    def new_records(**options):
+        """What a rollout adds to them; its responses are those of plain steps."""
+        before = len(recorder.repeated)
+        found = answered(kept, **options)
+        plain = answered(Generator(chunks, mesh, stop=StopRule()), **options)
+        assert found.responses == plain.responses
+        torch.testing.assert_close(found.logprobs, plain.logprobs)
+        return len(recorder.repeated) - before
+
+    first = new_records()
+    assert first > 2
+    fill_random(chunks, mesh, seed=2)  # an update writes weights where they are
+    assert new_records() == 0
+    assert new_records(slots=2, limits=dict.fromkeys(range(5), 5)) == 0
+    # A model that diverged leaves no number behind.
+    for group in kept.kept[0].take(1, num_slots=1, max_tokens=1):
+        group[0].decoder.cache.values.fill_(torch.nan)
+    assert new_records() == 0
+    assert new_records(limits=dict.fromkeys(range(5), 70)) > 2  # longer than there is room for
+    assert new_records() == 0
+    weight = next(chunks[0].parameters())
+    weight.data = weight.data.clone()
+    assert new_records() == first
+    fill_random(chunks, mesh, seed=1)
