@@ -146,10 +146,13 @@ MODELS = {
 # Samples drawn with top-k and top-p; the policy is renormalised over what they kept.
 FILTERS = {
     "filtered": {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
+    # Ranks that share the vocabulary sort only their own columns.
+    "nucleus": {"top_p": 0.8, "temperature": 0.7},
     # Which tokens is said by a model beside the policy.
     "masked": {"top_p": 0.8, "temperature": 0.7, "mask_interval": 1, "mask_min_tokens": 3},
 }
 MODELS["filtered"] = (QWEN, ["TP1", "TP2 PP2", "CP2 packed"])
+MODELS["nucleus"] = (QWEN, ["TP1", "TP2 PP2"])
 MODELS["masked"] = (GEMMA2, ["TP1", "TP2 PP2"])
 LORA = {"rank": 4, "alpha": 32}
 MODELS["adapters"] = (
