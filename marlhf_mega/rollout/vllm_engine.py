@@ -178,6 +178,8 @@ class VllmEngine:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": arriving})
         found = dict(self._model.named_parameters())
         for name, values in expected.items():
+            if name not in found:  # a family has another name for it
+                continue
             # Ranks share the rows of an embedding, and an engine pads them.
             first = self._tensor_rank * len(found[name]) if name == EMBEDDING else 0
             wanted = values[first : first + len(found[name])].to(found[name])
