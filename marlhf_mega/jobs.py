@@ -144,6 +144,7 @@ def prepare_job(command: Command, config: Config, *, world_size: int | None = No
     from marlhf_mega import platform
     from marlhf_mega.train.inputs import read_inputs
 
+    config = config.with_packing(on_gpu=platform.current().name == "cuda")
     ranks = platform.world_size() if world_size is None else world_size
     inputs: Any
     work: Any

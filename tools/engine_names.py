@@ -19,6 +19,7 @@ TARGET = Path(__file__).parents[1] / "tests" / "engine" / "names.json"
 CLASSES = {
     "Linear": "module/linear.py",
     "LayerNormLinear": "module/layernorm_linear.py",
+    "GroupedLinear": "module/grouped_linear.py",
     "RMSNorm": "module/rmsnorm.py",
     "DotProductAttention": "attention/dot_product_attention/dot_product_attention.py",
 }

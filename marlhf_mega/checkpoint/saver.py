@@ -34,6 +34,7 @@ from marlhf_mega.parallel.collectives import (
     sum_over_world,
 )
 from marlhf_mega.parallel.mesh import Mesh
+from marlhf_mega.platform.host_memory import HostCopies
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class Saver:
         self._root = run_dir / "checkpoints"
         self._keep, self._keep_every = keep, keep_every
         self._thread = ThreadPoolExecutor(max_workers=1) if background else None
+        self._copies: dict[str, HostCopies] = {}
+        """By role, of saves in the background."""
         self._begun: _Begun | None = None
         self.best: int | None = None
 
@@ -120,13 +123,13 @@ class Saver:
         together.on_first(lambda: folders.remove_leftovers(self._root))
         check_space(self._run_dir, roles, self._mesh)
         together.on_first(lambda: folders.begin(target, [*roles]))
-        copy = self._thread is not None
-        staged = {
-            name: together.on_all(
-                partial(sharded.stage_role, temporary / name, role, self._mesh, copy=copy)
-            )
-            for name, role in roles.items()
-        }
+        if self._thread is not None:
+            self._copies = self._copies or {name: HostCopies(self._mesh.platform) for name in roles}
+        staged = {}
+        for name, role in roles.items():
+            copy = self._copies.get(name)
+            stage = partial(sharded.stage_role, temporary / name, role, self._mesh, copy=copy)
+            staged[name] = together.on_all(stage)
         self._begun = _Begun(
             step=step,
             state=json.dumps(whole, indent=1),

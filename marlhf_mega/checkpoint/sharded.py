@@ -44,6 +44,7 @@ from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import agree_on_error, broadcast_from
 from marlhf_mega.parallel.mesh import Group, Mesh
+from marlhf_mega.platform.host_memory import HostCopies
 
 Saveable = TrainState | Sequence[StageModel]
 """A model with its optimizer, or only its weights."""
@@ -63,10 +64,10 @@ class Staged(FileSystemWriter):
     then adds the tables that make the ranks' files a checkpoint.
     """
 
-    def __init__(self, folder: Path, *, copy: bool) -> None:
-        """Set the existing folder, and whether to write a copy in host memory.
+    def __init__(self, folder: Path, *, copy: HostCopies | None) -> None:
+        """Set the existing folder, and what makes the copies in host memory that are written.
 
-        With a copy, the model may change before `write`.
+        With copies, the model may change before `write`.
         """
         # Torch would copy from a GPU on the writing thread, with that thread's default device.
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0 if copy else 10_000_000)
@@ -79,10 +80,10 @@ class Staged(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Record what to write."""
         self._plan = plan
-        for item in plan.items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor), item
-            self._data[item.index] = tensor.detach().to("cpu", copy=True) if self._copy else tensor
+        tensors = [_tensor_of(planner, item) for item in plan.items]
+        if self._copy is not None:
+            tensors = self._copy(tensors)
+        self._data = dict(zip([item.index for item in plan.items], tensors, strict=True))
         nothing: Future[list[WriteResult]] = Future()
         nothing.set_result([])
         return nothing
@@ -134,6 +135,12 @@ class Staged(FileSystemWriter):
         return tables
 
 
+def _tensor_of(planner: SavePlanner, item: WriteItem) -> Tensor:
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, Tensor), item
+    return tensor
+
+
 class _Recorded(DefaultSavePlanner):
     """Gives torch's writer the recorded tensors."""
 
@@ -163,7 +170,7 @@ class _Plan(TorchDistSaveShardedStrategy):
         )
 
 
-def stage_role(folder: Path, role: Saveable, mesh: Mesh, *, copy: bool) -> Staged:
+def stage_role(folder: Path, role: Saveable, mesh: Mesh, *, copy: HostCopies | None) -> Staged:
     """Plan to write weights, and optimizer state if there is any, to an existing folder.
 
     All ranks call it.
@@ -172,7 +179,7 @@ def stage_role(folder: Path, role: Saveable, mesh: Mesh, *, copy: bool) -> Stage
         folder: the model's folder.
         role: the model.
         mesh: this rank's mesh.
-        copy: copy to host memory; otherwise the model must not change before it is written.
+        copy: copies to host memory; without, the model must not change before it is written.
 
     Raises:
         CheckpointException: planning failed on some rank; the same on all ranks.

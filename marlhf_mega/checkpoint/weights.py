@@ -121,7 +121,8 @@ def _standard_deviation(name: str, chunk: StageModel) -> float:
     model = chunk.model
     if name == "output_layer.weight" and chunk.head == "scalar":
         return 1 / math.sqrt(model.hidden_size + 1)
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    # Grouped experts have a number behind the name.
+    if name.rstrip("0123456789").endswith(("linear_proj.weight", "linear_fc2.weight")):
         return model.init_std / math.sqrt(2 * model.num_layers)
     return model.init_std
 

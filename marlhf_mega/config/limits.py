@@ -41,6 +41,28 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def gpu_width(tokens: int, *, packed: bool, most: int | None = None) -> int:
+    """Round the width of a row up to one of few: libraries plan their kernels for each on a GPU.
+
+    Up to eight widths lie between a number and its double, padded up to four: packed rows are few
+    and long, so that less is lost.
+
+    Args:
+        tokens: of the row, or of its longest sequence.
+        packed: whether the row holds several sequences.
+        most: a budget that is not exceeded; it is a width of its own.
+    """
+    least, steps = (512, 8) if packed else (64, 4)
+    octave = 1 << (tokens - 1).bit_length()  # the power of two at or above
+    width = round_up(tokens, max(least, octave // 2 // steps))
+    return width if most is None else max(tokens, min(width, most))
+
+
+def power_of_two(count: int, *, least: int = 1) -> int:
+    """Round a count up to a power of two."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
 def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
     """Pad so that every rank's shard is a multiple of 16 rows, which FP8 needs."""
     return round_up(vocab_size, 16 * tensor_size)

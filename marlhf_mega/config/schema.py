@@ -60,6 +60,20 @@ class Config(Section):
         asked |= ppo.kl_coef > 0 or ppo.kl_loss_coef > 0 or self.reward.kl_max is not None
         return asked or self.macro.rule == "perplexity"
 
+    def with_packing(self, *, on_gpu: bool) -> Self:
+        """Settle `packing` in the sections that leave it to the device."""
+        changes = {
+            name: section.model_copy(update={"packing": True})
+            for name, section in self
+            if on_gpu and getattr(section, "packing", True) is None
+        }
+        return self.model_copy(update=changes)
+
+    @property
+    def replays_routing(self) -> bool:
+        """Whether ppo replays which experts the tokens of the rollout went to."""
+        return self.ppo.router_replay and self.model.num_experts is not None
+
     @property
     def critic_from_policy(self) -> bool:
         """Whether the critic begins as the policy with a new head."""

@@ -24,6 +24,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "macro.discount": ("ppo.gamma", lambda gamma: gamma != 1),
     "macro.lambda_unit": ("ppo.gae_lambda", lambda decay: decay != 1),
     "ppo.vine_samples": ("ppo.estimator", lambda name: name == "vine"),
+    "ppo.router_replay": ("model.num_experts", lambda count: count is not None),
     "ppo.kl_estimator": ("ppo.kl_coef", lambda coefficient: coefficient > 0),
     "ppo.kl_loss_estimator": ("ppo.kl_loss_coef", lambda coefficient: coefficient > 0),
     "ppo.kl_horizon": ("ppo.kl_target", lambda target: target is not None),

@@ -33,7 +33,7 @@ class MicrobatchLimit:
         return MicrobatchLimit(
             sequences=section.microbatch_size,
             tokens=section.microbatch_tokens if isinstance(section, PPOConfig) else None,
-            packed=section.packing,
+            packed=bool(section.packing),
         )
 
     @staticmethod

@@ -121,7 +121,12 @@ class ExperienceBuilder:
         config, mesh = self.config, self.mesh
         limit = MicrobatchLimit.of_scoring(config.ppo)
         batches = make_batches(
-            rollout.prompts, rollout.responses, limit=limit, mesh=mesh, kept=rollout.kept
+            rollout.prompts,
+            rollout.responses,
+            limit=limit,
+            mesh=mesh,
+            kept=rollout.kept,
+            routing=rollout.routing,
         )
         earned = self.rewarder.reward(
             rollout, batches, rows, scores=scores, greedy=greedy, references=references
@@ -167,6 +172,7 @@ class ExperienceBuilder:
             returns=estimate.returns,
             learned=learned,
             kept=rollout.kept,
+            routing=rollout.routing,
         )
         details = Details(
             scores=torch.where(scores.valid, scores.scores, NO_SCORE),
@@ -266,16 +272,26 @@ class ExperienceBuilder:
             return rollout.logprobs, rollout.unfiltered_logprobs, None
         filtered = rollout.kept is not None
         logprobs, entropy, *full = self._logprobs(
-            self.roles.policy.chunks, batches, filtered=filtered
+            self.roles.policy.chunks,
+            batches,
+            filtered=filtered,
+            replayed=rollout.routing is not None,
         )
         return logprobs, full[0] if full else logprobs, entropy
 
     def _logprobs(
-        self, chunks: Sequence[torch.nn.Module], batches: Batches, *, filtered: bool = False
+        self,
+        chunks: Sequence[torch.nn.Module],
+        batches: Batches,
+        *,
+        filtered: bool = False,
+        replayed: bool = False,
     ) -> Tensor:
         """Return [2 or 3, batch, response] at the sampling temperature, see `logprob_forward`."""
         temperature = self.config.rollout.temperature
-        forward = partial(logprob_forward, temperature=temperature, filtered=filtered)
+        forward = partial(
+            logprob_forward, temperature=temperature, filtered=filtered, replayed=replayed
+        )
         return run_forward(chunks, batches, forward, leading=(3 if filtered else 2,))
 
     def _importance_weights(

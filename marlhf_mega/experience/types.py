@@ -31,6 +31,8 @@ class Experience:
     """Those tokens of `actions` that the policy learns from; None means all."""
     kept: Tensor | None = None
     """[batch, response, width] on the CPU: what the sampler's filters kept, see `Rollout`."""
+    routing: Tensor | None = None
+    """[batch, tokens, layers, top_k] on the CPU: the sampler's experts, see `Rollout`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,6 +238,11 @@ METRICS = {
         "probability ratio",
         about="Mean of p / p at rollout in the updates, per token or macro action; 1 before them.",
     ),
+    "policy/routing_differs": Metric(
+        "routing that differs",
+        about="Share of tokens, over layers and updates, whose replayed experts are not those that "
+        "the trainer's own router would choose.",
+    ),
     "policy/kl_coef": Metric(
         "KL coefficient", about="Weight of the KL penalty in the reward of each token."
     ),

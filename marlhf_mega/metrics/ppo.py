@@ -32,6 +32,7 @@ UPDATE_MEANS = (
     "policy/clip_fraction",
     "policy/approx_kl",
     "policy/ratio",
+    "policy/routing_differs",
     "policy/kl_loss",
     "policy/entropy_loss",
     "policy/grad_norm",

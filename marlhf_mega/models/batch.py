@@ -34,6 +34,9 @@ class SequenceBatch:
     kept: Tensor | None
     """[real, width] on the CPU: which tokens the sampler's filters kept where each real response
     token was drawn, rows of `read_mask`; None where nothing was filtered."""
+    routing: Tensor | None
+    """[rows, columns, layers, top_k], like `tokens`: the experts that tokens went to in the
+    rollout, see `models.routing`; None where they were not recorded."""
     num_columns: int
     """Width of `[batch, response]` tensors: the longest response, at least 1."""
 
@@ -46,7 +49,9 @@ class SequenceBatch:
         device: torch.device,
         packed: bool = False,
         context_multiple: int = 1,
+        least_width: int = 1,
         kept: Tensor | None = None,
+        routing: Tensor | None = None,
     ) -> "SequenceBatch":
         """Pad sequences to the longest, or put them all in one row.
 
@@ -59,7 +64,9 @@ class SequenceBatch:
             device: where the tensors go.
             packed: put the sequences one after the other in one row.
             context_multiple: packed: every sequence's length is a multiple of this.
+            least_width: a row is no shorter.
             kept: [batch, response, width] on the CPU, see `SequenceBatch.kept`.
+            routing: [batch, tokens of the longest, layers, top_k] on the CPU, of each sequence.
         """
         sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
         if packed:
@@ -74,8 +81,10 @@ class SequenceBatch:
             token_rows = torch.zeros_like(rows)
             starts = starts + torch.tensor([0, *accumulate(sizes[:-1])])
             sequences = [[token for sequence in sequences for token in sequence]]
-        width = round_up(max(map(len, sequences)), multiple)
+        width = round_up(max(least_width, *map(len, sequences)), multiple)
         tokens = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+        if routing is not None:
+            routing = _like_rows(routing, sizes, width=width, packed=packed).to(device)
         return SequenceBatch(
             tokens=tokens.to(device),
             lengths=sizes if packed else None,
@@ -86,6 +95,7 @@ class SequenceBatch:
             token_rows=token_rows.to(device),
             token_columns=(starts[rows] + columns).to(device),
             kept=None if kept is None else kept[rows, columns],
+            routing=routing,
             num_columns=num_columns,
         )
 
@@ -120,3 +130,17 @@ class SequenceBatch:
         size = (len(self.prompt_lengths), self.num_columns)
         grid = values.new_zeros(*size, *values.shape[1:])
         return grid.index_put((self.grid_rows[chosen], self.grid_columns[chosen]), values)
+
+
+def _like_rows(values: Tensor, sizes: Sequence[int], *, width: int, packed: bool) -> Tensor:
+    """Lay [batch, tokens, ...] out as the sequences' tokens lie: in a row each, or all in one."""
+    parts = [row[:size] for row, size in zip(values, sizes, strict=True)]
+    # What is recorded of a packed sequence ends before its own padding.
+    parts = [pad_rows(part, size) for part, size in zip(parts, sizes, strict=True)]
+    rows = [torch.cat(parts)] if packed else parts
+    return torch.stack([pad_rows(row, width) for row in rows])
+
+
+def pad_rows(values: Tensor, count: int) -> Tensor:
+    """Fill [rows, ...] up with zeros to `count` rows."""
+    return torch.cat((values, values.new_zeros(count - len(values), *values.shape[1:])))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf_mega.config.limits import round_up
+from marlhf_mega.config.limits import gpu_width, round_up
 from marlhf_mega.data.microbatch import (
     MicrobatchLimit,
     fewest_by_tokens,
@@ -16,6 +16,7 @@ from marlhf_mega.data.microbatch import (
 )
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.prepacked import prepacked_projections
+from marlhf_mega.models.routing import NOT_RECORDED
 from marlhf_mega.parallel.collectives import broadcast_from_last_stage, max_over_replicas
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.parallel.schedule import pipeline_forward
@@ -30,13 +31,15 @@ def logprob_forward(
     *,
     temperature: float = 1.0,
     filtered: bool = False,
+    replayed: bool = False,
 ) -> Tensor:
     """Log-probs of the response tokens, and entropies: float32 [2, batch, response].
 
     With `filtered` both are of the distribution that is left of the sampler's filters, and a third
-    grid has the log-probs over the whole vocabulary.
+    grid has the log-probs over the whole vocabulary. With `replayed` tokens go to the experts that
+    they went to in the rollout.
     """
-    output: Tensor = chunk(batch, temperature=temperature, filtered=filtered)
+    output: Tensor = chunk(batch, temperature=temperature, filtered=filtered, replayed=replayed)
     return output
 
 
@@ -92,6 +95,7 @@ def make_batches(
     limit: MicrobatchLimit,
     mesh: Mesh,
     kept: Tensor | None = None,
+    routing: Tensor | None = None,
     group: int = 1,
 ) -> Batches:
     """Cut sequences by their lengths into microbatches that suit the layout.
@@ -106,15 +110,15 @@ def make_batches(
         limit: of a microbatch.
         mesh: this rank's mesh.
         kept: [sequences, response, width] of a rollout, on the CPU.
+        routing: [sequences, tokens, layers, top_k] of a rollout, on the CPU.
         group: so many neighbours stay together, next to each other; not with `limit.tokens`.
     """
-    multiple = mesh.context_multiple if limit.packed else mesh.sequence_multiple
-    sizes = [round_up(len(p) + len(r), multiple) for p, r in zip(prompts, responses, strict=True)]
+    sizes = _sizes(prompts, responses, limit, mesh)
     count = _num_microbatches(sizes, limit, mesh)
     num_fillers = max(0, count * group - len(prompts))
     all_prompts = [*prompts, *([[0]] * num_fillers)]
     all_responses: list[list[int]] = [*responses, *([[]] * num_fillers)]
-    sizes += [round_up(1, multiple)] * num_fillers
+    sizes += _sizes([[0]] * num_fillers, [[]] * num_fillers, limit, mesh)
     if limit.tokens is None:
         parts = split_by_size(
             sizes, microbatch_size=limit.sequences, min_microbatches=count, group=group
@@ -123,6 +127,7 @@ def make_batches(
         parts = split_by_tokens(
             sizes, max_tokens=limit.tokens, min_microbatches=count, packed=limit.packed
         )
+    widths = _least_widths(sizes, parts, limit, mesh)
     microbatches = [
         IndexedBatch(
             indices=indices,
@@ -131,16 +136,58 @@ def make_batches(
                 [all_responses[i] for i in indices.tolist()],
                 multiple=mesh.sequence_multiple,
                 context_multiple=mesh.context_multiple,
+                least_width=width,
                 device=mesh.device,
                 packed=limit.packed,
                 # A filler has no response token, so whose row it gets does not matter.
                 kept=None if kept is None else kept[indices.clamp(max=len(kept) - 1)],
+                routing=None if routing is None else _routing_of(routing, indices),
             ),
         )
-        for indices in parts
+        for indices, width in zip(parts, widths, strict=True)
     ]
     lengths = [len(response) for response in responses]
     return Batches(microbatches=microbatches, response_lengths=lengths, mesh=mesh, limit=limit)
+
+
+def _sizes(
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    limit: MicrobatchLimit,
+    mesh: Mesh,
+) -> list[int]:
+    """Return what each sequence costs of a microbatch's tokens."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    if limit.packed:
+        return [round_up(length, mesh.context_multiple) for length in lengths]
+    if mesh.device.type != "cpu":
+        lengths = [gpu_width(length, packed=False, most=limit.tokens) for length in lengths]
+    return [round_up(length, mesh.sequence_multiple) for length in lengths]
+
+
+def _least_widths(
+    sizes: Sequence[int], parts: Sequence[Tensor], limit: MicrobatchLimit, mesh: Mesh
+) -> list[int]:
+    """Return how wide the row of each microbatch has to be, at least.
+
+    On GPUs the widths are few. The packed rows of a pipeline have the same one, so that its stages
+    need not tell each other.
+    """
+    if mesh.device.type == "cpu":
+        return [1] * len(parts)
+    if not limit.packed:
+        return [max(sizes[i] for i in part.tolist()) for part in parts]
+    tokens = [sum(sizes[i] for i in part.tolist()) for part in parts]
+    if mesh.pp_size > 1:
+        tokens = [max(tokens)] * len(parts)
+    return [gpu_width(count, packed=True, most=limit.tokens) for count in tokens]
+
+
+def _routing_of(routing: Tensor, indices: Tensor) -> Tensor:
+    """Return the rows of some sequences; a filler's token goes where it likes."""
+    rows = routing[indices.clamp(max=len(routing) - 1)]
+    rows[indices >= len(routing)] = NOT_RECORDED
+    return rows
 
 
 def prompt_batches(prompts: Sequence[list[int]], *, limit: MicrobatchLimit, mesh: Mesh) -> Batches:

@@ -5,6 +5,7 @@ from its GPTModel: the head works on the hidden states of response tokens only, 
 all logits, and may be a scalar head (critic, reward model) at any pipeline layout.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from marlhf_mega.config.limits import padded_vocab_size
+from marlhf_mega.config.limits import padded_vocab_size, round_up
 from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
 from marlhf_mega.models.batch import SequenceBatch
@@ -26,6 +27,7 @@ from marlhf_mega.models.latent_head import LatentHead
 from marlhf_mega.models.lora import adapter_state_dict, attach, freeze_others
 from marlhf_mega.models.packing import Packing
 from marlhf_mega.models.rope import inverse_frequencies, rotation_angles
+from marlhf_mega.models.routing import Replay
 from marlhf_mega.models.spec import block_spec, transformer_config
 from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.mesh import Mesh
@@ -141,6 +143,9 @@ class StageModel(LanguageModule):
         self._prunes = self.post_process and can_prune(config)
         if self._prunes:
             LastLayerPruning(self.decoder.layers[-1])
+        if model.num_experts is not None:
+            for index, layer in enumerate(self.decoder.layers):
+                Replay(layer, index)
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         _mark_sharded_weights(self)
@@ -152,11 +157,14 @@ class StageModel(LanguageModule):
             return LatentHead(self.config, mesh, size=latent_size)
         if self.head == "scalar":
             return ScalarHead(self.config, mesh, length_head=length_head)
+        # Its product in training is our own; Megatron's would look for NVIDIA's apex.
+        config = copy(self.config)
+        config.gradient_accumulation_fusion = False
         return tensor_parallel.ColumnParallelLinear(
-            self.config.hidden_size,
+            config.hidden_size,
             padded_vocab,
-            config=self.config,
-            init_method=self.config.init_method,
+            config=config,
+            init_method=config.init_method,
             bias=False,
             gather_output=False,
             skip_weight_param_allocation=self.pre_process
@@ -191,6 +199,7 @@ class StageModel(LanguageModule):
         *,
         temperature: float = 1.0,
         filtered: bool = False,
+        replayed: bool = False,
         shift: int = -1,
         with_length: bool = False,
         last_states: bool = False,
@@ -201,6 +210,7 @@ class StageModel(LanguageModule):
             batch: the sequences.
             temperature: divides the logits of a language head.
             filtered: a language head renormalises over the tokens that the sampler kept.
+            replayed: tokens go to the experts that `batch.routing` names.
             shift: for a scalar head: -1 reads the state before each response token (critic), 0 the
                 state at that token (reward model).
             with_length: give the scores of the length head as well.
@@ -214,6 +224,8 @@ class StageModel(LanguageModule):
             float32 [batch, hidden], the states at the last response tokens.
         """
         own = self._own_tokens(batch)
+        if replayed:
+            own = replace(own, packing=replace(own.packing, routing=self._own_routing(batch, own)))
         if not self.post_process:
             return self._run_layers(own)
         if last_states:
@@ -295,6 +307,20 @@ class StageModel(LanguageModule):
         indices = packing.share.indices
         return _OwnTokens(tokens[:, indices], packing.positions[indices], packing)
 
+    def _own_routing(self, batch: SequenceBatch, own: _OwnTokens) -> Tensor:
+        """Return what this rank's routers replay, see `Packing.routing`."""
+        assert batch.routing is not None, "the experts of the rollout are not there"
+        first = self.decoder.layers[0].layer_number - 1
+        routing = batch.routing[:, :, first : first + len(self.decoder.layers)]
+        width = sum(own.packing.lengths)
+        routing = torch.nn.functional.pad(routing, (0, 0) * 2 + (0, width - routing.shape[1]))
+        if own.share is not None:
+            routing = routing[:, own.share.indices]
+        by_layer = routing.permute(2, 1, 0, 3)  # [layers, seq, batch, top_k]
+        if self.config.sequence_parallel:
+            by_layer = by_layer.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
+        return by_layer.flatten(1, 2)
+
     def _run_layers(self, own: _OwnTokens) -> Tensor:
         angles = rotation_angles(self.rotary_speeds, own.positions)
         hidden: Tensor = self.decoder(
@@ -315,9 +341,15 @@ class StageModel(LanguageModule):
         hidden = self._run_layers(replace(own, packing=replace(own.packing, wanted=wanted)))
         return self._gather_sequence(hidden, sum_gradients=sum_gradients)[: len(indices), 0]
 
+    def row_shape(self, batch: SequenceBatch) -> tuple[int, int]:
+        """Return tokens and rows of the activations, over all ranks that share them."""
+        rows, columns = batch.tokens.shape
+        return round_up(columns, self.token_multiple * self.context_multiple), rows
+
     def _aligned(self, tokens: Tensor) -> Tensor:
         """Pad [batch, seq] on the right to a length that products and ranks need."""
-        missing = -tokens.shape[1] % (self.token_multiple * self.context_multiple)
+        multiple = self.token_multiple * self.context_multiple
+        missing = round_up(tokens.shape[1], multiple) - tokens.shape[1]
         return torch.nn.functional.pad(tokens, (0, missing)) if missing else tokens
 
     def head_weight(self) -> Tensor:

@@ -6,6 +6,7 @@ and rotary angles are passed for every token. Only the core attention is told wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -13,8 +14,13 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from marlhf_mega.config.limits import power_of_two
 from marlhf_mega.parallel.context import ContextShare
 from marlhf_mega.parallel.mesh import Group
+
+LEAST_SEQUENCES, LEAST_LONGEST = 32, 2048
+"""Smallest numbers that Transformer Engine is given. cuDNN plans for no fewer sequences; blocks of
+a kernel that lie behind the end of a sequence return at once."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class Packing:
     """This rank's tokens of the row with context parallelism, else None."""
     wanted: Tensor | None = None
     """[wanted] int64, indices into [seq * batch]: tokens that the head reads; None means all."""
+    routing: Tensor | None = None
+    """[layers of the chunk, seq * batch, top_k] of this rank's tokens: the experts that they go to,
+    see `models.routing`; None: routers choose."""
     qkv_format: str = "sbhd"
     """What Megatron-Core looks at: for `thd` it would rotate queries and keys in a Python loop over
     the sequences, and synchronise with the device for each."""
@@ -63,15 +72,23 @@ class Packing:
         return torch.arange(len(starts), device=starts.device) - starts
 
     def for_engine(self) -> PackedSeqParams:
-        """Return the same description for Transformer Engine."""
-        longest = max(self.lengths)
+        """Return the same description for Transformer Engine, in one of few shapes.
+
+        Empty sequences at the end make up the number, and the longest is rounded up: it is a bound.
+        """
+        longest = power_of_two(max(self.lengths), least=LEAST_LONGEST)
         return PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=self.ends,
-            cu_seqlens_kv=self.ends,
+            cu_seqlens_q=self._engine_ends,
+            cu_seqlens_kv=self._engine_ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+
+    @cached_property
+    def _engine_ends(self) -> Tensor:
+        missing = power_of_two(len(self.lengths), least=LEAST_SEQUENCES) - len(self.lengths)
+        return torch.cat((self.ends, self.ends[-1:].expand(missing)))
 
     def per_sequence(self, attend: Callable[..., Tensor], *qkv: Tensor) -> Tensor:
         """Call `attend` on each sequence's part of [width, ...] tensors and join the results.

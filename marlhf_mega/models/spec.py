@@ -4,12 +4,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -55,7 +57,7 @@ def uses_transformer_engine(model: ModelConfig, mesh: Mesh) -> bool:
 def transformer_config(
     model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, memory: MemoryConfig
 ) -> TransformerConfig:
-    """Translate our names to Megatron-Core's; fusions that need extra CUDA kernels stay off."""
+    """Translate our names to Megatron-Core's."""
     dtype = compute_dtype(precision, mesh)
     pipelined, on_cpu = mesh.pp_size > 1, mesh.platform.name == "cpu"
     return TransformerConfig(
@@ -100,19 +102,36 @@ def transformer_config(
         # With two virtual stages, batched communication gives wrong gradients.
         overlap_p2p_comm=mesh.num_chunks > 1,
         batch_p2p_comm=mesh.num_chunks == 1,
+        # Streams order what is sent and received; the host need not wait for either.
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        # Saves only the projections for the backward pass. On a GPU it would be compiled, and
-        # recompiled for other lengths.
-        bias_activation_fusion=on_cpu and model.activation == "silu",
-        apply_rope_fusion=False,
         persist_layer_norm=False,
-        **_expert_settings(model),
+        **_fusions(model, mesh),
+        **_expert_settings(model, mesh),
         **fp8_settings(precision),
         **_recompute_settings(memory),
     )
+
+
+def _fusions(model: ModelConfig, mesh: Mesh) -> dict[str, bool]:
+    """Return which kernels do several operations at once, where there are such."""
+    engine, gated = uses_transformer_engine(model, mesh), model.activation == "silu"
+    return {
+        # Torch's own would be compiled on a GPU, and compiled again for other lengths. The engine's
+        # (use_te_activation_func) is a module that Megatron 0.16 cannot describe for a checkpoint.
+        "bias_activation_fusion": mesh.platform.name == "cpu" and gated and not engine,
+        "apply_rope_fusion": engine,
+        # Products add weight gradients to the buffer that is reduced. Frozen weights have none.
+        "gradient_accumulation_fusion": not model.lora.is_on and (engine or apex_accumulates()),
+    }
+
+
+def apex_accumulates() -> bool:
+    """Whether NVIDIA's apex adds gradients up where Transformer Engine provides no layers."""
+    found: bool = parallel_layers._grad_accum_fusion_available
+    return found
 
 
 def engine_attends(model: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> bool:
@@ -137,14 +156,15 @@ def layer_spec(
 
 def _engine_spec(model: ModelConfig) -> ModuleSpec:
     spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=model.num_experts, moe_grouped_gemm=False, qk_layernorm=model.qk_norm
+        num_experts=model.num_experts,
+        moe_grouped_gemm=True,
+        qk_layernorm=model.qk_norm,
     )
     return spec
 
 
 def _unfused_engine_spec(model: ModelConfig) -> ModuleSpec:
     """Transformer Engine's layer with norms of their own: adapters read what these give."""
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class Unfused(TESpecProvider):
         def fuse_layernorm_and_linear(self) -> bool:
@@ -196,6 +216,7 @@ def _layer_spec(model: ModelConfig, backend: Any, norm: Any, core_attention: Any
             k_layernorm=norm if model.qk_norm else IdentityOp,
         ),
     )
+    engine = isinstance(backend, TESpecProvider)
     # Checkpoints name these norms as Transformer Engine does, so that both kinds can read them.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if model.num_experts is None:
@@ -208,7 +229,9 @@ def _layer_spec(model: ModelConfig, backend: Any, norm: Any, core_attention: Any
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(
-                backend=backend, num_experts=model.num_experts, moe_grouped_gemm=False
+                backend=backend,
+                num_experts=model.num_experts,
+                moe_grouped_gemm=engine,
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
@@ -229,9 +252,10 @@ def _gelu_tanh(hidden: Tensor) -> Tensor:
     return F.gelu(hidden, approximate="tanh")
 
 
-def _expert_settings(model: ModelConfig) -> dict[str, Any]:
+def _expert_settings(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     if model.num_experts is None:
         return {}
+    engine = uses_transformer_engine(model, mesh)
     return {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.experts_per_token,
@@ -241,7 +265,10 @@ def _expert_settings(model: ModelConfig) -> dict[str, Any]:
         "moe_router_pre_softmax": model.router_softmax_first,
         "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss_coef else "none",
         "moe_aux_loss_coeff": model.router_aux_loss_coef,
-        "moe_grouped_gemm": False,
+        # One product for all experts. Its kernels sort tokens by counts that stay on the device,
+        # so that the host waits once a layer, for the rows of each expert.
+        "moe_grouped_gemm": engine,
+        "moe_permute_fusion": engine and mesh.platform.name == "cuda",
     }
 
 

@@ -52,9 +52,10 @@ def pipeline_forward(
     def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> Any:
         return forward(chunk, next(iterator)), collect
 
+    arguments = _arguments(chunks, batches, batches, training=False)
     with torch.no_grad():
         outputs: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=forward_step, **_arguments(chunks, batches, training=False)
+            forward_step_func=forward_step, **arguments
         )
     return outputs
 
@@ -88,22 +89,33 @@ def pipeline_forward_backward(
         microbatch = next(iterator)
         return forward(chunk, microbatch.batch), partial(reduce, microbatch)
 
+    batches = [microbatch.batch for microbatch in microbatches]
     losses: list[LossOutput] = get_forward_backward_func()(
-        forward_step_func=forward_step, **_arguments(chunks, microbatches, training=True)
+        forward_step_func=forward_step,
+        **_arguments(chunks, microbatches, batches, training=True),
     )
     return losses
 
 
 def _arguments(
-    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Any], *, training: bool
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Any],
+    batches: Sequence[Any],
+    *,
+    training: bool,
 ) -> dict[str, Any]:
+    models: list[Any] = [getattr(chunk, "module", chunk) for chunk in chunks]
+    shapes = {models[0].row_shape(batch) for batch in batches}
+    for model in models:
+        # Stages tell each other the shape of every message, and wait for it, unless all know it.
+        model.config.variable_seq_lengths = len(shapes) > 1
+    seq, batch_size = max(shapes, default=(1, 1))
     return {
         "data_iterator": [iter(microbatches) for _ in chunks],
         "model": list(chunks),
         "num_microbatches": len(microbatches),
-        # Stages tell each other the shape of every message (variable_seq_lengths).
-        "seq_length": 1,
-        "micro_batch_size": 1,
+        "seq_length": seq,
+        "micro_batch_size": batch_size,
         "forward_only": not training,
         "collect_non_loss_data": not training,
     }

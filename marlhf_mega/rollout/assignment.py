@@ -86,6 +86,11 @@ def select(parts: Sequence[Rollout], wanted: Sequence[int], device: torch.device
             grid[number, :length] = getattr(part, name)[row, :length].to(device)
         return grid
 
+    routing = None
+    if parts[0].routing is not None:
+        rows = [part.routing[row] for part, row in found if part.routing is not None]
+        # Recorded until the last token of each; what is behind it is zero.
+        routing = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     logprobs = gather("logprobs", device)
     assert logprobs is not None
     return Rollout(
@@ -96,6 +101,7 @@ def select(parts: Sequence[Rollout], wanted: Sequence[int], device: torch.device
         logprobs=logprobs,
         full_logprobs=gather("full_logprobs", device),
         kept=gather("kept", torch.device("cpu")),
+        routing=routing,
     )
 
 

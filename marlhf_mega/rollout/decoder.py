@@ -17,6 +17,7 @@ from marlhf_mega.models.prepacked import prepacked_projections
 from marlhf_mega.models.rope import rotation_angles
 from marlhf_mega.rollout.cache import KeyValueCache
 from marlhf_mega.rollout.layers import decoder_layer
+from marlhf_mega.rollout.routing import RoutingRecord
 from marlhf_mega.rollout.work import Prefill, Work
 
 NOTHING = -1e30
@@ -26,13 +27,16 @@ NOTHING = -1e30
 class ChunkDecoder:
     """Runs one model chunk on new tokens and keeps its keys and values."""
 
-    def __init__(self, chunk: StageModel, *, num_slots: int, max_tokens: int) -> None:
+    def __init__(
+        self, chunk: StageModel, *, num_slots: int, max_tokens: int, record_routing: bool = False
+    ) -> None:
         """Allocate the cache and tabulate the rotations.
 
         Args:
             chunk: the model chunk.
             num_slots: sequences in flight.
             max_tokens: longest sequence.
+            record_routing: write down which experts tokens go to; inside `recording` only.
         """
         config, model = chunk.config, chunk.model
         assert config.num_query_groups is not None
@@ -62,6 +66,9 @@ class ChunkDecoder:
             dtype=config.params_dtype,
             device=device,
         )
+        self.routing = None
+        if record_routing:
+            self.routing = RoutingRecord(chunk, num_slots=num_slots, max_tokens=max_tokens)
         angles = rotation_angles(chunk.rotary_speeds, torch.arange(max_tokens, device=device))
         angles = angles[:, None, None]
         self.cos, sin = (x.to(config.params_dtype) for x in (angles.cos(), angles.sin()))
@@ -112,7 +119,15 @@ class ChunkDecoder:
             new = layer.query_key_value(hidden, rotate)
             context = self.cache.attend(index, new, work, masks[index])
             hidden = layer.add_mlp(layer.add_attention(hidden, context))
+        if self.routing is not None:
+            self.routing.store(work)
         return hidden
+
+    def move_slot(self, source: int, target: int) -> None:
+        """Copy what is remembered of a sequence to another slot."""
+        self.cache.move_slot(source, target)
+        if self.routing is not None:
+            self.routing.move_slot(source, target)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits of this rank's real columns, [batch, vocab/tp] (at least one)."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -27,6 +28,7 @@ from marlhf_mega.parallel.collectives import (
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.recorded import KeptSteps
+from marlhf_mega.rollout.routing import recording, whole_routing
 from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
 from marlhf_mega.rollout.slots import Response, SlotGroup
 from marlhf_mega.rollout.stops import StopRule
@@ -97,14 +99,20 @@ class Generator:
         with ExitStack() as stack:
             for chunks in self.models(options.rule):
                 stack.enter_context(generating(chunks))
+            stack.enter_context(recording(self.chunks, is_on=options.record_routing))
             run.complete()
-        return _to_rollout(
+        routing = None
+        if options.record_routing:
+            rows = [r.routing for r in responses if r.routing is not None]
+            routing = whole_routing(rows, self.chunks, self.mesh)
+        rollout = _to_rollout(
             responses,
             list(sample_indices),
             self.mesh.device,
             run.kept_row,
             is_filtered=options.rule.is_filtered,
         )
+        return replace(rollout, routing=routing)
 
 
 _Sampled = tuple[Tensor, Tensor | None]
@@ -140,15 +148,21 @@ class _Run:
         sizes = {"num_slots": share, "max_tokens": longest}
         # For each group, the decoders of all models chunk by chunk.
         if generator.kept:
+            assert not options.record_routing, "graphs do not work with experts"
             kept = [steps.take(num_groups, **sizes) for steps in generator.kept[: len(models)]]
             recorded = [[*zip(*groups, strict=True)] for groups in zip(*kept, strict=True)]
             self.decoders = [[tuple(s.decoder for s in x) for x in each] for each in recorded]
             self.passes = [[tuple(s.run for s in x) for x in each] for each in recorded]
         else:
+            # The policy's routing is recorded, not that of other models.
+            decoder = partial(ChunkDecoder, num_slots=share, max_tokens=longest)
             self.decoders = [
                 [
-                    tuple(ChunkDecoder(chunk, **sizes) for chunk in chunks)
-                    for chunks in zip(*models, strict=True)
+                    (
+                        decoder(own, record_routing=options.record_routing),
+                        *map(decoder, others),
+                    )
+                    for own, *others in zip(*models, strict=True)
                 ]
                 for _ in self.groups
             ]
@@ -240,11 +254,22 @@ class _Run:
         columns = share_sampled(columns, self.mesh)
         if kept is not None:
             kept = share_sampled(kept, self.mesh)
+        slots = list(group.active)
         moves = group.record(columns, kept, stop=self.stop)
+        for slot, response in enumerate(slots):
+            if response.is_complete:
+                self._keep_routing(index, slot, response)
         for source, target in moves:
             self.numbers[index][target] = self.numbers[index][source]
             for decoder in chain.from_iterable(self.decoders[index]):
-                decoder.cache.move_slot(source, target)
+                decoder.move_slot(source, target)
+
+    def _keep_routing(self, index: int, slot: int, response: Response) -> None:
+        """Read the record of a response that has ended; its last token was not passed."""
+        length = len(response.prompt) + len(response.tokens) - 1
+        records = [own.routing for own, *_ in self.decoders[index] if own.routing is not None]
+        if records:
+            response.routing = torch.cat([r.read(slot, length) for r in records], dim=1)
 
     def _send(self, hidden: Tensor) -> None:
         mesh = self.mesh

@@ -27,7 +27,14 @@ class Response:
     """Before top-k and top-p."""
     kept: list[Tensor] = field(default_factory=list)
     """[width] row of every token on the CPU, if they are recorded."""
+    routing: Tensor | None = None
+    """[prompt and response - 1, layers of this rank, top_k] on the CPU, if it is recorded."""
     finished: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has ended or is as long as it may be."""
+        return self.finished or len(self.tokens) == self.max_tokens
 
 
 class SlotGroup:
@@ -118,7 +125,7 @@ class SlotGroup:
         moves, are_all = [], number == len(self.active)
         for slot in range(len(self.active) - 1, -1, -1):
             response = self.active[slot]
-            if response.finished or len(response.tokens) == response.max_tokens:
+            if response.is_complete:
                 last = len(self.active) - 1
                 if slot != last:
                     self.active[slot] = self.active[last]

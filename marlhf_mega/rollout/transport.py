@@ -63,8 +63,9 @@ class Answer:
             if (grid := getattr(rollout, name)) is not None:
                 rows = zip(grid, rollout.responses, strict=True)
                 state[name] = [row[: len(response)].tolist() for row, response in rows]
-        if rollout.kept is not None:
-            state["kept"] = _encode(rollout.kept)
+        for name in ("kept", "routing"):
+            if (recorded := getattr(rollout, name)) is not None:
+                state[name] = _encode(recorded)
         return state
 
     @classmethod
@@ -75,22 +76,23 @@ class Answer:
             for name in ("logprobs", "full_logprobs")
             if name in state
         }
+        recorded = {name: _decode(state[name]) for name in ("kept", "routing") if name in state}
         rollout = Rollout(
             prompts=prompts,
             responses=state["responses"],
             finished=state["finished"],
             sample_indices=list(range(len(prompts))),
-            kept=_decode(state["kept"]) if "kept" in state else None,
+            **recorded,
             **grids,
         )
         return cls(parts=[rollout], seconds=state["seconds"])
 
 
-def _encode(kept: Tensor) -> dict[str, Any]:
-    """Return replayed masks as text: they are many numbers, most of them alike."""
-    packed = zlib.compress(kept.contiguous().view(torch.uint8).numpy().tobytes())
-    name = str(kept.dtype).removeprefix("torch.")
-    return {"dtype": name, "shape": [*kept.shape], "zlib": base64.b64encode(packed).decode()}
+def _encode(recorded: Tensor) -> dict[str, Any]:
+    """Return what is replayed as text: it is many numbers, most of them alike."""
+    packed = zlib.compress(recorded.contiguous().view(torch.uint8).numpy().tobytes())
+    name = str(recorded.dtype).removeprefix("torch.")
+    return {"dtype": name, "shape": [*recorded.shape], "zlib": base64.b64encode(packed).decode()}
 
 
 def _decode(state: Mapping[str, Any]) -> Tensor:
@@ -148,7 +150,7 @@ class LocalTransport:
         count, first = len(request.prompts), request.first
         own = own_samples(self._config, self._mesh, count, first=first)
         prompts = [request.prompts[i - first] for i in own]
-        options = RolloutOptions.of(self._config, step=request.step, record_kept=True, masked=True)
+        options = RolloutOptions.of(self._config, step=request.step, for_training=True, masked=True)
         rollout = self._generator.generate(prompts, own, options)
         return Answer(parts=[rollout], seconds=time.perf_counter() - start)
 

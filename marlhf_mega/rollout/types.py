@@ -21,6 +21,8 @@ class RolloutOptions:
     seed: int
     step: int
     """(seed, step, sample index, position) decide every draw."""
+    record_routing: bool = False
+    """Write down which experts tokens go to."""
     slots: int | None = None
     """Responses decoded together on a replica that generates; None means all."""
 
@@ -31,7 +33,7 @@ class RolloutOptions:
         *,
         step: int,
         slots: int | None = None,
-        record_kept: bool = False,
+        for_training: bool = False,
         masked: bool = False,
     ) -> Self:
         """Return what the configuration says of the rollout.
@@ -40,7 +42,8 @@ class RolloutOptions:
             config: of the run.
             step: PPO step, from 0.
             slots: None means `rollout.slots`.
-            record_kept: write down what top-k and top-p keep, for training on the samples.
+            for_training: write down what training on the samples needs: what top-k and top-p
+                keep, which experts tokens go to.
             masked: take `rollout.mask_interval` into account; there is a mask policy in ppo alone.
         """
         settings = config.rollout
@@ -49,7 +52,7 @@ class RolloutOptions:
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            record_kept=record_kept,
+            record_kept=for_training,
             min_kept=settings.mask_min_tokens if has_mask else None,
         )
         return cls(
@@ -57,6 +60,7 @@ class RolloutOptions:
             max_response_tokens=settings.max_response_tokens,
             seed=config.run.seed,
             step=step,
+            record_routing=for_training and config.replays_routing,
             slots=slots or settings.slots,
         )
 
@@ -87,6 +91,11 @@ class Rollout:
     kept: Tensor | None = None
     """[batch, response, width] on the CPU: which tokens top-k and top-p kept at every position, see
     algorithm/replay_mask.py; None where nothing was filtered, or nothing is to be learned."""
+
+    routing: Tensor | None = None
+    """[batch, prompt and response, layers, top_k] on the CPU: the experts that each token went to,
+    their numbers plus one, 0 where a token was not passed through the model, as the last one of a
+    response; None without experts, or where nothing is to be learned."""
 
     @property
     def unfiltered_logprobs(self) -> Tensor:

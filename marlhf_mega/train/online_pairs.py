@@ -41,7 +41,7 @@ from marlhf_mega.train.supervised import Microbatch, SupervisedJob, train_superv
 def run_online(inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog) -> dict[str, float]:
     """Train the policy on pairs that it gives itself; returns the last held-out results."""
     config, settings = inputs.config, inputs.config.preference
-    limit = MicrobatchLimit(sequences=2 * settings.microbatch_size, packed=settings.packing)
+    limit = MicrobatchLimit(sequences=2 * settings.microbatch_size, packed=bool(settings.packing))
     policy, evaluator = build_evaluator(inputs, mesh, limit=limit, learns=True)
     assert evaluator.scorer is not None
     reference = policy  # with adapters, its frozen weights are those that it began with

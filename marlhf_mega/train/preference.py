@@ -56,7 +56,9 @@ def run_preference(
     if settings.is_online:
         return run_online(cast(Inputs[Any], inputs), mesh, watchdog)
     size = settings.num_responses
-    limit = MicrobatchLimit(sequences=size * settings.microbatch_size, packed=settings.packing)
+    limit = MicrobatchLimit(
+        sequences=size * settings.microbatch_size, packed=bool(settings.packing)
+    )
     chunks = build_model(config.model, config, mesh, origin=policy_origin(config), name="policy")
     train, held_out = _pairs(inputs, chunks, mesh, watchdog, limit)
 

@@ -64,7 +64,7 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh, watchdog: Watchdog) -
     def lay_out(pairs: Sequence[PreferencePair]) -> Microbatch:
         if users is not None:
             return users.microbatch(pairs)
-        return pair_microbatch(pairs, mesh, packed=settings.packing)
+        return pair_microbatch(pairs, mesh, packed=bool(settings.packing))
 
     def cut(pairs: Sequence[PreferencePair]) -> list[Microbatch]:
         lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
@@ -77,7 +77,9 @@ def run_reward(inputs: Inputs[PreferencePair], mesh: Mesh, watchdog: Watchdog) -
         if users is not None:
             return users.score(state, own).double()
         prompts = [p.prompt_ids for p in own]
-        limit = MicrobatchLimit(sequences=2 * settings.microbatch_size, packed=settings.packing)
+        limit = MicrobatchLimit(
+            sequences=2 * settings.microbatch_size, packed=bool(settings.packing)
+        )
         scores = [
             last_token_scores(
                 state.chunks, make_batches(prompts, responses, limit=limit, mesh=mesh)

@@ -46,7 +46,7 @@ def serve_rollouts(inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog) -> No
         watchdog.enter("rollout")
         faults.enter(watchdog.step, "rollout")
         own = block_of(mesh, len(request.prompts), first=request.first)
-        options = RolloutOptions.of(config, step=request.step, record_kept=True)
+        options = RolloutOptions.of(config, step=request.step, for_training=True)
         prompts = [request.prompts[i - request.first] for i in own]
         with fresh_weights():
             start = time.perf_counter()

@@ -63,12 +63,12 @@ class UserLatents:
         """
         self._chunks, self._settings, self._mesh, self._seed = chunks, settings, mesh, seed
         self._limit = MicrobatchLimit(
-            sequences=2 * settings.microbatch_size, packed=settings.packing
+            sequences=2 * settings.microbatch_size, packed=bool(settings.packing)
         )
 
     def microbatch(self, pairs: Sequence[PreferencePair]) -> Microbatch:
         """Lay out pairs that know their context."""
-        laid_out = pair_microbatch(pairs, self._mesh, packed=self._settings.packing)
+        laid_out = pair_microbatch(pairs, self._mesh, packed=bool(self._settings.packing))
         return replace(laid_out, extra=OfUsers(pairs, laid_out.extra))
 
     def prepare(self, state: TrainState, microbatches: Sequence[Microbatch]) -> list[Microbatch]:

@@ -32,6 +32,7 @@ from marlhf_mega.models.forward import (
     value_forward,
 )
 from marlhf_mega.models.roles import Roles
+from marlhf_mega.models.routing import drain
 from marlhf_mega.models.train_state import StepResult, TrainState
 from marlhf_mega.parallel.collectives import sum_over_data
 from marlhf_mega.parallel.mesh import Mesh
@@ -100,7 +101,13 @@ def ppo_update(
     """
     learning = [] if roles.critic is None else [critic_learner(roles.critic, config)]
     if step >= config.ppo.critic_only_steps:
-        learning.append(policy_learner(roles.policy, config, filtered=experience.kept is not None))
+        policy = policy_learner(
+            roles.policy,
+            config,
+            filtered=experience.kept is not None,
+            replayed=experience.routing is not None,
+        )
+        learning.append(policy)
     for samples in minibatches(len(experience.prompts), config, mesh, step=step):
         if not _any_counts(experience, samples, mesh):
             # Adam would move the weights by what it remembers of earlier gradients.
@@ -122,6 +129,9 @@ def ppo_update(
             if result.skipped:
                 tensors = _by_name(microbatches)
                 keep_skipped(state.num_skipped, tensors, config, mesh, role=learner.role, step=step)
+    if (counts := drain(roles.policy.chunks)) is not None:
+        # Every rank has layers of its own, and tokens.
+        sums.add_means({"policy/routing_differs": counts[0]}, count=counts[1])
     # Until here the weights of one role have travelled while the other computed.
     for state in roles.learning.values():
         state.wait_params()
@@ -153,12 +163,19 @@ def minibatches(num_samples: int, config: Config, mesh: Mesh, *, step: int) -> I
             yield parts[number]
 
 
-def policy_learner(policy: TrainState, config: Config, *, filtered: bool = False) -> Learner:
-    """Return the policy with its objective; `filtered` as the sampler's choices were."""
+def policy_learner(
+    policy: TrainState, config: Config, *, filtered: bool = False, replayed: bool = False
+) -> Learner:
+    """Return the policy with its objective; `filtered` and `replayed` as the samples are."""
     return Learner(
         role="policy",
         state=policy,
-        forward=partial(logprob_forward, temperature=config.rollout.temperature, filtered=filtered),
+        forward=partial(
+            logprob_forward,
+            temperature=config.rollout.temperature,
+            filtered=filtered,
+            replayed=replayed,
+        ),
         objective=partial(policy_objective, config=config),
     )
 
@@ -284,6 +301,7 @@ def make_microbatches(
         limit=MicrobatchLimit.of(config.ppo),
         mesh=mesh,
         kept=None if experience.kept is None else experience.kept[samples],
+        routing=None if experience.routing is None else experience.routing[samples],
         group=2 if config.ppo.objective == "p3o" else 1,
     )
     return [_take(experience, samples, part) for part in batches.microbatches]

@@ -37,6 +37,7 @@ from marlhf_mega.models.forward import (
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.prompt_value import PromptValue
 from marlhf_mega.models.roles import Roles
+from marlhf_mega.models.routing import Replay, drain
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.collectives import (
     gather_objects,
@@ -210,6 +211,7 @@ def ppo_case(case, config, mesh, folder):
         second=model(config, mesh, "language", 5) if masked else (),
     )
     options = {"max_response_tokens": 10, "seed": 11, "step": 3, "slots": 3}
+    options["record_routing"] = config.replays_routing
     drawn = SamplingRule(
         temperature=config.rollout.temperature,
         top_k=config.rollout.top_k,
@@ -234,6 +236,7 @@ def ppo_case(case, config, mesh, folder):
     maker = ExperienceBuilder(config, roles, scorer, segmenter, mesh)
     experience, details = maker.build(rollout, [{}] * len(own), step=3, kl_coef=0.05, sums=sums)
     ratio = first_ratio(roles, experience, config, mesh)
+    routing = {} if rollout.routing is None else routing_case(roles, rollout, config, mesh)
     update.ppo_update(roles, experience, config, mesh, step=3, sums=sums, timers=PhaseTimers())
     limit = MicrobatchLimit.of_scoring(config.ppo)
     batches = make_batches(rollout.prompts, rollout.responses, limit=limit, mesh=mesh)
@@ -269,10 +272,49 @@ def ppo_case(case, config, mesh, folder):
         if rollout.kept is None
         else by_sample(balanced, trimmed(rollout.kept, rollout.responses), mesh),
         "metrics": metrics,
+        **routing,
         **{
             name: by_sample(balanced, trimmed(grid, rollout.responses), mesh)
             for name, grid in per_sample.items()
         },
+    }
+
+
+def routing_case(roles, rollout, config, mesh):
+    """Log-probs of a policy whose routers choose the worst experts, with replay and without.
+
+    Returns:
+        The experts of each token, the largest distances from the sampler's log-probs, and the
+        share of choices that replay has changed.
+    """
+    limit = MicrobatchLimit.of_scoring(config.ppo)
+    batches = make_batches(
+        rollout.prompts, rollout.responses, limit=limit, mesh=mesh, routing=rollout.routing
+    )
+    plain, gaps = Replay.get_replay_topk, {}
+
+    def perverse(self, scores, topk, num_groups, group_topk, choose):
+        def worst(scores, topk, **options):
+            _, experts = choose(-scores, topk, **options)
+            return scores.gather(1, experts), experts
+
+        return plain(self, scores, topk, num_groups, group_topk, worst)
+
+    drain(roles.policy.chunks)
+    Replay.get_replay_topk = perverse
+    for replayed in (True, False):
+        forward = partial(logprob_forward, replayed=replayed)
+        found = run_forward(roles.policy.chunks, batches, forward, leading=(2,))[0]
+        gaps[replayed] = max_over_world((found - rollout.logprobs).abs().max())
+    Replay.get_replay_topk = plain
+    differing, replayed = sum_over_world(torch.stack(drain(roles.policy.chunks)).float())
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+    experts = rollout.routing.sort(-1).values
+    rows = [row[:length].tolist() for row, length in zip(experts, lengths, strict=True)]
+    return {
+        "routing": by_sample(rollout.sample_indices, rows, mesh),
+        "routing_gaps": [float(gaps[True]), float(gaps[False])],
+        "routing_changed": float(differing / replayed),
     }
 
 
@@ -329,7 +371,12 @@ def references(rollout):
 
 def first_ratio(roles, experience, config, mesh):
     """The mean likelihood ratio of the first update to the sampler's own log-probs."""
-    learner = update.policy_learner(roles.policy, config, filtered=experience.kept is not None)
+    learner = update.policy_learner(
+        roles.policy,
+        config,
+        filtered=experience.kept is not None,
+        replayed=experience.routing is not None,
+    )
     samples = torch.arange(len(experience.prompts))
     microbatches = update.make_microbatches(experience, samples, config, mesh)
     outputs = pipeline_forward(

@@ -233,6 +233,17 @@ def test_the_ratio_of_the_first_update_is_one(results, model, layout):
     assert len(found["kept"]) == (8 if model in FILTERS else 0)
 
 
+@pytest.mark.parametrize("layout", MODELS["experts"][1])
+def test_replayed_tokens_go_to_the_samplers_experts(results, layout):
+    """Routers that choose the worst experts: with replay log-probs are the sampler's."""
+    found = results["experts", layout]["ppo"]
+    replayed, free = found["routing_gaps"]
+    assert replayed < 1e-5
+    assert free > 0.1
+    # Of four experts the worst two are never the best two.
+    assert found["routing_changed"] == 1.0
+
+
 @pytest.mark.parametrize(("model", "layout"), [case for case in CASES if case[1] != "TP1"])
 def test_every_number_is_that_of_one_rank(results, model, layout):
     expected, found = results[model, "TP1"], results[model, layout]

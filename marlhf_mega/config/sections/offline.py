@@ -66,8 +66,9 @@ class PreferenceConfig(Section):
     """Pairs per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Pairs per forward pass on one data-parallel rank."""
-    packing: bool = False
-    """Concatenate the sequences of a microbatch instead of padding them."""
+    packing: bool | None = None
+    """Concatenate the sequences of a microbatch instead of padding them. None means on GPUs only:
+    there every padded shape would need an attention kernel of its own."""
 
     @property
     def needs_reference(self) -> bool:
@@ -108,8 +109,9 @@ class OfflineConfig(Section):
     """Responses per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Responses per forward pass on one data-parallel rank."""
-    packing: bool = False
-    """Concatenate the sequences of a microbatch instead of padding them."""
+    packing: bool | None = None
+    """Concatenate the sequences of a microbatch instead of padding them. None means on GPUs only:
+    there every padded shape would need an attention kernel of its own."""
     value_epochs: int = Field(10, gt=0)
     """Passes over the validation prompts that teach a head on the frozen model of `critic.init`,
     with the optimizer of `critic`, what a prompt is worth. The one with the least error is kept."""

@@ -45,8 +45,9 @@ class PPOConfig(Section):
     scoring_microbatch_factor: int = Field(1, gt=0)
     """Enlarges microbatches by this factor in passes without a backward pass: log-probs, values and
     scores of the experience, and evaluation."""
-    packing: bool = False
-    """Concatenate the sequences of a microbatch instead of padding them."""
+    packing: bool | None = None
+    """Concatenate the sequences of a microbatch instead of padding them. None means on GPUs only:
+    there every padded shape would need an attention kernel of its own."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
@@ -66,6 +67,9 @@ class PPOConfig(Section):
     old_logprobs: Literal["trainer", "sampler"] = "trainer"
     """Where the log-probs at rollout come from: recomputed as in training, or the sampler's own.
     The latter saves a scoring pass, and entropy and the gap between the two are not reported."""
+    router_replay: bool = True
+    """With experts: where the policy is scored and updated, tokens go to the experts that they went
+    to in the rollout (R3, arXiv 2510.11370), not where the trainer's rounding would send them."""
     tis_cap: float | None = Field(None, ge=1)
     """Truncated importance sampling: scale each term by the probability ratio of trainer and
     sampler, at most this. 2 is common. None means no correction."""

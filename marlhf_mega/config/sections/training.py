@@ -46,8 +46,9 @@ class SftConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Sequences per forward pass on one data-parallel rank."""
-    packing: bool = False
-    """Concatenate the sequences of a microbatch instead of padding them."""
+    packing: bool | None = None
+    """Concatenate the sequences of a microbatch instead of padding them. None means on GPUs only:
+    there every padded shape would need an attention kernel of its own."""
     turns: Turns = "last"
     """Which assistant turns of a row of `messages` are learned: the last one, or all. A response is
     then all that follows the first prompt."""
@@ -60,8 +61,9 @@ class RewardModelConfig(OptimizerConfig):
     """Pairs per optimizer step, over all ranks."""
     microbatch_size: int = Field(8, gt=0)
     """Pairs per forward pass on one data-parallel rank."""
-    packing: bool = False
-    """Concatenate the sequences of a microbatch instead of padding them."""
+    packing: bool | None = None
+    """Concatenate the sequences of a microbatch instead of padding them. None means on GPUs only:
+    there every padded shape would need an attention kernel of its own."""
     loss: Literal["last", "span"] = "last"
     """Bradley-Terry loss on the score of the last token, or on the scores of all tokens from the
     first difference on."""

@@ -8,6 +8,7 @@ included, torch itself chooses the fastest library.
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -61,7 +62,7 @@ def measured(inner: int, columns: int) -> dict[Kind, float]:
         "decode": _ratio(lambda: few @ weight.t(), lambda: packed(few, None))
     }
     for kind, (left, right) in factors.items():
-        ratios[kind] = _ratio(lambda a=left, b=right: a @ b, lambda a=left, b=right: _onednn(a, b))
+        ratios[kind] = _ratio(partial(torch.matmul, left, right), partial(_onednn, left, right))
     return ratios
 
 

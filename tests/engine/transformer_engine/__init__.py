@@ -21,6 +21,8 @@ __version__ = os.environ["TE_VERSION"]
 NAMES = json.loads(Path(__file__).parents[1].joinpath("names.json").read_text())[__version__]
 attention_calls = []
 """(layout, mask, shape of the queries) of every call."""
+grouped_calls = []
+"""Rows of each expert, of every call."""
 
 
 def check(method, given):
@@ -32,10 +34,31 @@ def parameter(*shape, dtype, device):
     return torch.nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
 
+class Product(torch.autograd.Function):
+    """Adds the weight's gradient to its buffer, as the engine does where it is asked to."""
+
+    @staticmethod
+    def forward(ctx, inp, weight):
+        ctx.save_for_backward(inp, weight)
+        return F.linear(inp, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inp, weight = ctx.saved_tensors
+        weight.main_grad += grad.flatten(0, -2).T @ inp.flatten(0, -2)
+        weight.grad_added_to_main_grad = True
+        return grad @ weight, torch.full_like(weight, torch.nan)  # nobody may read it
+
+
+def product(inp, weight, *, fuses):
+    return (Product.apply if fuses and weight.requires_grad else F.linear)(inp, weight)
+
+
 class Linear(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         check("Linear.__init__", options)
+        self.fuses = options["fuse_wgrad_accumulation"]
         self.parallel_mode, self.tp_size = options["parallel_mode"], options["tp_size"]
         self.tp_group = options["tp_group"]
         self.sequence_parallel = self.tp_size > 1 and options["sequence_parallel"]
@@ -62,7 +85,9 @@ class Linear(torch.nn.Module):
             gather = tp.gather_from_sequence_parallel_region
             copy = tp.copy_to_tensor_model_parallel_region
             inp = (gather if self.sequence_parallel else copy)(inp, **group)
-        output = F.linear(inp, self.weight, self.bias)
+        output = product(inp, self.weight, fuses=self.fuses)
+        if self.bias is not None:
+            output = output + self.bias
         if self.parallel_mode == "row" and self.tp_size > 1:
             scatter = tp.reduce_scatter_to_sequence_parallel_region
             total = tp.reduce_from_tensor_model_parallel_region
@@ -86,6 +111,43 @@ class LayerNormLinear(Linear):
     def forward(self, inp, is_first_microbatch=None):
         weight = self.layer_norm_weight + 1 if self.is_centered else self.layer_norm_weight
         return self.product(F.rms_norm(inp, weight.shape, weight, self.eps))
+
+
+class GroupedLinear(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        check("GroupedLinear.__init__", options)
+        assert not options["bias"]
+        assert options["tp_size"] == 1
+        self.num_gemms, self.fuses = options["num_gemms"], options["fuse_wgrad_accumulation"]
+        self.use_bias = self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        shape = options["out_features"], options["in_features"]
+        for number in range(self.num_gemms):
+            weight = parameter(*shape, dtype=options["params_dtype"], device=options["device"])
+            # However ranks share it.
+            weight.tensor_model_parallel = True
+            weight.partition_dim = int(options["parallel_mode"] == "row")
+            self.register_parameter(f"weight{number}", weight)
+
+    def get_extra_state(self):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def forward(self, inp, m_splits, is_first_microbatch=None):
+        grouped_calls.append(m_splits)
+        parts = enumerate(inp.split(m_splits))
+        return torch.cat(
+            [product(x, getattr(self, f"weight{i}"), fuses=self.fuses) for i, x in parts]
+        )
+
+
+def apply_rotary_pos_emb(t, freqs, tensor_format, interleaved, fused):
+    assert (tensor_format, interleaved, fused) == ("sbhd", False, True)
+    assert freqs.dtype == torch.float32
+    assert freqs.shape == (len(t), 1, 1, t.shape[-1])
+    first, second = t.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (t.float() * freqs.cos() + turned * freqs.sin()).to(t.dtype)
 
 
 class RMSNorm(torch.nn.Module):
@@ -127,8 +189,9 @@ class DotProductAttention(torch.nn.Module):
         ends = options["cu_seqlens_q"]
         assert ends.dtype == torch.int32
         assert int(ends[-1]) == len(query_layer)
-        assert options["max_seqlen_q"] == int(ends.diff().max())
-        parts = zip(*(x.split(ends.diff().tolist()) for x in qkv), strict=True)
+        assert options["max_seqlen_q"] >= int(ends.diff().max())
+        lengths = [length for length in ends.diff().tolist() if length]  # some may be empty
+        parts = zip(*(x.split(lengths) for x in qkv), strict=True)
         rows = [self.attend([x.transpose(0, 1)[None] for x in part])[0] for part in parts]
         return torch.cat([row.transpose(0, 1).flatten(1) for row in rows])
 

@@ -19,6 +19,8 @@ def rollout(samples, responses, logprobs):
         finished=[len(response) < 3 for response in responses],
         sample_indices=samples,
         logprobs=torch.tensor(padded),
+        # As many tokens as the longest has, prompt included; other parts may have fewer.
+        routing=torch.full((len(samples), width + 1, 2, 1), samples[0] + 1, dtype=torch.int16),
     )
 
 
@@ -35,6 +37,8 @@ def test_an_answer_comes_back_from_json_in_the_order_of_the_samples_to_the_last_
     assert whole.sample_indices == [0, 1, 2]
     wanted = torch.tensor([[odd[0], 0, 0], [-0.5, odd[3], -2.0], [odd[1], odd[2], 0]])
     assert torch.equal(whole.logprobs, wanted)
+    assert whole.routing.dtype == torch.int16
+    assert whole.routing[..., 0, 0].tolist() == [[1, 1, 1, 0], [2, 2, 2, 2], [1, 1, 1, 0]]
 
 
 def test_a_replica_generates_its_share_of_every_minibatch():

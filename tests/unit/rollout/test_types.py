@@ -20,7 +20,7 @@ def test_the_mask_covers_each_responses_tokens():
 def test_options_are_those_of_the_configuration_and_the_caller_may_choose_the_slots():
     rollout = {"temperature": 0.5, "top_k": 7, "max_response_tokens": 9, "slots": 3}
     config = Config.model_validate({"run": {"seed": 21}, "rollout": rollout})
-    options = RolloutOptions.of(config, step=4, record_kept=True)
+    options = RolloutOptions.of(config, step=4, for_training=True)
     rule = SamplingRule(temperature=0.5, top_k=7, record_kept=True)
     assert options == RolloutOptions(rule=rule, max_response_tokens=9, seed=21, step=4, slots=3)
     assert RolloutOptions.of(config, step=4, slots=5).slots == 5
