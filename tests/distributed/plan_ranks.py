@@ -137,7 +137,9 @@ def role_case(role, work, mesh, policy):
     if not role.learns:
         tensors = {p.untyped_storage()._cdata: p for p in own}
         return {"weights": sum(p.nbytes for p in tensors.values()), "gradients": 0, "optimizer": 0}
-    still = sum(p.nbytes for p in own if not p.requires_grad)
+    mine = {p.untyped_storage()._cdata for p in own}
+    frozen = [p for c in chunks for p in c.parameters() if not p.requires_grad]
+    still = sum(p.nbytes for p in frozen if p.untyped_storage()._cdata in mine)
     state = TrainState(chunks, config.policy, total_steps=2)
     forward = FORWARDS[role.head]
     microbatches = [SimpleNamespace(batch=batch) for batch in batches(work, mesh)]
