@@ -19,7 +19,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.hardware import MemoryConfig
 from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.models.gpt import StageModel, build_chunks
-from marlhf_mega.models.shared_base import build_on_base, own_parameters
+from marlhf_mega.models.shared_base import build_on_base, unshared_parameters
 from marlhf_mega.models.spec import compute_dtype, transformer_config
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.fake_mesh import fake_mesh
@@ -119,7 +119,7 @@ def _build(
     else:
         chunks = build_chunks(*settings, head=role.head, memory=memory)
     # A base that is the policy's has been counted.
-    built = sum(p.numel() for p in own_parameters(chunks, policy))
+    built = sum(p.numel() for p in unshared_parameters(chunks, policy))
     _compare(found, f"{role.name}, rank {mesh.rank}: parameters", built, count(planned))
     found.parameters.setdefault(role.name, Counter())[stage] = built
     _name_tensors(role, chunks, mesh, found)

@@ -119,15 +119,7 @@ class ExperienceBuilder:
             RuntimeError: too many responses have no score.
         """
         config, mesh = self.config, self.mesh
-        limit = MicrobatchLimit.of_scoring(config.ppo)
-        batches = make_batches(
-            rollout.prompts,
-            rollout.responses,
-            limit=limit,
-            mesh=mesh,
-            kept=rollout.kept,
-            routing=rollout.routing,
-        )
+        batches = self._batches(rollout)
         earned = self.rewarder.reward(
             rollout, batches, rows, scores=scores, greedy=greedy, references=references
         )
@@ -181,15 +173,23 @@ class ExperienceBuilder:
             values=tried if values is None else self._pooled(values, actions),
         )
         if mesh.reports_metrics:
-            lengths, finished = batches.response_lengths, rollout.finished
-            add_rollout(sums, scores=details.scores, response_lengths=lengths, finished=finished)
+            _add_responses(sums, rollout, scores, details)
             _add_experience(sums, rollout, experience, passes, num_fallbacks)
-            if scores.holds is not None:
-                add_violations(sums, holds=scores.holds, valid=scores.valid)
             if config.ppo.sampler_mask is not None or learned is not None:
                 counted = weights if learned is None else weights * learned.response_mask
                 add_masked(sums, weights=counted, mask=actions.response_mask)
         return experience, details
+
+    def _batches(self, rollout: Rollout) -> Batches:
+        """Return the responses as microbatches for scoring, with what the sampler noted."""
+        return make_batches(
+            rollout.prompts,
+            rollout.responses,
+            limit=MicrobatchLimit.of_scoring(self.config.ppo),
+            mesh=self.mesh,
+            kept=rollout.kept,
+            routing=rollout.routing,
+        )
 
     def _passes(self, rollout: Rollout, batches: Batches) -> Passes:
         """Ask all models but those whose scores are known."""
@@ -322,6 +322,14 @@ class ExperienceBuilder:
         """Pool the critic's values over macro actions as the configuration says."""
         weights = value_weights(actions, self.config.macro.value, dtype=values.dtype)
         return actions.pool(values * weights)
+
+
+def _add_responses(sums: MetricSums, rollout: Rollout, scores: Scores, details: Details) -> None:
+    """Add one replica's responses and scores to the metrics."""
+    lengths = [len(response) for response in rollout.responses]
+    add_rollout(sums, scores=details.scores, response_lengths=lengths, finished=rollout.finished)
+    if scores.holds is not None:
+        add_violations(sums, holds=scores.holds, valid=scores.valid)
 
 
 def _add_experience(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marlhf_mega.config.sections.hardware import MemoryConfig
 from marlhf_mega.models.gpt import StageModel
-from marlhf_mega.models.shared_base import own_parameters
+from marlhf_mega.models.shared_base import unshared_parameters
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.platform.device import Platform
 from marlhf_mega.platform.host_memory import HostBuffer, host_buffer
@@ -177,7 +177,7 @@ def create_offload(
     parts: dict[Part, Offloaded] = {}
 
     def weights(chunks: Sequence[torch.nn.Module]) -> Callable[[], list[Tensor]]:
-        found = own_parameters(chunks, policy.chunks)  # a base that they share stays
+        found = unshared_parameters(chunks, policy.chunks)  # a base that they share stays
         return lambda: found
 
     if memory.offload_idle:

@@ -53,7 +53,7 @@ def build_on_base(
     return [chunk.requires_grad_(False) for chunk in chunks] if frozen else chunks
 
 
-def own_parameters(chunks: Sequence[nn.Module], base: Sequence[nn.Module]) -> list[Tensor]:
+def unshared_parameters(chunks: Sequence[nn.Module], base: Sequence[nn.Module]) -> list[Tensor]:
     """Return the parameters of a model whose memory is not that of another's."""
     shared = {p.untyped_storage()._cdata for chunk in base for p in chunk.parameters()}
     found = [p.data for chunk in chunks for p in chunk.parameters()]

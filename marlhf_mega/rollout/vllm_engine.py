@@ -34,7 +34,7 @@ _SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class VllmEngine:
             if name not in found:  # a family has another name for it
                 continue
             # Ranks share the rows of an embedding, and an engine pads them.
-            first = self._tensor_rank * len(found[name]) if name == EMBEDDING else 0
+            first = self._tensor_rank * len(found[name]) if name == EMBEDDING_NAME else 0
             wanted = values[first : first + len(found[name])].to(found[name])
             if not torch.equal(found[name][: len(wanted)], wanted):
                 raise RuntimeError(
@@ -226,7 +226,7 @@ def _noting(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield weights, and keep those that an engine holds as they are: the rest it may pack."""
     for name, values in weights:
-        if name == EMBEDDING or name.endswith("norm.weight"):
+        if name == EMBEDDING_NAME or name.endswith("norm.weight"):
             noted[name] = values
         yield name, values
 

@@ -14,7 +14,7 @@ from marlhf_mega.train.resume import starts_afresh
 
 logger = logging.getLogger(__name__)
 
-FILE = "products.json"
+PRODUCTS_FILE = "products.json"
 
 
 def choose_products(config: Config, mesh: Mesh) -> None:
@@ -29,7 +29,7 @@ def choose_products(config: Config, mesh: Mesh) -> None:
         return
     key = config.precision.cpu_products
     if key != "auto":
-        matmul.use(dict.fromkeys(matmul.KINDS, key))
+        matmul.use(dict.fromkeys(matmul.PRODUCTS, key))
         return
     found: Any = None
     if mesh.launch.rank == 0:
@@ -43,31 +43,32 @@ def choose_products(config: Config, mesh: Mesh) -> None:
     matmul.use(found)
 
 
-def _kept_or_measured(config: Config) -> dict[matmul.Kind, matmul.Library]:
-    path = config.run.dir / FILE
+def _kept_or_measured(config: Config) -> dict[matmul.ProductKind, matmul.Library]:
+    path = config.run.dir / PRODUCTS_FILE
     if path.is_file() and not starts_afresh(config, path):
         return _checked(path.read_text(encoding="utf-8"), str(path))
     model = config.model
     ratios = matmul.measured(model.hidden_size, model.ffn_hidden_size)
     libraries = matmul.faster(ratios)
-    logger.info("float32 products: %s", describe(ratios, libraries))
+    logger.info("float32 products: %s", describe_products(ratios, libraries))
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.replace(path, json.dumps(libraries, indent=2) + "\n")
     return libraries
 
 
-def describe(
-    ratios: Mapping[matmul.Kind, float], libraries: Mapping[matmul.Kind, matmul.Library]
+def describe_products(
+    ratios: Mapping[matmul.ProductKind, float],
+    libraries: Mapping[matmul.ProductKind, matmul.Library],
 ) -> str:
     """Say in one line what was chosen, and by how much torch's own library is faster."""
-    parts = [f"{kind} by {libraries[kind]} (torch {ratios[kind]:.2f}x)" for kind in matmul.KINDS]
+    parts = [f"{kind} by {libraries[kind]} (torch {ratios[kind]:.2f}x)" for kind in matmul.PRODUCTS]
     return ", ".join(parts).replace("_", " ")
 
 
-def _checked(text: str, path: str) -> dict[matmul.Kind, matmul.Library]:
+def _checked(text: str, path: str) -> dict[matmul.ProductKind, matmul.Library]:
     try:
         found = json.loads(text)
-        known = {kind: found[kind] for kind in matmul.KINDS}
+        known = {kind: found[kind] for kind in matmul.PRODUCTS}
     except (ValueError, TypeError, KeyError):
         known = {}
     if not known or not set(known.values()) <= {*get_args(matmul.Library)}:

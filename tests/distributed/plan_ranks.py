@@ -17,7 +17,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.forward import logprob_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.models.shared_base import build_on_base, own_parameters
+from marlhf_mega.models.shared_base import build_on_base, unshared_parameters
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.parallel.schedule import pipeline_forward_backward
@@ -132,7 +132,7 @@ def role_case(role, work, mesh, policy):
         fill_random(chunks, mesh, seed=1)
     if role.model.lora.is_on:
         fill_adapters(chunks, mesh, seed=1)
-    own = own_parameters(chunks, policy)
+    own = unshared_parameters(chunks, policy)
     policy += [] if policy else chunks
     if not role.learns:
         tensors = {p.untyped_storage()._cdata: p for p in own}

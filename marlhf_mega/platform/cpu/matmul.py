@@ -18,29 +18,29 @@ MIN_MULTIPLICATIONS = 1 << 20
 """For smaller products, looking up oneDNN's kernel takes longer than it saves."""
 
 Library = Literal["onednn", "torch"]
-Kind = Literal["forward", "input_gradient", "weight_gradient", "decode"]
+ProductKind = Literal["forward", "input_gradient", "weight_gradient", "decode"]
 """What is multiplied in which memory order; `decode`: few rows by a weight that may be packed."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
+PRODUCTS: tuple[ProductKind, ...] = get_args(ProductKind)
 
 MARGIN = 1.15
 """Where torch's own library is faster by less, oneDNN stays: noise decides nothing."""
 _ROUNDS = 5
 _ROWS, _FEW_ROWS, _WIDEST = 128, 8, 512
 
-_libraries: dict[Kind, Library] = dict.fromkeys(KINDS, "onednn")
+_libraries: dict[ProductKind, Library] = dict.fromkeys(PRODUCTS, "onednn")
 
 
-def use(libraries: Mapping[Kind, Library]) -> None:
+def use(libraries: Mapping[ProductKind, Library]) -> None:
     """Choose the library for each kind of product, in this process and from now on."""
     _libraries.update(libraries)
 
 
-def library_of(kind: Kind) -> Library:
+def library_of(kind: ProductKind) -> Library:
     """Return the library in use; torch's own in a torch without oneDNN."""
     return _libraries[kind] if torch.backends.mkldnn.is_available() else "torch"
 
 
-def measured(inner: int, columns: int) -> dict[Kind, float]:
+def measured(inner: int, columns: int) -> dict[ProductKind, float]:
     """Return by how much torch's own library is faster than oneDNN: above 1, it is.
 
     Takes some tens of milliseconds: the least times of five rounds, of both in turn.
@@ -52,13 +52,13 @@ def measured(inner: int, columns: int) -> dict[Kind, float]:
     inner, columns = min(inner, _WIDEST), min(columns, _WIDEST)
     weight, few = torch.ones(columns, inner), torch.ones(_FEW_ROWS, inner)
     hidden, grad = torch.ones(_ROWS, inner), torch.ones(_ROWS, columns)
-    factors: dict[Kind, tuple[Tensor, Tensor]] = {
+    factors: dict[ProductKind, tuple[Tensor, Tensor]] = {
         "forward": (hidden, weight.t()),
         "input_gradient": (grad, weight),
         "weight_gradient": (grad.t(), hidden),
     }
     packed = pack(weight, _FEW_ROWS)
-    ratios: dict[Kind, float] = {
+    ratios: dict[ProductKind, float] = {
         "decode": _ratio(lambda: few @ weight.t(), lambda: packed(few, None))
     }
     for kind, (left, right) in factors.items():
@@ -66,7 +66,7 @@ def measured(inner: int, columns: int) -> dict[Kind, float]:
     return ratios
 
 
-def faster(ratios: Mapping[Kind, float]) -> dict[Kind, Library]:
+def faster(ratios: Mapping[ProductKind, float]) -> dict[ProductKind, Library]:
     """Return the library for each kind of product, from what `measured` returned."""
     return {kind: "torch" if ratio > MARGIN else "onednn" for kind, ratio in ratios.items()}
 
@@ -98,7 +98,7 @@ def pack(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None], Tensor]
     return lambda hidden, bias: onednn._linear_pointwise(hidden, packed, bias, "none", [], "")
 
 
-def _kind(left: Tensor, right: Tensor) -> Kind:
+def _kind(left: Tensor, right: Tensor) -> ProductKind:
     if not left.is_contiguous():
         return "weight_gradient"
     return "input_gradient" if right.is_contiguous() else "forward"

@@ -89,6 +89,11 @@ def test_the_end_token_joins_or_stands_alone(tokenizer, cut):
     assert alone[1] == [tokenizer.eos_id]
 
 
+class Broken:
+    def parse(self, text):
+        return []
+
+
 def test_phrases_are_actions_and_what_cannot_be_parsed_is_counted(tokenizer, cut):
     responses = with_eos(tokenizer, ["The small dog sees a red apple on the table.", *TEXTS])
     found, num_fallbacks = cut(responses, rule="parsing", cutoff=12)

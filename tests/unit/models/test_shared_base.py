@@ -10,7 +10,7 @@ from marlhf_mega.models.forward import make_batches, run_forward, score_forward
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.lora import adapters_of, merged_adapters, without_adapters
 from marlhf_mega.models.offload import create_offload
-from marlhf_mega.models.shared_base import build_on_base, own_parameters
+from marlhf_mega.models.shared_base import build_on_base, unshared_parameters
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from tests.distributed.plan_ranks import highest
@@ -78,7 +78,7 @@ def test_only_adapters_and_a_head_have_memory_of_their_own(mesh, policy):
     )
     # The largest matrix is a sixteenth of the base: it is there for a moment, without the others.
     assert built < base_bytes(policy) / 2
-    own = own_parameters(critic, policy)
+    own = unshared_parameters(critic, policy)
     adapters = [p for a in adapters_of(critic) for p in (a.a, a.b)]
     assert sum(p.numel() for p in own) == sum(p.numel() for p in adapters) + 64
     assert all(p.requires_grad for p in adapters)
@@ -129,7 +129,7 @@ def test_the_base_stays_on_the_device_when_models_on_it_are_offloaded(mesh, poli
         rewards=[reward],
     )
     offload.start()
-    own = sum(p.nbytes for p in own_parameters(reward, policy))
+    own = sum(p.nbytes for p in unshared_parameters(reward, policy))
     assert 2 * own <= offload.num_bytes < 2 * own + base_bytes(policy) / 4
     assert digest_of_base(policy, mesh) == digest
     offload.end()

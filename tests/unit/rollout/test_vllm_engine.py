@@ -11,7 +11,7 @@ from torch import nn
 from marlhf_mega.rollout import vllm_engine
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
-from marlhf_mega.rollout.vllm_engine import EMBEDDING, EngineRequest, VllmEngine
+from marlhf_mega.rollout.vllm_engine import EMBEDDING_NAME, EngineRequest, VllmEngine
 
 RULE = SamplingRule(temperature=1.0)
 
@@ -64,7 +64,7 @@ class Llm:
         with torch.no_grad():
             for name, values in found.items():
                 parameter = self.model.get_parameter(name)
-                wanted = values[4:] if name == EMBEDDING else values
+                wanted = values[4:] if name == EMBEDDING_NAME else values
                 parameter[: len(wanted)] = wanted + self.broken
 
     def step(self):
@@ -82,7 +82,9 @@ def engine_with(llm, *, on_gpu=False):
 
 def weights():
     """The second rank has the rows from 4 on: one of five, and padding."""
-    return iter([(EMBEDDING, torch.arange(10.0).view(5, 2)), ("model.norm.weight", torch.ones(2))])
+    return iter(
+        [(EMBEDDING_NAME, torch.arange(10.0).view(5, 2)), ("model.norm.weight", torch.ones(2))]
+    )
 
 
 def test_on_a_gpu_memory_is_taken_for_weights_then_for_the_cache_and_given_back():
@@ -92,7 +94,7 @@ def test_on_a_gpu_memory_is_taken_for_weights_then_for_the_cache_and_given_back(
         llm.calls.append("generate")
     assert llm.calls == [
         ("wake_up", "weights"),
-        ("reload_weights", EMBEDDING, "model.norm.weight"),
+        ("reload_weights", EMBEDDING_NAME, "model.norm.weight"),
         ("wake_up", "kv_cache"),
         "reset_prefix_cache",
         "generate",
@@ -116,7 +118,7 @@ def test_weights_that_do_not_arrive_are_found_the_first_time():
     ):
         pass
     assert str(error.value) == (
-        f"rollout.engine=vllm: {EMBEDDING} must have its trained values in the engine; it has "
+        f"rollout.engine=vllm: {EMBEDDING_NAME} must have its trained values in the engine; it has "
         "others. Use rollout.engine=own, and report this with the version of vLLM."
     )
 

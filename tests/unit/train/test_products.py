@@ -9,7 +9,7 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from marlhf_mega.platform.cpu import matmul
-from marlhf_mega.train.products import FILE, choose_products
+from marlhf_mega.train.products import PRODUCTS_FILE, choose_products
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def mesh():
 @pytest.fixture(autouse=True)
 def onednn():
     yield
-    matmul.use(dict.fromkeys(matmul.KINDS, "onednn"))
+    matmul.use(dict.fromkeys(matmul.PRODUCTS, "onednn"))
 
 
 def config(folder, key="auto", resume="auto"):
@@ -35,11 +35,11 @@ def config(folder, key="auto", resume="auto"):
 
 
 def in_use():
-    return {kind: matmul.library_of(kind) for kind in matmul.KINDS}
+    return {kind: matmul.library_of(kind) for kind in matmul.PRODUCTS}
 
 
 def measure_as(monkeypatch, **ratios):
-    found = dict.fromkeys(matmul.KINDS, 1.0) | ratios
+    found = dict.fromkeys(matmul.PRODUCTS, 1.0) | ratios
     monkeypatch.setattr(matmul, "measured", lambda inner, columns: found)
 
 
@@ -47,31 +47,31 @@ def test_the_first_start_measures_and_later_ones_keep_to_it(mesh, tmp_path, monk
     caplog.set_level("INFO")
     measure_as(monkeypatch, forward=1.5)
     choose_products(config(tmp_path), mesh)
-    chosen = dict.fromkeys(matmul.KINDS, "onednn") | {"forward": "torch"}
-    assert in_use() == chosen == json.loads((tmp_path / FILE).read_text())
+    chosen = dict.fromkeys(matmul.PRODUCTS, "onednn") | {"forward": "torch"}
+    assert in_use() == chosen == json.loads((tmp_path / PRODUCTS_FILE).read_text())
     assert (
         "float32 products: forward by torch (torch 1.50x), input gradient by onednn" in caplog.text
     )
     # Another machine, on which the other library is faster.
     measure_as(monkeypatch, decode=2.0)
-    matmul.use(dict.fromkeys(matmul.KINDS, "onednn"))
+    matmul.use(dict.fromkeys(matmul.PRODUCTS, "onednn"))
     choose_products(config(tmp_path), mesh)
     assert in_use() == chosen
     choose_products(config(tmp_path, resume="never"), mesh)
-    assert in_use() == dict.fromkeys(matmul.KINDS, "onednn") | {"decode": "torch"}
+    assert in_use() == dict.fromkeys(matmul.PRODUCTS, "onednn") | {"decode": "torch"}
 
 
 def test_the_key_decides_without_a_measurement(mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(matmul, "measured", lambda inner, columns: 1 / 0)
     for key in ("torch", "onednn"):
         choose_products(config(tmp_path, key), mesh)
-        assert in_use() == dict.fromkeys(matmul.KINDS, key)
-    assert not (tmp_path / FILE).exists()
+        assert in_use() == dict.fromkeys(matmul.PRODUCTS, key)
+    assert not (tmp_path / PRODUCTS_FILE).exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"forward": "torch"}'])
 def test_a_damaged_choice_is_one_line(mesh, tmp_path, text):
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / PRODUCTS_FILE).write_text(text)
     with pytest.raises(
         ConfigError, match=r"products.json: must hold .* Remove it to measure again"
     ):

@@ -5,8 +5,8 @@ import torch
 
 from marlhf_mega.platform.cpu import matmul as module
 from marlhf_mega.platform.cpu.matmul import (
-    KINDS,
     MIN_MULTIPLICATIONS,
+    PRODUCTS,
     faster,
     matmul,
     measured,
@@ -64,7 +64,7 @@ def test_a_transposed_factor_is_right_on_several_threads(sizes):
 @pytest.fixture
 def onednn():
     yield
-    use(dict.fromkeys(KINDS, "onednn"))
+    use(dict.fromkeys(PRODUCTS, "onednn"))
 
 
 @pytest.mark.parametrize("library", ["onednn", "torch"])
@@ -72,7 +72,7 @@ def test_each_kind_of_product_goes_to_the_library_that_was_chosen(onednn, monkey
     seen = []
     monkeypatch.setattr(module, "_onednn", lambda a, b: seen.append("onednn") or a @ b)
     hidden, grad, weight = draw(128, 128, 0), draw(128, 96, 1), draw(96, 128, 2)
-    use(dict.fromkeys(KINDS, "torch"))
+    use(dict.fromkeys(PRODUCTS, "torch"))
     cases = {
         "forward": (hidden, weight.t()),
         "input_gradient": (grad, weight),
@@ -98,7 +98,7 @@ def test_a_library_that_is_hardly_faster_is_not_chosen():
 
 def test_all_kinds_are_measured():
     ratios = measured(64, 48)
-    assert set(ratios) == set(KINDS)
+    assert set(ratios) == set(PRODUCTS)
     assert all(ratio > 0 for ratio in ratios.values())
 
 
