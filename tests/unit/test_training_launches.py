@@ -80,4 +80,4 @@ def test_passes_launch_few_operators_and_never_wait(kind, head):
     per_layer = (more.total() - few.total()) / 2
     assert per_layer <= BUDGETS[kind]
     # Embedding, rotation, final norm and head.
-    assert few.total() - 2 * per_layer <= 100
+    assert few.total() - 2 * per_layer <= (100 if head == "scalar" else 250)
