@@ -138,7 +138,7 @@ def test_two_machines_survive_a_kill_and_a_pulled_cable(inside, config, tmp_path
         before = steps_done(run_dir)
         subprocess.run([*inside, "ip", "-n", "b", "link", "set", "vb", "up"], check=True)
         reconnected = wait_for_steps(run_dir, before + 1, nodes)
-        codes = [node.wait(timeout=120) for node in nodes]
+        codes = [node.wait(timeout=300) for node in nodes]
     finally:
         for node in nodes:
             node.terminate()

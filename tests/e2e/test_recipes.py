@@ -96,7 +96,7 @@ def recipe(files, tmp_path):
             check=False,
         )
         steps.end()
-        server.join(timeout=20)
+        server.join(timeout=300)
         return done, steps
 
     steps = Steps(tmp_path)

@@ -155,7 +155,7 @@ def test_a_signal_ends_both_sides_saved_and_the_run_goes_on_to_the_bit(job, stal
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 75, said[-6000:]
     assert len(numbers(tmp_path)) < 4
     assert run(job, tmp_path, *STALE, ranks=2)[0] == stale[1]

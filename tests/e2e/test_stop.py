@@ -88,7 +88,7 @@ def interrupted_in_a_terminal(command, run_dir):
     try:
         wait_for_a_step(run_dir)
         os.write(terminal, b"\x03")
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=300)
     finally:
         process.kill()
         os.close(inside)
@@ -139,7 +139,7 @@ def test_a_signal_to_all_processes_and_another_during_the_save_end_a_run_saved_a
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=300) == 75
     done = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
     assert numbers(run_dir)[-1]["step"] == done < 2000
     steps = f"run.steps={done + 3}"
@@ -173,7 +173,7 @@ def test_a_second_start_is_refused_and_a_removed_folder_ends_the_run(job, tmp_pa
             assert second.returncode == 2, second.stderr
             assert f"must not be in use; process {first.pid} on host {host} writes" in second.stderr
             shutil.rmtree(run_dir, ignore_errors=True)
-            _, said = first.communicate(timeout=120)
+            _, said = first.communicate(timeout=300)
         finally:
             first.kill()
     assert (first.returncode, code.read_text()) == (0, "1\n")  # not to be restarted

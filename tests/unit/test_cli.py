@@ -394,7 +394,7 @@ cli.main(["sft"])
         | {"MARLHF_EXIT_CODE_FILE": str(file)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 1, done.stderr

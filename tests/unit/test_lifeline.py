@@ -12,7 +12,7 @@ def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", f"from marlhf_mega.lifeline import *\n{code}"],
         env=os.environ | environment,
-        timeout=60,
+        timeout=300,
         check=False,
     ).returncode
 

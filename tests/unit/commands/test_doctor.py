@@ -32,7 +32,7 @@ def doctor(*arguments, launcher=(), **environment):
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     rows = {line[:20].strip(): line[20:] for line in done.stdout.splitlines()}
@@ -65,7 +65,7 @@ def test_a_rank_that_cannot_be_reached_is_a_failure():
         | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 1, done.stderr

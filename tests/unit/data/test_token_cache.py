@@ -132,7 +132,7 @@ def test_one_of_several_processes_tokenises(
     ]
     for process in processes:
         process.start()
-    found = [queue.get(timeout=60) for _ in processes]
+    found = [queue.get(timeout=300) for _ in processes]
     for process in processes:
         process.join(60)
     assert sorted(calls for calls, _ in found) == [0, 0, len(ROWS)]

@@ -52,7 +52,7 @@ def test_transformers_gives_the_same_ids_and_text_as_sentencepiece(code_folder: 
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     ids, decoded, special = json.loads(process.stdout)
     assert ids == load_sentencepiece(code_folder).encode(TEXTS)
@@ -144,7 +144,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
     )
 
 

@@ -32,7 +32,7 @@ def quickstart(tmp_path):
             env={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 

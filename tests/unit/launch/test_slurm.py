@@ -109,7 +109,7 @@ def test_the_warning_before_the_limit_reaches_the_run(cluster, program, programs
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=300) == 75
     assert "requeue 4711" in (tmp_path / "calls").read_text()
 
 

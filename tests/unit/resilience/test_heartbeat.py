@@ -217,7 +217,7 @@ def test_of_starts_at_the_same_time_one_takes_the_folder(before, tmp_path):
         processes = [context.Process(target=_start, args=arguments) for _ in range(3)]
         for process in processes:
             process.start()
-        found = dict(results.get(timeout=60) for _ in processes)
+        found = dict(results.get(timeout=300) for _ in processes)
         over.set()
         for process in processes:
             process.join(60)

@@ -22,7 +22,7 @@ class World:
     """Ranks in threads, whose collectives wait for each other."""
 
     def __init__(self, size):
-        self.size, self.barrier = size, threading.Barrier(size, timeout=60)
+        self.size, self.barrier = size, threading.Barrier(size, timeout=300)
         self.parts = [None] * size
 
     def exchange(self, value, rank):

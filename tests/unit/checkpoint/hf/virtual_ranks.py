@@ -118,7 +118,7 @@ class _Room:
     values: list = field(init=False)
 
     def __post_init__(self):
-        self.barrier = threading.Barrier(self.size, timeout=60)
+        self.barrier = threading.Barrier(self.size, timeout=300)
         self.values = [None] * self.size
 
     def all_gather(self, rank, value):

@@ -24,7 +24,7 @@ def run(program, *, python_path=""):
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
