@@ -70,7 +70,8 @@ def whole_routing(rows: Sequence[Tensor], chunks: Sequence[StageModel], mesh: Me
     """Join what the pipeline's stages recorded. All ranks of a replica call it.
 
     Args:
-        rows: [tokens, layers of this rank, top_k] of each sequence, on the CPU.
+        rows: [tokens, layers of this rank, top_k] of each sequence, on the CPU; a replica may have
+            no sequence.
         chunks: of this rank.
         mesh: this rank's mesh.
 
@@ -78,8 +79,14 @@ def whole_routing(rows: Sequence[Tensor], chunks: Sequence[StageModel], mesh: Me
         [sequences, longest, layers, top_k] on the CPU, see `Rollout.routing`.
     """
     numbers = [layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers]
-    own = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    whole = own.new_zeros(*own.shape[:2], chunks[0].model.num_layers, own.shape[-1])
+    model = chunks[0].model
+    assert model.num_experts is not None
+    # One row more, which is cut off again: there may be no other.
+    nothing = torch.zeros(
+        0, len(numbers), model.experts_per_token, dtype=record_dtype(model.num_experts)
+    )
+    own = torch.nn.utils.rnn.pad_sequence([*rows, nothing], batch_first=True)[:-1]
+    whole = own.new_zeros(*own.shape[:2], model.num_layers, own.shape[-1])
     for layers, part in gather_objects((numbers, own), mesh.groups.pp):
         whole[:, :, layers] = part
     return whole

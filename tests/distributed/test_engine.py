@@ -85,4 +85,6 @@ def test_a_decode_step_launches_few_kernels_in_a_layer(found):
     }
     for rank in found:
         assert rank["launches"].keys() == budget.keys()
-        assert all(rank["launches"][name] <= most for name, most in budget.items()), rank
+        assert all(rank["launches"][name] <= most for name, most in budget.items()), rank[
+            "launches"
+        ]

@@ -50,8 +50,11 @@ class Product(torch.autograd.Function):
         return grad @ weight, torch.full_like(weight, torch.nan)  # nobody may read it
 
 
-def product(inp, weight, *, fuses):
-    return (Product.apply if fuses and weight.requires_grad else F.linear)(inp, weight)
+def product(inp, weight, bias=None, *, fuses):
+    if not (fuses and weight.requires_grad and torch.is_grad_enabled()):
+        return F.linear(inp, weight, bias)
+    output = Product.apply(inp, weight)
+    return output if bias is None else output + bias
 
 
 class Linear(torch.nn.Module):
@@ -85,9 +88,7 @@ class Linear(torch.nn.Module):
             gather = tp.gather_from_sequence_parallel_region
             copy = tp.copy_to_tensor_model_parallel_region
             inp = (gather if self.sequence_parallel else copy)(inp, **group)
-        output = product(inp, self.weight, fuses=self.fuses)
-        if self.bias is not None:
-            output = output + self.bias
+        output = product(inp, self.weight, self.bias, fuses=self.fuses)
         if self.parallel_mode == "row" and self.tp_size > 1:
             scatter = tp.reduce_scatter_to_sequence_parallel_region
             total = tp.reduce_from_tensor_model_parallel_region
