@@ -308,7 +308,8 @@ def routing_case(roles, rollout, config, mesh):
         gaps[replayed] = max_over_world((found - rollout.logprobs).abs().max())
     Replay.get_replay_topk = plain
     differing, replayed = sum_over_world(torch.stack(drain(roles.policy.chunks)).float())
-    lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+    # The last token is not passed through the model.
+    lengths = [len(p) + len(r) - 1 for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
     experts = rollout.routing.sort(-1).values
     rows = [row[:length].tolist() for row, length in zip(experts, lengths, strict=True)]
     return {
