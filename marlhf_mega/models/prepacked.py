@@ -21,8 +21,6 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 
 FEW_ROWS = 32
 """Rows of a decode step, which the packed order is chosen for; it serves any number of them."""
-MIN_ELEMENTS = 1 << 14
-"""Smaller weights stay in the cache of a core in any order, and each new shape costs a kernel."""
 
 
 def matrix_product(weight: Tensor) -> Product:
@@ -34,8 +32,7 @@ def matrix_product(weight: Tensor) -> Product:
     Args:
         weight: [out, in].
     """
-    is_small = weight.numel() < MIN_ELEMENTS
-    if weight.device.type != "cpu" or is_small or not _onednn_takes(weight.dtype):
+    if weight.device.type != "cpu" or not _onednn_takes(weight.dtype):
         return lambda rows, bias: F.linear(rows, weight, bias)
     return pack(weight, FEW_ROWS)
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from marlhf_mega.checkpoint import manifest, saver, sharded, store
+from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.sections.hardware import ParallelConfig
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 from tests.distributed import checkpoint_model as tiny
@@ -89,7 +90,7 @@ def reshard(first, second, layout, options):
 def refused(action):
     try:
         action()
-    except RuntimeError as error:
+    except (RuntimeError, ConfigError) as error:
         return str(error)
     return "not refused"
 
