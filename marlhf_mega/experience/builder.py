@@ -23,6 +23,7 @@ from marlhf_mega.experience.segmentation import Segmenter
 from marlhf_mega.experience.types import Details, Experience
 from marlhf_mega.experience.usable import without_non_finite, without_unknown
 from marlhf_mega.metrics.ppo import (
+    add_advantages,
     add_dense,
     add_kept,
     add_logprobs,
@@ -175,6 +176,7 @@ class ExperienceBuilder:
         if mesh.reports_metrics:
             _add_responses(sums, rollout, scores, details)
             _add_experience(sums, rollout, experience, passes, num_fallbacks)
+            add_advantages(sums, advantages=estimate.unwhitened, mask=actions.response_mask)
             if config.ppo.sampler_mask is not None or learned is not None:
                 counted = weights if learned is None else weights * learned.response_mask
                 add_masked(sums, weights=counted, mask=actions.response_mask)

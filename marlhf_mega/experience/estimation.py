@@ -36,6 +36,8 @@ class Estimate:
     """[batch, response], whitened if asked for; 0 on padding."""
     returns: Tensor | None
     """[batch, response] targets of the critic; None without one."""
+    unwhitened: Tensor
+    """[batch, response] the advantages before whitening; 0 on padding."""
 
 
 def estimate_advantages(
@@ -104,6 +106,7 @@ def estimate_advantages(
             ratios = torch.zeros_like(rewards[:, 0]) if log_ratios is None else log_ratios
             ratios = _whole(ratios, config, mesh, sample_indices)
             grid = over_groups(partial(posterior_weights, log_ratios=ratios, beta=ppo.kl_coef))
+    unwhitened = steps.spread(grid)
     if ppo.whiten_advantages:
         # By tokens, or by actions if the loss is a mean of those.
         by_action = ppo.aggregation == "macro_mean"
@@ -112,7 +115,7 @@ def estimate_advantages(
         moments = sum_over_data(masked_moments(grid, weights), mesh)
         mean, variance = mean_and_variance(moments)
         grid = whiten(grid, weights, mean=mean, variance=variance)
-    return Estimate(advantages=steps.spread(grid), returns=returns)
+    return Estimate(advantages=steps.spread(grid), returns=returns, unwhitened=unwhitened)
 
 
 def _over_values(

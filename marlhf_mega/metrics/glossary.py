@@ -243,6 +243,10 @@ METRICS = {
         about="Share of tokens, over layers and updates, whose replayed experts are not those that "
         "the trainer's own router would choose.",
     ),
+    "policy/advantage_std": Metric(
+        "spread of advantages",
+        about="Standard deviation over tokens, before whitening: how much noise the gradient has.",
+    ),
     "policy/kl_coef": Metric(
         "KL coefficient", about="Weight of the KL penalty in the reward of each token."
     ),

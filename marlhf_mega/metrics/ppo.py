@@ -25,7 +25,7 @@ EXPERIENCE_MEANS = (
     "macro/tokens_per_action",
     "macro/fallback_fraction",
 )
-EXPERIENCE_MOMENTS = ("rollout/score", "critic/return", "critic/error")
+EXPERIENCE_MOMENTS = ("rollout/score", "critic/return", "critic/error", "policy/advantage")
 EXPERIENCE_MAXIMA = ("rollout/logprob_gap_max",)
 UPDATE_MEANS = (
     "policy/loss",
@@ -147,6 +147,11 @@ def add_values(sums: MetricSums, *, values: Tensor, returns: Tensor, mask: Tenso
     sums.add_moments("critic/error", error, count=mask.sum())
 
 
+def add_advantages(sums: MetricSums, *, advantages: Tensor, mask: Tensor) -> None:
+    """Add one replica's advantages before whitening, [batch, response]."""
+    sums.add_moments("policy/advantage", advantages * mask, count=mask.sum())
+
+
 def add_masked(sums: MetricSums, *, weights: Tensor, mask: Tensor) -> None:
     """Add which of the tokens that count weigh nothing, all [batch, response]."""
     sums.add_means({"rollout/masked_fraction": ((weights == 0) & mask).sum()}, count=mask.sum())
@@ -159,13 +164,15 @@ def add_kept(sums: MetricSums, *, logprobs: Tensor, full_logprobs: Tensor, mask:
 
 
 def finish(metrics: dict[str, float]) -> dict[str, float]:
-    """Turn reduced variances into the score's standard deviation and the explained variance."""
-    score = metrics.pop("rollout/score_variance", None)
+    """Turn reduced variances into standard deviations and the explained variance."""
+    for name in ("rollout/score", "policy/advantage"):
+        variance = metrics.pop(f"{name}_variance", None)
+        if variance is not None:
+            metrics[f"{name}_std"] = variance**0.5
+    metrics.pop("policy/advantage_mean", None)
     total = metrics.pop("critic/return_variance", 0.0)
     left = metrics.pop("critic/error_variance", 0.0)
     metrics.pop("critic/error_mean", None)
-    if score is not None:
-        metrics["rollout/score_std"] = score**0.5
     if total > 0:
         metrics["critic/explained_variance"] = 1 - left / total
     return metrics

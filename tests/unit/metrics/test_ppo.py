@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from marlhf_mega.metrics.ppo import (
+    add_advantages,
     add_kept,
     add_logprobs,
     add_macro_actions,
@@ -72,6 +73,15 @@ def test_the_probability_of_what_filters_keep_is_that_of_a_token_before_over_aft
         mask=torch.tensor([[True, True], [True, False]]),
     )
     assert finish(alone(sums))["rollout/kept_probability"] == pytest.approx((0.5 + 1 + 0.75) / 3)
+
+
+def test_the_spread_of_advantages_is_over_the_tokens_that_count():
+    sums = step_sums()
+    mask = torch.tensor([[True, True], [True, False]])
+    add_advantages(sums, advantages=torch.tensor([[1.0, 2.0], [6.0, 50.0]]), mask=mask)
+    found = finish(alone(sums))
+    assert found["policy/advantage_std"] == pytest.approx((14 / 3) ** 0.5)  # (4 + 1 + 9) / 3
+    assert "policy/advantage_mean" not in found
 
 
 def test_explained_variance_of_two_replicas_is_that_of_all_their_tokens():
