@@ -14,6 +14,7 @@ from marlhf_mega.config.exit_codes import EXIT_FAILED, EXIT_USAGE, code_for_laun
 from marlhf_mega.config.load import ConfigError, dump_config, load_config
 from marlhf_mega.config.schema import Config
 from marlhf_mega.config.secrets import RedactingFormatter
+from marlhf_mega.garbage import pause_collections, resume_collections
 from marlhf_mega.jobs import PreparedJob, prepare_job
 from marlhf_mega.lifeline import die_with_launcher
 from marlhf_mega.plan.command import add_plan_options, run_plan, with_vocabulary
@@ -56,6 +57,7 @@ EXAMPLES = {
 
 def run() -> NoReturn:
     """Run `main` as the program `marlhf`."""
+    pause_collections()
     _end_now(main())
 
 
@@ -282,6 +284,7 @@ def _init(options: argparse.Namespace) -> int:
 def _dry_run(config: Config, options: argparse.Namespace) -> int:
     from marlhf_mega.commands.dry_run import dry_run
 
+    resume_collections()
     ranks = 1 if options.world_size is None else options.world_size
     lines, problems = dry_run(with_vocabulary(config), options.command, ranks)
     sys.stdout.write(

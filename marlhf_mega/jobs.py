@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from marlhf_mega.config.checks import WITHOUT_TRAINING, Job, rollout_ranks
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.schema import Config
+from marlhf_mega.garbage import resume_collections
 
 if TYPE_CHECKING:
     from marlhf_mega.parallel.mesh import Mesh
@@ -147,31 +148,29 @@ def prepare_job(command: Command, config: Config, *, world_size: int | None = No
     config = config.with_packing(on_gpu=platform.current().name == "cuda")
     ranks = platform.world_size() if world_size is None else world_size
     inputs: Any
-    work: Any
     match command:
         case "sft" | "reward" | "ppo" | "offline" | "evaluate":
-            inputs, work = read_inputs(config, command, ranks), partial(_run, command)
+            inputs = read_inputs(config, command, ranks)
         case "preference":
-            from marlhf_mega.train.preference import preference_inputs, run_preference
+            from marlhf_mega.train.preference_inputs import preference_inputs
 
-            inputs, work = preference_inputs(config, ranks), run_preference
+            inputs = preference_inputs(config, ranks)
         case "generate":
-            from marlhf_mega.commands.generate import generate_inputs, run_generate
+            from marlhf_mega.commands.generate_inputs import generate_inputs
 
-            inputs, work = generate_inputs(config, ranks), run_generate
+            inputs = generate_inputs(config, ranks)
         case "quickstart":
             from marlhf_mega.commands.quickstart import (
                 JOBS,
                 quickstart_inputs,
                 quickstart_summary,
-                run_quickstart,
             )
 
-            inputs, work = quickstart_inputs(config, ranks), run_quickstart
+            inputs = quickstart_inputs(config, ranks)
             folder = inputs.config.run.dir
             return PreparedJob(
                 config=inputs.config,
-                work=partial(work, inputs),
+                work=partial(_run, command, inputs),
                 num_rollout_ranks=0,
                 saves=True,
                 loaded=inputs.config,
@@ -182,7 +181,7 @@ def prepare_job(command: Command, config: Config, *, world_size: int | None = No
 
     return PreparedJob(
         config=inputs.config,
-        work=partial(work, inputs),
+        work=partial(_run, command, inputs),
         num_rollout_ranks=rollout_ranks(inputs.config, command),
         saves=command != "evaluate",
         loaded=None if command in WITHOUT_TRAINING else config,
@@ -200,10 +199,17 @@ def _run(command: Command, inputs: Any, mesh: "Mesh", watchdog: "Watchdog") -> A
             from marlhf_mega.train.sft import run_sft as run
         case "reward":
             from marlhf_mega.train.reward import run_reward as run
+        case "preference":
+            from marlhf_mega.train.preference import run_preference as run
         case "ppo":
             from marlhf_mega.train.ppo import run_ppo as run
         case "offline":
             from marlhf_mega.train.offline import run_offline as run
-        case _:
+        case "evaluate":
             from marlhf_mega.commands.evaluate import run_evaluate as run
+        case "generate":
+            from marlhf_mega.commands.generate import run_generate as run
+        case "quickstart":
+            from marlhf_mega.commands.quickstart import run_quickstart as run
+    resume_collections()
     return run(inputs, mesh, watchdog)

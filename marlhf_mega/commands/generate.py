@@ -1,18 +1,19 @@
 """`marlhf generate`: answer all prompts of a file; `marlhf offline` and `sft` read the answers."""
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from marlhf_mega import durable
-from marlhf_mega.config.load import ConfigError
-from marlhf_mega.config.schema import Config
-from marlhf_mega.config.sections.data import show_sources
+from marlhf_mega.commands.generate_inputs import (
+    BLOCK_SETTINGS,
+    begin_blocks,
+    check_blocks,
+    saved_blocks,
+)
 from marlhf_mega.data.datasets import Prompt
-from marlhf_mega.data.files import data_hash, write_jsonl
+from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.evaluation import prompt_row
 from marlhf_mega.experience.scoring import Scorer
@@ -24,27 +25,14 @@ from marlhf_mega.resilience.watchdog import Watchdog
 from marlhf_mega.rollout.protocol import ResponseGenerator
 from marlhf_mega.rollout.types import RolloutOptions
 from marlhf_mega.train.generation import build_judged_policy
-from marlhf_mega.train.inputs import Inputs, read_inputs
+from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.output import write_run_directory
-from marlhf_mega.train.resume import CONFIG, check_settings, settings_of, starts_afresh
+from marlhf_mega.train.resume import starts_afresh
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS = "settings.json"
-
 BLOCK_PROMPTS = 1024
 """Prompts answered between two writes: the most that an interrupted job loses."""
-
-
-def generate_inputs(config: Config, world_size: int) -> Inputs[Prompt]:
-    """Read and check what the job needs.
-
-    Raises:
-        ValueError: something that the user has to fix.
-    """
-    inputs = read_inputs(config, "generate", world_size)
-    _check_blocks(_saved(inputs.config), inputs)
-    return inputs
 
 
 def run_generate(inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog) -> list[Path]:
@@ -63,12 +51,12 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog) -> list
     """
     config, tokenizer = inputs.config, inputs.tokenizer
     folder = config.run.dir / "responses"
-    afresh = broadcast_object(starts_afresh(config, folder / _SETTINGS))
-    saved = broadcast_object(_saved(config))
-    _check_blocks(saved, inputs)
+    afresh = broadcast_object(starts_afresh(config, folder / BLOCK_SETTINGS))
+    saved = broadcast_object(saved_blocks(config))
+    check_blocks(saved, inputs)
     if mesh.rank == 0:
         if saved is None:
-            _begin_blocks(folder, inputs)
+            begin_blocks(folder, inputs)
         write_run_directory(config, tokenizer, inputs.tokenizer_path, mesh)
     _, scorer, generator = build_judged_policy(config, tokenizer, mesh)
     request = StopRequest(config, mesh)
@@ -90,52 +78,6 @@ def run_generate(inputs: Inputs[Prompt], mesh: Mesh, watchdog: Watchdog) -> list
             raise request.end(block.stop, of="prompt")
     scorer.close()
     return files
-
-
-def _saved(config: Config) -> dict[str, Any] | None:
-    """Return the settings of the answers to resume from, None if there are none."""
-    file = config.run.dir / "responses" / _SETTINGS
-    if starts_afresh(config, file) or not file.is_file():
-        return None
-    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return saved
-
-
-def _check_blocks(saved: Mapping[str, Any] | None, inputs: Inputs[Prompt]) -> None:
-    """Refuse to resume answers of another configuration, file or tokenizer."""
-    if saved is None:
-        return
-    config, tokenizer = inputs.config, inputs.tokenizer.prompt_fingerprint()
-    if saved.get("tokenizer", tokenizer) != tokenizer:
-        raise ConfigError(
-            f"tokenizer.path={inputs.tokenizer_path}: must turn prompts into tokens as for the "
-            f"answers that are there ({saved['tokenizer'][:12]}); its vocabulary, its template or "
-            f"its special tokens are others ({tokenizer[:12]}). Use the same tokenizer or another "
-            "run.dir."
-        )
-    check_settings(saved[CONFIG], config, "generate")
-    found = data_hash(config.data.validation_path or ())
-    if saved["data_hash"] != found:
-        path = show_sources(config.data.validation_path)
-        raise ConfigError(
-            f"data.validation_path={path}: must hold the prompts of the answers that are there, "
-            f"sha256 {saved['data_hash']}; it is {found}. Use the same file or another run.dir."
-        )
-
-
-def _begin_blocks(folder: Path, inputs: Inputs[Prompt]) -> None:
-    """Write settings, data hash and tokenizer for a resume."""
-    config = inputs.config
-    folder.mkdir(parents=True, exist_ok=True)
-    if starts_afresh(config, folder / _SETTINGS):
-        for block in folder.glob("*.jsonl"):
-            block.unlink()
-    noted = {
-        CONFIG: settings_of(config),
-        "data_hash": data_hash(config.data.validation_path or ()),
-        "tokenizer": inputs.tokenizer.prompt_fingerprint(),
-    }
-    durable.replace(folder / _SETTINGS, json.dumps(noted))
 
 
 def answer(

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marlhf_mega.config.checks import Job, check_folder, check_sizes, check_world
 from marlhf_mega.config.load import ConfigError, with_keys
@@ -12,16 +12,12 @@ from marlhf_mega.config.schema import Config
 from marlhf_mega.data import toy
 from marlhf_mega.data.files import write_jsonl
 from marlhf_mega.data.train_tokenizer import train_tokenizer
-from marlhf_mega.metrics.progress import show_before_after
-from marlhf_mega.parallel.collectives import barrier
-from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.report.page import report
-from marlhf_mega.resilience.watchdog import Watchdog
 from marlhf_mega.train.inputs import check_machine, read_inputs
-from marlhf_mega.train.ppo import run_ppo
-from marlhf_mega.train.reward import run_reward
-from marlhf_mega.train.sft import run_sft
 from marlhf_mega.train.summary import layout
+
+if TYPE_CHECKING:
+    from marlhf_mega.parallel.mesh import Mesh
+    from marlhf_mega.resilience.watchdog import Watchdog
 
 VOCABULARY = 512
 ROWS = 4096
@@ -99,8 +95,15 @@ def quickstart_inputs(user: Config, world_size: int) -> QuickstartInputs:
     return QuickstartInputs(config)
 
 
-def run_quickstart(inputs: QuickstartInputs, mesh: Mesh, watchdog: Watchdog) -> None:
+def run_quickstart(inputs: QuickstartInputs, mesh: "Mesh", watchdog: "Watchdog") -> None:
     """Run the three jobs and show the results before and after PPO. All ranks call it."""
+    from marlhf_mega.metrics.progress import show_before_after
+    from marlhf_mega.parallel.collectives import barrier
+    from marlhf_mega.report.page import report
+    from marlhf_mega.train.ppo import run_ppo
+    from marlhf_mega.train.reward import run_reward
+    from marlhf_mega.train.sft import run_sft
+
     config, folder = inputs.config, inputs.config.run.dir
     if mesh.rank == 0:
         make_data(folder / "data", seed=config.run.seed)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.algorithm.preference_losses import held_out_columns, segment_discounts
-from marlhf_mega.config.schema import Config
-from marlhf_mega.config.sections.data import show_sources
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.segmentation import Segmenter, TokenEvidence
@@ -22,30 +20,17 @@ from marlhf_mega.parallel.collectives import gather_objects
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.resilience.watchdog import Watchdog
 from marlhf_mega.train.build import build_model
-from marlhf_mega.train.inputs import Inputs, read_inputs
+from marlhf_mega.train.inputs import Inputs
 from marlhf_mega.train.online_pairs import run_online
 from marlhf_mega.train.origins import policy_origin, reference_origin
 from marlhf_mega.train.preference_pairs import (
     KnownPairs,
-    check_labels,
     pair_microbatches,
     pair_terms,
     preference_output,
 )
 from marlhf_mega.train.reference_sums import pair_batches, reference_sums
 from marlhf_mega.train.supervised import Microbatch, SupervisedJob, train_supervised
-
-
-def preference_inputs(config: Config, world_size: int) -> Inputs[PreferencePair]:
-    """Read what the job reads; raises ValueError for anything that the user has to fix."""
-    inputs: Inputs[PreferencePair] = read_inputs(config, "preference", world_size)
-    if config.preference.is_online:
-        return inputs
-    check_labels(inputs.train, config.preference, show_sources(config.data.train_path))
-    if inputs.validation:
-        path = show_sources(config.data.validation_path)
-        check_labels(inputs.validation, config.preference, path)
-    return inputs
 
 
 def run_preference(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from marlhf_mega.algorithm import preference_losses as losses
 from marlhf_mega.algorithm.losses import LossOutput
-from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.sections.offline import PreferenceConfig
 from marlhf_mega.data.datasets import PreferencePair
 from marlhf_mega.data.microbatch import MicrobatchLimit
@@ -73,53 +72,6 @@ class KnownPairs:
 
         columns = vars(self).items()
         return KnownPairs(**{name: chosen(value) for name, value in columns if value is not None})
-
-
-def check_labels(pairs: Sequence[PreferencePair], settings: PreferenceConfig, path: str) -> None:
-    """Refuse rows without what the loss reads, or with what it does not.
-
-    Raises:
-        ConfigError: with the key and the file.
-    """
-    key, size = f"preference.loss={settings.loss}", settings.num_responses
-    missing = {
-        "bfpo": ("chosen_safe and rejected_safe", lambda pair: len(pair.safe) < 2),
-        "xpo": ("from_reference", lambda pair: not pair.from_reference),
-    }
-    field, is_missing = missing.get(settings.loss, ("", lambda pair: False))
-    if any(map(is_missing, pairs)):
-        raise ConfigError(
-            f"{key}: needs {field} in every row; not all rows of {path} have it. Add it, name it "
-            "with data.fields, or use another loss."
-        )
-    if settings.loss == "pro" and (counts := {len(pair.responses) for pair in pairs} - {size}):
-        raise ConfigError(
-            f"preference.num_responses={size}: must be the number of responses in every row; "
-            f"{path} has rows of {min(counts)}. Change it, or leave these rows out."
-        )
-    if settings.loss != "dpo" and any(pair.chosen_probability != 1 for pair in pairs):
-        raise ConfigError(
-            f"{key}: takes every label as certain; {path} has rows with chosen_probability. Remove "
-            "the field, or use preference.loss=dpo."
-        )
-    if settings.loss == "refuel":
-        _check_margins(pairs, key, path)
-    elif settings.margin != "none":
-        _check_margins(pairs, f"preference.margin={settings.margin}", path)
-
-
-def _check_margins(pairs: Sequence[PreferencePair], key: str, path: str) -> None:
-    margins = [pair.margin for pair in pairs]
-    if not any(margins):
-        raise ConfigError(
-            f"{key}: needs rows with a margin; none of {path} has one. Add the field, name it with "
-            "data.fields, or remove the key."
-        )
-    if key.endswith("=weight") and min(margins) < 0:
-        raise ConfigError(
-            f"{key}: needs margins of at least 0; the least of {path} is {min(margins):g}. Swap "
-            "the responses of such rows, or remove the key."
-        )
 
 
 def pair_microbatches(

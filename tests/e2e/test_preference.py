@@ -29,7 +29,8 @@ from marlhf_mega.train.build import build_model
 from marlhf_mega.train.generation import build_evaluator
 from marlhf_mega.train.online_pairs import Answering
 from marlhf_mega.train.origins import policy_origin
-from marlhf_mega.train.preference import preference_inputs, run_preference
+from marlhf_mega.train.preference import run_preference
+from marlhf_mega.train.preference_inputs import preference_inputs
 from tests.distributed.ranks import JOB, run_forked
 from tests.e2e.reported import assert_reported
 

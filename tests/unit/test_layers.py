@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 UNIT = Path(__file__).parent
 
 LAYERS = {
-    1: ["config", "algorithm", "platform", "durable", "lifeline", "user_code"],
+    1: ["config", "algorithm", "platform", "durable", "garbage", "lifeline", "user_code"],
     2: ["rewards", "data", "metrics", "parallel"],
     3: ["report", "resilience", "models", "plan"],
     4: ["rollout", "checkpoint"],
@@ -184,6 +184,7 @@ TESTED_ELSEWHERE = {
     "checkpoint/store.py": "distributed/checkpoint_damage_ranks.py",
     "checkpoint/weights.py": "distributed/layouts_ranks.py",
     "commands/convert.py": "distributed/test_convert_hf.py::test_import_and_export_keep_every_bit",
+    "commands/generate_inputs.py": "unit/commands/test_generate.py::test_a_check_knows_the_answers_that_are_there",
     "config/exit_codes.py": "unit/test_cli.py::test_codes_that_all_ranks_end_with_are_left_for_the_launcher",
     "config/sections/data.py": "unit/config/test_load.py::test_data_may_be_a_path_or_a_list_of_paths_with_weights",
     "config/sections/hardware.py": "unit/parallel/test_mesh.py",
@@ -220,6 +221,7 @@ TESTED_ELSEWHERE = {
     "train/offline_known.py": "e2e/test_offline.py::test_four_ranks_give_the_numbers_of_one",
     "train/preference.py": "e2e/test_preference.py",
     "train/ppo.py": "e2e/test_ppo_rules.py",
+    "train/preference_inputs.py": "e2e/test_preference.py::test_data_and_models_that_do_not_suit_the_keys_are_refused",
     "train/preference_pairs.py": "e2e/test_preference.py::test_every_loss_trains_two_steps_padded_as_packed",
     "train/reference_sums.py": "e2e/test_preference.py::test_runs_share_log_probs_of_one_reference_and_not_of_another",
     "train/reward_pairs.py": "distributed/layouts_ranks.py",
