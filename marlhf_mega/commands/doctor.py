@@ -64,7 +64,7 @@ def examine(config: Config) -> list[Finding]:
     """Examine this machine and, under torchrun, all machines. All ranks call it.
 
     Args:
-        config: its `run.dir` names the disk to examine.
+        config: its `run.dir` names the disk to examine, its model the kernels.
 
     Returns:
         The same findings on all ranks, or only this rank's if the ranks cannot reach each other.
@@ -75,7 +75,7 @@ def examine(config: Config) -> list[Finding]:
         from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
 
         mesh = create_mesh(ParallelConfig(), timeout_seconds=JOIN_SECONDS)
-        together = list(_joint_findings(config.run.dir, mesh))
+        together = [_kernels(config, mesh), *_joint_findings(config.run.dir, mesh)]
         findings = _merge(gather_objects([*own, *together]))
         destroy_mesh()
     except RuntimeError as error:  # including torch's network errors
@@ -172,6 +172,15 @@ def _apex() -> Finding:
     return Finding(
         "apex", "FAIL", "not NVIDIA's but a web toolkit; run `pip uninstall apex`", must_agree=True
     )
+
+
+def _kernels(config: Config, mesh: "Mesh") -> Finding:
+    """Say what is fused in the layers of the configured model, and by which library."""
+    from marlhf_mega.models.kernels import kernels_in_use
+
+    found = kernels_in_use(config.model, config.precision, mesh)
+    detail = "; ".join(f"{operation}: {by}" for operation, by in found.items())
+    return Finding("kernels", "ok", detail, must_agree=True)
 
 
 def _free(check: str, folder: Path, low: int) -> Finding:

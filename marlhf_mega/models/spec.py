@@ -108,14 +108,14 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        **_fusions(model, mesh),
+        **fusions(model, mesh),
         **_expert_settings(model, mesh),
         **fp8_settings(precision),
         **_recompute_settings(memory),
     )
 
 
-def _fusions(model: ModelConfig, mesh: Mesh) -> dict[str, bool]:
+def fusions(model: ModelConfig, mesh: Mesh) -> dict[str, bool]:
     """Return which kernels do several operations at once, where there are such."""
     engine, gated = uses_transformer_engine(model, mesh), model.activation == "silu"
     return {

@@ -15,6 +15,9 @@ from marlhf_mega.parallel.mesh import Group, Mesh
 
 T = TypeVar("T")
 
+# The name since torch 2.13, and the one before it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def sum_over_world(value: Tensor) -> Tensor:
     """Sum over all ranks; returns a new tensor."""
@@ -33,6 +36,16 @@ def reduce_over_tensor(value: Tensor, group: Group, op: Any = dist.ReduceOp.SUM)
     return value
 
 
+def max_over_tensor(value: Tensor, group: Group) -> Tensor:
+    """Take the tensor-parallel ranks' element-wise maximum, in place."""
+    return reduce_over_tensor(value, group, dist.ReduceOp.MAX)
+
+
+def min_over_tensor(value: Tensor, group: Group) -> Tensor:
+    """Take the tensor-parallel ranks' element-wise minimum, in place."""
+    return reduce_over_tensor(value, group, dist.ReduceOp.MIN)
+
+
 def max_over_world(value: Tensor) -> Tensor:
     """Element-wise maximum over all ranks; returns a new tensor."""
     return _reduced(value, dist.ReduceOp.MAX)
@@ -49,15 +62,20 @@ def any_rank(flag: bool, device: torch.device, group: Group | None = None) -> bo
     return bool(_reduced(torch.tensor(int(flag), device=device), dist.ReduceOp.MAX, group))
 
 
-def gather_tensors(value: Tensor, group: Group | None = None) -> list[Tensor]:
-    """Return the tensor of every rank of a group, in rank order; all have one shape and dtype."""
+def gather_stacked(value: Tensor, group: Group | None = None) -> Tensor:
+    """Return every rank's [...] as [ranks, ...]; all have one shape and dtype."""
     size = _size(group)
     if size == 1:
-        return [value]
-    value = value.contiguous()
-    parts = [torch.empty_like(value) for _ in range(size)]
-    dist.all_gather(parts, value, group=group)
-    return parts
+        return value[None]
+    # Into one tensor: NCCL would copy parts that lie apart one by one.
+    whole = value.new_empty(size, *value.shape)
+    _all_gather(whole, value.contiguous(), group=group)
+    return whole
+
+
+def gather_tensors(value: Tensor, group: Group | None = None) -> list[Tensor]:
+    """Return the tensor of every rank of a group, in rank order; all have one shape and dtype."""
+    return list(gather_stacked(value, group).unbind())
 
 
 def gather_columns(value: Tensor, group: Group) -> Tensor:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from marlhf_mega.algorithm.replay_mask import read_mask
 from marlhf_mega.config.limits import logits_chunk_tokens
-from marlhf_mega.parallel.collectives import reduce_over_tensor
+from marlhf_mega.parallel.collectives import max_over_tensor, reduce_over_tensor
 from marlhf_mega.parallel.mesh import Group, Mesh
 from marlhf_mega.platform.cpu.matmul import matmul
 
@@ -255,7 +254,7 @@ def _chunk_statistics(
     else:
         highest = torch.full(targets.shape, -torch.inf, device=logits.device)
         target_logits = torch.zeros(targets.shape, device=logits.device)
-    reduce_over_tensor(highest, shard.group, dist.ReduceOp.MAX)
+    max_over_tensor(highest, shard.group)
     shifted = logits.sub_(highest[:, None])
     weights = shifted.exp()
     if mask is not None:

@@ -1,7 +1,9 @@
 """From vocabulary-sharded logits to one token a row, without gathering the vocabulary.
 
 One uniform number decides a token by inverting the cumulative distribution, so a draw depends on
-(seed, step, sample, position) only and costs a few numbers of communication a row.
+(seed, step, sample, position) only and costs a few numbers of communication a row. Ranks exchange
+them three times: the largest logit, the sums of weights, and what each adds to the answer. They
+could not do it once: where a number falls within a shard depends on the sums of all the others.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,13 @@ import torch
 from torch import Tensor
 
 from marlhf_mega.algorithm.replay_mask import nucleus_mask, write_mask
-from marlhf_mega.parallel.collectives import gather_columns, reduce_over_tensor
+from marlhf_mega.parallel.collectives import (
+    gather_columns,
+    gather_stacked,
+    max_over_tensor,
+    min_over_tensor,
+    reduce_over_tensor,
+)
 from marlhf_mega.parallel.vocab import VocabShard
 from marlhf_mega.rollout.nucleus import draw_from_nucleus
 
@@ -98,13 +106,11 @@ def sample_tokens(
     if rule.temperature > 0 and not rule.is_filtered:
         tokens, logprobs = _invert_cumulative(logits, uniform, shard)
         return SampledTokens(tokens, logprobs, logprobs, None)
+    if rule.temperature == 0:
+        return _most_likely(logits, shard)
     log_z = _log_sum_exp(logits)
     if shard.group.size() > 1:
         log_z = _log_sum_exp(gather_columns(log_z[:, None], shard.group))
-    if rule.temperature == 0:
-        best, values = _top(logits, 1, shard)
-        logprobs = values[:, 0] - log_z
-        return SampledTokens(best[:, 0], logprobs, logprobs, None)
     if rule.has_mask:
         assert second is not None
         mask = _mask(second / rule.temperature, rule, shard)
@@ -126,40 +132,55 @@ def _mask(logits: Tensor, rule: SamplingRule, shard: VocabShard) -> Tensor:
     )
 
 
+def _most_likely(logits: Tensor, shard: VocabShard) -> SampledTokens:
+    """Take the token with the highest logit, of equal ones the smallest id."""
+    own, best = logits.max(-1)
+    highest = own
+    if shard.group.size() > 1:
+        highest = max_over_tensor(own.clone(), shard.group)
+    weight = (logits - highest[:, None]).exp_().sum(-1)
+    if shard.group.size() > 1:
+        best = (best + shard.start).masked_fill_(own != highest, shard.num_total - 1)
+        min_over_tensor(best, shard.group)
+        reduce_over_tensor(weight, shard.group)
+    logprobs = weight.log_().neg_()
+    return SampledTokens(best, logprobs, logprobs, None)
+
+
 def _invert_cumulative(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Find the token at which the cumulative distribution, in id order, passes the number."""
+    if shard.group.size() > 1:
+        return _invert_shards(logits, uniform, shard)
     highest = logits.amax(-1, keepdim=True)
     # Sums in float64, so that the order of summation never decides a token.
-    weights = (logits - highest).exp_().cumsum(-1, dtype=torch.float64)
-    own = highest + weights[:, -1:].log()
-    if shard.group.size() == 1:
-        local, logprobs = _invert_own(logits, weights, uniform * weights[:, -1], own[:, 0])
-        return local, logprobs.float()
-    every = gather_columns(own, shard.group)
-    log_z = _log_sum_exp(every)
-    masses = (every - log_z[:, None]).exp_()
-    bounds = masses.cumsum(-1)
-    target = uniform * bounds[:, -1]
-    rank = shard.group.rank()
-    mass = masses[:, rank]
-    below = bounds[:, rank] - mass
-    share = ((target - below) / mass).clamp_(0, 1).mul_(weights[:, -1])
-    owner = torch.searchsorted(bounds, target[:, None], right=True)
-    others = owner.clamp_(max=bounds.shape[1] - 1)[:, 0] != rank
-    local, logprobs = _invert_own(logits, weights, share, log_z)
-    # One sum carries both: ids are exact in float64, and only the owner adds anything.
-    answer = torch.stack((local + shard.start, logprobs)).masked_fill_(others, 0.0)
-    answer = reduce_over_tensor(answer, shard.group)
-    return answer[0].long(), answer[1].float()
+    sums = (logits - highest).exp_().cumsum(-1, dtype=torch.float64)
+    log_z = highest + sums[:, -1:].log()
+    token = torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)
+    token.clamp_(max=logits.shape[1] - 1)
+    return token[:, 0], (logits.gather(1, token) - log_z)[:, 0].float()
 
 
-def _invert_own(
-    logits: Tensor, weights: Tensor, share: Tensor, log_z: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the column at which the cumulative weights pass a share of them, and its log-prob."""
-    local = torch.searchsorted(weights, share[:, None], right=True)
-    local = local.clamp_(max=logits.shape[1] - 1)
-    return local[:, 0], logits.gather(1, local)[:, 0] - log_z
+def _invert_shards(logits: Tensor, uniform: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Do so with columns on several ranks, in few kernels."""
+    group, rank, count = shard.group, shard.group.rank(), logits.shape[1]
+    highest = max_over_tensor(logits.amax(-1), group)
+    # Behind the weights there is a zero, for ranks whose columns all come before the token.
+    weights = logits.new_empty(len(logits), count + 1)
+    torch.sub(logits, highest[:, None], out=weights[:, :count]).exp_()
+    weights[:, count].zero_()
+    sums = weights[:, :count].cumsum(-1, dtype=torch.float64)
+    bounds = gather_stacked(sums[:, -1], group).cumsum(0)
+    target = uniform * bounds[-1]
+    share = target - bounds[rank - 1] if rank else target
+    # A rank before the token counts all of its columns and one behind it none, so that the sum is
+    # the token's id. Only the token's own rank adds a weight; its bits pass as an integer.
+    answer = torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+    column, weight = answer[0], answer[1].view(torch.float64)
+    torch.searchsorted(sums, share[:, None], right=True, out=column[:, None])
+    torch.mul(weights.gather(1, column[:, None])[:, 0], share >= 0, out=weight)
+    reduce_over_tensor(answer, group)
+    column.clamp_(max=shard.num_total - 1)
+    return column, torch.log(weight.div_(bounds[-1]), out=torch.empty_like(highest))
 
 
 def _sample_filtered(
