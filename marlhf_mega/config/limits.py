@@ -91,6 +91,11 @@ def replay_mask_row_bytes(*, top_k: int, vocab_size: int) -> int:
     return 4 * min(top_k, vocab_size) if top_k else -(-vocab_size // 8)
 
 
+def expert_bytes(num_experts: int) -> int:
+    """Return the bytes of a recorded choice among experts, or of none."""
+    return 1 if num_experts < 256 else 2
+
+
 def logits_chunk_tokens(num_columns: int, *, on_cpu: bool) -> int:
     """Return how many tokens a rank computes its `num_columns` logits for at a time."""
     tokens = max(16, LOGITS_CHUNK_ELEMENTS // num_columns)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlhf_mega.config.limits import expert_bytes
+
 NOT_RECORDED = 0
 """Where a token's choice is free; an expert's entry is its number plus one."""
 
@@ -25,7 +27,7 @@ Choice = Callable[..., tuple[Tensor, Tensor]]
 
 def record_dtype(num_experts: int) -> torch.dtype:
     """Return the format of recorded choices."""
-    return torch.uint8 if num_experts < 256 else torch.int16
+    return {1: torch.uint8, 2: torch.int16}[expert_bytes(num_experts)]
 
 
 class Replay:

@@ -68,9 +68,9 @@ def gather_stacked(value: Tensor, group: Group | None = None) -> Tensor:
     if size == 1:
         return value[None]
     # Into one tensor: NCCL would copy parts that lie apart one by one.
-    whole = value.new_empty(size, *value.shape)
-    _all_gather(whole, value.contiguous(), group=group)
-    return whole
+    whole = value.new_empty(size * value.numel())
+    _all_gather(whole, value.contiguous().view(-1), group=group)
+    return whole.view(size, *value.shape)
 
 
 def gather_tensors(value: Tensor, group: Group | None = None) -> list[Tensor]:

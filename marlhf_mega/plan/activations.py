@@ -99,7 +99,7 @@ class LayerShape:
         if count == 2:
             return microbatch.response_tokens
         most = max(responses(n) + responses(count - 1 - n) for n in range(count // 2))
-        return -(-microbatch.tokens * most // microbatch.seq)
+        return -(-microbatch.filled_tokens * most // microbatch.seq)
 
     @property
     def heads(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from marlhf_mega.config.limits import (
     GIB,
     PREFILL_TOKENS,
+    expert_bytes,
     paged_cache_bytes,
     replay_mask_row_bytes,
     round_up,
@@ -109,24 +110,59 @@ def engine_slots(config: Config, *, data: int) -> int:
 
 
 def replay_mask_bytes(work: Workload) -> int:
-    """Return the host memory of a training rank for what top-k and top-p kept; 0 without them.
-
-    With `rollout.staleness` the next step's samples wait beside those that are trained on.
-    """
+    """Return the host memory of a training rank for what top-k and top-p kept; 0 without them."""
     settings, vocab_size = work.config.rollout, work.policy.model.vocab_size or 0
     if work.job != "ppo" or not settings.is_filtered:
         return 0
     row = replay_mask_row_bytes(top_k=settings.top_k, vocab_size=vocab_size)
-    tokens = work.batch_sequences * settings.max_response_tokens
+    return _kept_samples(work) * settings.max_response_tokens * row
+
+
+def routing_bytes(work: Workload) -> int:
+    """Return the host memory of a training rank for the experts that tokens went to; 0 without."""
+    if not _records_routing(work):
+        return 0
+    model = work.policy.model
+    tokens = work.config.data.max_prompt_tokens + work.config.rollout.max_response_tokens
+    return _kept_samples(work) * tokens * model.num_layers * _routing_row(work)
+
+
+def _records_routing(work: Workload) -> bool:
+    return (
+        work.job == "ppo" and work.config.replays_routing and work.config.rollout.engine != "vllm"
+    )
+
+
+def _routing_row(work: Workload) -> int:
+    """Return the bytes of a token's experts in one layer."""
+    model = work.policy.model
+    return model.experts_per_token * expert_bytes(model.num_experts or 0)
+
+
+def _kept_samples(work: Workload) -> int:
+    """Return the samples of which a training rank keeps records.
+
+    With `rollout.staleness` the next step's wait beside those that are trained on.
+    """
+    settings = work.config.rollout
     # Ranks get the whole batch of ranks that only generate, or to filter it, and keep their share.
     whole = settings.ranks or settings.filter is not None
-    waiting = settings.batch_size * settings.max_response_tokens if whole else 0
-    return (tokens + waiting * (1 + settings.staleness)) * row
+    waiting = settings.batch_size if whole else 0
+    return work.batch_sequences + waiting * (1 + settings.staleness)
 
 
-def generation_memory(work: Workload, generation: Generation, formats: Formats) -> dict[str, int]:
-    """Return the memory of generation on a rank besides the weights."""
-    prompt = work.config.data.max_prompt_tokens
+def generation_memory(
+    work: Workload, generation: Generation, formats: Formats, *, for_training: bool = True
+) -> dict[str, int]:
+    """Return the memory of generation on a rank besides the weights.
+
+    Args:
+        work: the job.
+        generation: its layout and batch.
+        formats: number formats.
+        for_training: whether samples are trained on, so that routing may be recorded.
+    """
+    prompt, longest = work.config.data.max_prompt_tokens, work.config.rollout.max_response_tokens
     prompts = max(1, min(generation.group_slots, PREFILL_TOKENS // prompt))
     shape = layer_shape(
         work.policy,
@@ -136,7 +172,12 @@ def generation_memory(work: Workload, generation: Generation, formats: Formats) 
     )
     decode = MicrobatchShape(sequences=generation.group_slots, seq=1, response=1)
     logits = head_workspace(replace(shape, microbatch=decode), "language", backward=False)
-    return {
+    records = {}
+    if for_training and _records_routing(work):
+        tokens = generation.groups * generation.group_slots * (prompt + longest)
+        layers = work.policy.model.num_layers // generation.layout.pipeline
+        records["routing"] = tokens * layers * _routing_row(work)
+    return records | {
         "kv cache": kv_cache_bytes(work, generation, formats),
         "prefill and sampling": max(forward_workspace(shape), 2 * work.num_generating * logits),
     }

@@ -139,7 +139,9 @@ def stage_memory(work: Workload, stage: int, formats: Formats) -> StageMemory:
         # Ranks that train generate in no other phase.
         resident = _resident(roles, work.config.memory, "rollout")
         generation = Generation.of_evaluation(work)
-        phases["evaluate"] = resident | generation_memory(work, generation, formats)
+        phases["evaluate"] = resident | generation_memory(
+            work, generation, formats, for_training=False
+        )
     sleeps = work.config.rollout.engine == "vllm"
     if work.config.moves_weights and work.policy.model.lora.is_on and not sleeps:
         # Only adapters travel in each rollout: the rest of the second copy stays.

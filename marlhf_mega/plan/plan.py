@@ -106,7 +106,7 @@ def make_plan(config: Config, job: str, cluster: Cluster) -> Plan:
             f"precision.fp8={config.precision.fp8}: {cluster.gpu.name} has no FP8. Set it to off, "
             "or plan for H100."
         )
-    work = workload(config, job, cluster.world_size)
+    work = workload(config, job, cluster.world_size, on_gpu=True)
     check_sizes(config, work.job, work.layout.data)
     formats = formats_of(config.precision, on_gpu=True, has_engine=cluster.has_engine)
     factor = cluster.activation_factor

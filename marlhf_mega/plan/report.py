@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from marlhf_mega.config.limits import GIB
-from marlhf_mega.plan.generation import Generation, replay_mask_bytes
+from marlhf_mega.plan.generation import Generation, replay_mask_bytes, routing_bytes
 from marlhf_mega.plan.memory import StageMemory
 from marlhf_mega.plan.parameters import whole_model_size
 from marlhf_mega.plan.plan import Plan
@@ -123,6 +123,8 @@ def _head(plan: Plan) -> list[str]:
         )
         if masks := replay_mask_bytes(work):
             lines.append(f"masks of top-k and top-p: {masks / GIB:.2f} GiB of host memory a rank")
+        if routing := routing_bytes(work):
+            lines.append(f"routing of the rollout: {routing / GIB:.2f} GiB of host memory a rank")
     if tensor > cluster.gpus_per_node:
         lines.append("tensor parallelism spans several machines: far slower than estimated")
     assumed = [role.name for role in work.roles if role.is_assumed]

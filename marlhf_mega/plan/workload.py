@@ -1,11 +1,12 @@
 """What a job runs: its models, and the largest sizes of its batches."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from marlhf_mega.config.checks import SECTIONS, check_other_model, check_world, rollout_ranks
-from marlhf_mega.config.limits import round_up
+from marlhf_mega.config.limits import gpu_width, round_up
 from marlhf_mega.config.load import ConfigError
 from marlhf_mega.config.lora import LoraConfig
 from marlhf_mega.config.model import Head, ModelConfig
@@ -46,7 +47,9 @@ class MicrobatchShape:
     response: int
     """Response tokens of a sequence."""
     packed: int | None = None
-    """Tokens when packed: the full sequences and a shorter one. None means padded."""
+    """Width of the row when packed. None means padded."""
+    filled: int | None = None
+    """Tokens of the full sequences and of a shorter one in such a row; the rest is padding."""
 
     @property
     def tokens(self) -> int:
@@ -54,9 +57,14 @@ class MicrobatchShape:
         return self.sequences * self.seq if self.packed is None else self.packed
 
     @property
+    def filled_tokens(self) -> int:
+        """Tokens, without the padding at the end of a packed row."""
+        return self.tokens if self.filled is None else self.filled
+
+    @property
     def response_tokens(self) -> int:
         """Tokens that the head sees."""
-        return -(-self.tokens * self.response // self.seq)
+        return -(-self.filled_tokens * self.response // self.seq)
 
     @property
     def positions(self) -> int:
@@ -66,7 +74,9 @@ class MicrobatchShape:
     @property
     def pairs(self) -> int:
         """Pairs of positions in the same sequence, over all sequences."""
-        return self.sequences * self.seq**2 + (self.tokens - self.sequences * self.seq) ** 2
+        shorter = self.filled_tokens - self.sequences * self.seq
+        padding = self.tokens - self.filled_tokens
+        return self.sequences * self.seq**2 + shorter**2 + padding**2
 
     def describe(self) -> str:
         """Return the sizes as text, such as `4 x 512`."""
@@ -111,13 +121,14 @@ class Workload:
         return self.layout.world + self.num_rollout_ranks
 
 
-def workload(config: Config, job: str, world_size: int) -> Workload:
+def workload(config: Config, job: str, world_size: int, *, on_gpu: bool = False) -> Workload:
     """Compute the sizes of a job.
 
     Args:
         config: with the vocabulary size.
         job: one of `PlannedJob`.
         world_size: number of ranks of both kinds.
+        on_gpu: rows are packed by default, and have one of few widths.
 
     Raises:
         ConfigError: the job cannot be planned, the vocabulary size is missing, or the layout
@@ -138,6 +149,7 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
             "model.vocab_size: a plan needs it; it is not set. Set it, or model.hf_path or "
             "tokenizer.path."
         )
+    config = config.with_packing(on_gpu=on_gpu)
     num_rollout_ranks = rollout_ranks(config, job)
     check_world(config, world_size, num_rollout_ranks=num_rollout_ranks)
     planned = cast(PlannedJob, job)
@@ -148,12 +160,13 @@ def workload(config: Config, job: str, world_size: int) -> Workload:
             check_other_model(config, role.model, num_ranks, what=role.name, learns=role.learns)
     layout = WorldLayout.of(config.parallel, world_size - num_rollout_ranks)
     size, minibatch, batch = _batch_sizes(config, planned, layout)
-    microbatch = _microbatch(config, planned, layout, size=size, most=max(1, minibatch))
+    shaped = partial(_microbatch, config, planned, layout, size=size, on_gpu=on_gpu)
+    microbatch = shaped(most=max(1, minibatch))
     scoring = microbatch
     if planned == "ppo":
         factor = config.ppo.scoring_microbatch_factor
         most = _most_scored(config, layout, batch)
-        scoring = _microbatch(config, planned, layout, size=size, most=most, factor=factor)
+        scoring = shaped(most=most, factor=factor)
     count = -(-minibatch // microbatch.sequences)
     return Workload(
         config=config,
@@ -189,7 +202,14 @@ def microbatch_keys(config: Config, job: str, *, sequences: int, seq: int) -> di
 
 
 def _microbatch(
-    config: Config, job: PlannedJob, layout: WorldLayout, *, size: int, most: int, factor: int = 1
+    config: Config,
+    job: PlannedJob,
+    layout: WorldLayout,
+    *,
+    size: int,
+    most: int,
+    on_gpu: bool,
+    factor: int = 1,
 ) -> MicrobatchShape:
     """Size a forward pass of `size` sequences, or of `ppo.microbatch_tokens`, times a factor.
 
@@ -199,20 +219,20 @@ def _microbatch(
     new = config.rollout if job == "ppo" else config.data
     seq = config.data.max_prompt_tokens + new.max_response_tokens
     share = layout.sequence_share * layout.context_multiple
-    seq = round_up(seq, layout.context_multiple if packs else share)
     budget = config.ppo.microbatch_tokens if job == "ppo" else None
-    if budget is not None:
-        budget *= factor
-        size = max(1, budget // seq)
-    else:
-        size *= factor
-    size = min(size, most)
+    budget = None if budget is None else budget * factor
+    if on_gpu and not packs:
+        seq = gpu_width(seq, packed=False, most=budget)
+    seq = round_up(seq, layout.context_multiple if packs else share)
+    size = min(most, size * factor if budget is None else max(1, budget // seq))
     tokens = size * seq if budget is None else min(budget, most * seq)
+    width = gpu_width(tokens, packed=True, most=budget) if on_gpu else tokens
     return MicrobatchShape(
         sequences=size,
         seq=seq,
         response=new.max_response_tokens,
-        packed=round_up(tokens, share) if packs else None,
+        packed=round_up(width, share) if packs else None,
+        filled=tokens if packs else None,
     )
 
 

@@ -43,7 +43,7 @@ def planned(memory):
     config = Config.model_validate(offload_case(memory))
     engine = bool(platform.current().transformer_engine)
     formats = formats_of(config.precision, on_gpu=True, has_engine=engine)
-    return stage_memory(workload(config, "ppo", 1), 0, formats)
+    return stage_memory(workload(config, "ppo", 1, on_gpu=True), 0, formats)
 
 
 WITHOUT_ENGINE = """

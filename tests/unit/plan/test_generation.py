@@ -1,7 +1,9 @@
 """The cache of keys and values, by hand."""
 
-from marlhf_mega.plan.generation import replay_mask_bytes
+from marlhf_mega.plan.generation import replay_mask_bytes, routing_bytes
+from marlhf_mega.plan.report import as_text
 from tests.unit.plan.plans import planned
+from tests.unit.plan.shapes import QWEN3_30B
 
 
 def test_the_kv_cache_of_70b_by_hand():
@@ -29,3 +31,18 @@ def test_masks_of_filters_are_counted_where_there_are_any():
     # To filter it, every rank holds the batch of all.
     filtered = planned({"rollout.top_k": 50, "rollout.filter": "pf_ppo"}).work
     assert replay_mask_bytes(filtered) == (share + share * 4) * 50 * 4
+
+
+def test_recorded_routing_is_counted_on_the_device_and_on_the_host():
+    """48 layers on 4 stages, 64 slots, 512 + 1024 tokens, 8 experts of a byte each."""
+    experts = {f"model.{key}": value for key, value in QWEN3_30B.items()}
+    plan = planned(experts)
+    assert plan.stages[0].phases["rollout"]["routing"] == 12 * 64 * 1536 * 8
+    assert routing_bytes(plan.work) == 64 * 1536 * 48 * 8
+    (line,) = [x for x in as_text(plan, None).splitlines() if x.startswith("routing")]
+    assert line == "routing of the rollout: 0.04 GiB of host memory a rank"
+    more = planned(experts | {"model.num_experts": 256, "rollout.filter": "pf_ppo"})
+    assert routing_bytes(more.work) == (64 + 256) * 1536 * 48 * 8 * 2
+    for off in (planned(experts | {"ppo.router_replay": False}), planned()):
+        assert "routing" not in off.stages[0].phases["rollout"]
+        assert routing_bytes(off.work) == 0

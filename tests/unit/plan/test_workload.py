@@ -30,6 +30,23 @@ def test_packed_microbatches_by_hand():
     assert (counted.sequences, counted.tokens) == (8, 8 * 1535)
 
 
+def test_rows_on_gpus_are_packed_and_have_one_of_few_widths():
+    """8 sequences of 511 + 1024 = 1535 are 12280 tokens in a row of 12288: 3/2 of 8192."""
+    config = with_keys(Config.model_validate(PPO), {"data.max_prompt_tokens": 511})
+    batch = workload(config, "ppo", 128, on_gpu=True).microbatch
+    assert (batch.sequences, batch.seq, batch.filled, batch.tokens) == (8, 1535, 12280, 12288)
+    assert batch.pairs == 8 * 1535**2 + 8**2
+    assert batch.response_tokens == 8 * 1024
+    assert workload(config, "ppo", 128).microbatch.describe() == "8 x 1536"
+    # Padded rows: the next of 1280, 1536, 1792, 2048.
+    longer = with_keys(config, {"data.max_prompt_tokens": 600, "ppo.packing": False})
+    assert workload(longer, "ppo", 128, on_gpu=True).microbatch.describe() == "8 x 1792"
+    # A budget is a width of its own.
+    budget = with_keys(config, {"ppo.microbatch_tokens": 4000})
+    batch = workload(budget, "ppo", 128, on_gpu=True).microbatch
+    assert (batch.sequences, batch.filled, batch.tokens) == (2, 4000, 4000)
+
+
 def test_scoring_microbatches_by_hand():
     config = with_keys(Config.model_validate(PPO), {"ppo.scoring_microbatch_factor": 3})
     work = workload(config, "ppo", 128)
