@@ -58,6 +58,17 @@ def gpu_width(tokens: int, *, packed: bool, most: int | None = None) -> int:
     return width if most is None else max(tokens, min(width, most))
 
 
+def gpu_rows(count: int, *, most: int) -> int:
+    """Round the rows of a padded batch up to one of few numbers: 1, 2, 3, 4, 6, 8, 12, 16, 24 ...
+
+    Args:
+        count: of sequences, or of groups that stay together.
+        most: a number that is not exceeded; it is one of the few.
+    """
+    octave = power_of_two(count)
+    return min(octave if 4 * count > 3 * octave else -(-3 * octave // 4), most)
+
+
 def power_of_two(count: int, *, least: int = 1) -> int:
     """Round a count up to a power of two."""
     return max(least, 1 << (count - 1).bit_length())

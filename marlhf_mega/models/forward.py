@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf_mega.config.limits import gpu_width, round_up
+from marlhf_mega.config.limits import gpu_rows, gpu_width, round_up
 from marlhf_mega.data.microbatch import (
     MicrobatchLimit,
     fewest_by_tokens,
@@ -102,7 +102,7 @@ def make_batches(
 
     An interleaved pipeline needs a multiple of its stages, and ranks that share experts need the
     same number; where there are too few sequences, fillers without a response, which count
-    nowhere, make up the number.
+    nowhere, make up the number. They also make up padded rows on GPUs to one of few numbers.
 
     Args:
         prompts: token ids of each sequence.
@@ -116,8 +116,9 @@ def make_batches(
     sizes = _sizes(prompts, responses, limit, mesh)
     count = _num_microbatches(sizes, limit, mesh)
     num_fillers = max(0, count * group - len(prompts))
-    all_prompts = [*prompts, *([[0]] * num_fillers)]
-    all_responses: list[list[int]] = [*responses, *([[]] * num_fillers)]
+    # One more may fill up rows.
+    all_prompts = [*prompts, *([[0]] * (num_fillers + 1))]
+    all_responses: list[list[int]] = [*responses, *([[]] * (num_fillers + 1))]
     sizes += _sizes([[0]] * num_fillers, [[]] * num_fillers, limit, mesh)
     if limit.tokens is None:
         parts = split_by_size(
@@ -128,6 +129,11 @@ def make_batches(
             sizes, max_tokens=limit.tokens, min_microbatches=count, packed=limit.packed
         )
     widths = _least_widths(sizes, parts, limit, mesh)
+    if mesh.device.type != "cpu" and not limit.packed:
+        parts = [
+            _rows_filled_up(part, limit, width=width, filler=len(prompts), group=group)
+            for part, width in zip(parts, widths, strict=True)
+        ]
     microbatches = [
         IndexedBatch(
             indices=indices,
@@ -181,6 +187,15 @@ def _least_widths(
     if mesh.pp_size > 1:
         tokens = [max(tokens)] * len(parts)
     return [gpu_width(count, packed=True, most=limit.tokens) for count in tokens]
+
+
+def _rows_filled_up(
+    part: Tensor, limit: MicrobatchLimit, *, width: int, filler: int, group: int
+) -> Tensor:
+    """Add fillers to padded rows, so that their number is one of few."""
+    most = limit.sequences if limit.tokens is None else limit.tokens // width
+    rows = group * gpu_rows(len(part) // group, most=most // group)
+    return torch.cat((part, part.new_full((rows - len(part),), filler)))
 
 
 def _routing_of(routing: Tensor, indices: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from marlhf_mega.config.limits import gpu_width
+from marlhf_mega.config.limits import gpu_rows, gpu_width
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.models.forward import make_batches
 from marlhf_mega.models.packing import Packing
@@ -89,9 +89,45 @@ def test_a_run_has_few_shapes(limit, factor, stages):
         assert tokens < 1.2 * needed
 
 
-def test_padded_rows_have_few_widths():
-    found, _ = attention_shapes(MicrobatchLimit(sequences=4), rank("meta"))
-    assert len({width for _, _, width in found}) < 24
+@pytest.mark.parametrize(
+    ("limit", "factor", "most", "more"),
+    [
+        (MicrobatchLimit(sequences=4), 1, 13, 1.09),
+        (MicrobatchLimit(sequences=16), 2, 15, 1.08),
+        # Without rounding the rows 54: a budget holds another number of every width.
+        (MicrobatchLimit(sequences=1, tokens=8192), 2, 35, 1.2),
+    ],
+    ids=["4 sequences", "16 sequences", "tokens"],
+)
+def test_padded_rows_have_few_shapes(limit, factor, most, more):
+    found, tokens = attention_shapes(limit, rank("meta"), factor=factor)
+    assert len(found) <= most, sorted(found)
+    exact, needed = attention_shapes(limit, rank("cpu"), factor=factor)
+    assert len(exact) > 2 * len(found)
+    assert tokens < more * needed
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_rows_are_made_up_by_fillers_and_each_sequence_comes_once(group):
+    lengths = [9, 2, 4, 7, 5, 6, 3, 8, 1, 2]
+    limit = MicrobatchLimit(sequences=12)
+    prompts, responses = [[1]] * 10, [[2] * n for n in lengths]
+    (part,) = make_batches(
+        prompts, responses, limit=limit, mesh=rank("meta"), group=group
+    ).microbatches
+    assert sorted(part.indices[:10].tolist()) == [*range(10)]
+    # Ten rows become 12, five pairs 6 pairs.
+    assert part.indices[10:].tolist() == [10, 10]
+    assert part.batch.tokens.shape == (12, 64)
+    many = make_batches([[1]] * 11, [[2]] * 11, limit=limit, mesh=rank("meta"))
+    assert [len(part.indices) for part in many.microbatches] == [12]
+
+
+def test_numbers_of_rows_by_hand():
+    rows = [gpu_rows(count, most=100) for count in range(1, 101)]
+    assert sorted(set(rows)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+    assert all(count <= few <= 1.5 * count for count, few in enumerate(rows, start=1))
+    assert gpu_rows(5, most=5) == 5
 
 
 @pytest.mark.parametrize("packed", [True, False])
