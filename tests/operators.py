@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WHOLE = {"rms_norm": 1, "scaled_dot_product_attention": 1, "logsumexp": 9}
 """Operators that are not taken apart here, and the kernels that each launches on a GPU."""
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "set_", "_unsafe_view"}
 
 
 class Operators(TorchDispatchMode):
