@@ -170,8 +170,6 @@ def generation_memory(
         MicrobatchShape(sequences=prompts, seq=prompt, response=1),
         replace(formats, has_engine=False),
     )
-    decode = MicrobatchShape(sequences=generation.group_slots, seq=1, response=1)
-    logits = head_workspace(replace(shape, microbatch=decode), "language", backward=False)
     records = {}
     if for_training and _records_routing(work):
         tokens = generation.groups * generation.group_slots * (prompt + longest)
@@ -179,5 +177,18 @@ def generation_memory(
         records["routing"] = tokens * layers * _routing_row(work)
     return records | {
         "kv cache": kv_cache_bytes(work, generation, formats),
-        "prefill and sampling": max(forward_workspace(shape), 2 * work.num_generating * logits),
+        "prefill and sampling": max(
+            forward_workspace(shape), sampling_bytes(work, generation, formats)
+        ),
     }
+
+
+def sampling_bytes(work: Workload, generation: Generation, formats: Formats) -> int:
+    """Return the bytes that the logits of a step, their weights and sums need on a rank."""
+    shape = layer_shape(
+        work.policy,
+        replace(generation.layout, sequence_parallel=False),
+        MicrobatchShape(sequences=generation.group_slots, seq=1, response=1),
+        replace(formats, has_engine=False),
+    )
+    return 2 * work.num_generating * head_workspace(shape, "language", backward=False)

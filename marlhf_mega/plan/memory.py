@@ -19,7 +19,7 @@ from marlhf_mega.plan.activations import (
     tail_shape,
 )
 from marlhf_mega.plan.buffers import buffers
-from marlhf_mega.plan.generation import Generation, generation_memory
+from marlhf_mega.plan.generation import Generation, generation_memory, sampling_bytes
 from marlhf_mega.plan.layout import WorldLayout
 from marlhf_mega.plan.parameters import (
     Parameter,
@@ -150,8 +150,11 @@ def stage_memory(work: Workload, stage: int, formats: Formats) -> StageMemory:
             phases[phase] = phases[phase] | {"policy in the rollout layout": kept}
     cache = max(held.get("kv cache", 0) for held in phases.values())
     if work.config.rollout.cuda_graphs and cache:
-        # Graphs are kept, and with them what they read and write.
-        phases = {phase: {"kv cache": cache} | held for phase, held in phases.items()}
+        # Graphs are kept, and with them what they read and write. One model's draw the tokens too.
+        kind = Generation.of_evaluation if work.num_rollout_ranks else Generation.of_rollout
+        drawn = sampling_bytes(work, kind(work), formats) if work.num_generating == 1 else 0
+        kept_always = {"kv cache": cache, "graphs": drawn}
+        phases = {phase: kept_always | held for phase, held in phases.items()}
     return StageMemory(stage=stage, roles=roles, phases=phases)
 
 

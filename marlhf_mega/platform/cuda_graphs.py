@@ -1,9 +1,11 @@
 """CUDA graphs: kernels that are captured once and then launched together."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+T = TypeVar("T")
 
 
 class GraphRecorder:
@@ -12,14 +14,14 @@ class GraphRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def __call__(self, step: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """Capture the kernels that a function launches, without running them.
 
         Args:
             step: must have run before, so that libraries do not allocate, and must not synchronise.
 
         Returns:
-            The tensor that will hold the result, and a function that launches the graph.
+            What the step returned, where results will be, and a function that launches the graph.
         """
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that saves a checkpoint, may use the device during capture.

@@ -27,9 +27,10 @@ from marlhf_mega.parallel.collectives import (
 )
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
-from marlhf_mega.rollout.recorded import KeptSteps
+from marlhf_mega.rollout.drawing import Drawn, draw
+from marlhf_mega.rollout.recorded import KeptSteps, RecordedSteps
 from marlhf_mega.rollout.routing import recording, whole_routing
-from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
+from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.slots import Response, SlotGroup
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import Rollout, RolloutOptions
@@ -115,8 +116,7 @@ class Generator:
         return replace(rollout, routing=routing)
 
 
-_Sampled = tuple[Tensor, Tensor | None]
-"""What `SlotGroup.record` takes, [3, slots] and [slots, width]."""
+_Steps = RecordedSteps | ChunkDecoder
 
 
 class _Run:
@@ -152,7 +152,7 @@ class _Run:
             kept = [steps.take(num_groups, **sizes) for steps in generator.kept[: len(models)]]
             recorded = [[*zip(*groups, strict=True)] for groups in zip(*kept, strict=True)]
             self.decoders = [[tuple(s.decoder for s in x) for x in each] for each in recorded]
-            self.passes = [[tuple(s.run for s in x) for x in each] for each in recorded]
+            self.steps: list[list[tuple[_Steps, ...]]] = [[*each] for each in recorded]
         else:
             # The policy's routing is recorded, not that of other models.
             decoder = partial(ChunkDecoder, num_slots=share, max_tokens=longest)
@@ -166,7 +166,7 @@ class _Run:
                 ]
                 for _ in self.groups
             ]
-            self.passes = [[tuple(d.run for d in x) for x in each] for each in self.decoders]
+            self.steps = [[*each] for each in self.decoders]
         self.hidden_size = len(models) * generator.chunks[0].config.hidden_size
         self.dtype = generator.chunks[0].config.params_dtype
         self.sends: deque[tuple[Tensor, object]] = deque()
@@ -178,7 +178,7 @@ class _Run:
 
     def complete(self) -> None:
         """Run until every response has ended."""
-        busy: dict[int, _Sampled] = {}
+        busy: dict[int, Drawn] = {}
         while self._anyone_left(busy):
             for index, group in enumerate(self.groups):
                 if index in busy:
@@ -191,7 +191,7 @@ class _Run:
         while self.sends:
             self._finish_oldest_send()
 
-    def _anyone_left(self, busy: dict[int, _Sampled]) -> bool:
+    def _anyone_left(self, busy: dict[int, Drawn]) -> bool:
         mine = bool(busy or self.groups[0].waiting or any(g.active for g in self.groups))
         if self.mesh.ep_size == 1:
             return mine
@@ -203,53 +203,53 @@ class _Run:
         zero = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
         return Decode(tokens=zero[None], positions=zero, longest=1)
 
-    def _pass(self, index: int, group: SlotGroup, work: Work) -> _Sampled:
+    def _pass(self, index: int, group: SlotGroup, work: Work) -> Drawn:
         """Send one piece of work through all chunks; returns what the last stage samples."""
-        mesh, count = self.mesh, len(group.in_flight)
-        sampled: _Sampled = (
-            torch.zeros(3, count, dtype=torch.float64, device=mesh.device),
-            None
-            if self.kept_row is None
-            else torch.zeros(count, self.kept_row[0], dtype=self.kept_row[1], device=mesh.device),
-        )
+        mesh, sampled = self.mesh, None
+        assert len(self.decoders[index]) == mesh.num_chunks
         for number, decoders in enumerate(self.decoders[index]):
             chunk = decoders[0].chunk
             hidden: list[Tensor | None] = [None] * len(decoders)
             if not chunk.pre_process:
                 # The models' states travel beside each other.
                 hidden = [h.contiguous() for h in self._receive(work).chunk(len(decoders), -1)]
-            steps = zip(self.passes[index][number], hidden, strict=True)
-            outputs = [step(work, states) for step, states in steps]
+            steps, numbers = self.steps[index][number], None
+            if chunk.post_process and group.in_flight:
+                numbers = self._next_numbers(index, group)
+            first, *others = steps
+            if (
+                numbers is not None
+                and not others
+                and isinstance(first, RecordedSteps)
+                and isinstance(work, Decode)
+            ):
+                sampled = first.draw(work, hidden[0], numbers, self.rule)
+                continue
+            outputs = [step.run(work, h) for step, h in zip(steps, hidden, strict=True)]
             if not chunk.post_process:
                 self._send(torch.cat(outputs, -1))
-            elif group.in_flight:
-                sampled = self._sample(decoders, outputs, group, self.numbers[index])
-            assert number < mesh.num_chunks
-        return sampled
+            elif numbers is not None:
+                sampled = draw(decoders, outputs, numbers, self.rule)
+        return sampled or self._room_for(len(group.in_flight))
 
-    def _sample(
-        self,
-        decoders: Sequence[ChunkDecoder],
-        hidden: Sequence[Tensor],
-        group: SlotGroup,
-        numbers: Tensor,
-    ) -> _Sampled:
-        rows = numbers[group.first_slot : group.first_slot + len(group.in_flight)]
+    def _room_for(self, count: int) -> Drawn:
+        """Return where a stage that draws nothing gets what another draws."""
+        device = self.mesh.device
+        columns = torch.zeros(3, count, dtype=torch.float64, device=device)
+        if self.kept_row is None:
+            return columns, None
+        width, dtype = self.kept_row
+        return columns, torch.zeros(count, width, dtype=dtype, device=device)
+
+    def _next_numbers(self, index: int, group: SlotGroup) -> Tensor:
+        """Return [slots] of those that decide the tokens of the responses in flight."""
+        slots = slice(group.first_slot, group.first_slot + len(group.in_flight))
+        rows = self.numbers[index][slots]
         if group.are_new:
             rows.copy_(uniform(fold(self.keys[group.samples][:, None], self.positions)))
-        logits = [decoder.logits(h) for decoder, h in zip(decoders, hidden, strict=True)]
-        found = sample_tokens(
-            logits[0],
-            rows.gather(1, group.counts[:, None])[:, 0],
-            rule=self.rule,
-            shard=decoders[0].chunk.vocab_shard,
-            second=logits[-1] if self.rule.has_second else None,
-        )
-        # One message carries all three: ids are exact in float64.
-        columns = (found.tokens, found.logprobs, found.full_logprobs)
-        return torch.stack([column.double() for column in columns]), found.kept
+        return rows.gather(1, group.counts[:, None])[:, 0]
 
-    def _collect(self, index: int, group: SlotGroup, sampled: _Sampled) -> None:
+    def _collect(self, index: int, group: SlotGroup, sampled: Drawn) -> None:
         columns, kept = sampled
         columns = share_sampled(columns, self.mesh)
         if kept is not None:

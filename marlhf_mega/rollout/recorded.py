@@ -1,7 +1,8 @@
 """Decode steps that a GPU takes as one launch: CUDA graphs, one for each size that comes back.
 
 A GPU is done with the kernels of a decode step before a CPU has launched them one by one. A graph
-launches them together, with the sizes and addresses that it was recorded with.
+launches them together, with the sizes and addresses that it was recorded with. On the last stage
+it ends with the tokens, unless a second model has a say in them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +18,18 @@ from marlhf_mega.parallel.collectives import any_rank
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.platform.cuda_graphs import GraphRecorder
 from marlhf_mega.rollout.decoder import ChunkDecoder
+from marlhf_mega.rollout.drawing import Drawn, draw
+from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.work import Decode, Work
 
 SLOT_STEP = 8
 GRAPH_LENGTH_STEP = 128
 """Sizes are rounded up to these, so that one graph serves some hundred steps."""
 
-Step = Callable[[], Tensor]
-Record = Callable[[Step], tuple[Tensor, Callable[[], None]]]
+Output = tuple[Tensor, ...]
+"""The states that go on; or what is drawn, and, if that is recorded, what filters kept."""
+Step = Callable[[], Output]
+Record = Callable[[Step], tuple[Output, Callable[[], None]]]
 """Records a step; returns where its result will be, and what repeats it."""
 
 
@@ -34,8 +39,13 @@ class _Recorded:
 
     work: Decode
     hidden: Tensor | None
-    output: Tensor
+    numbers: Tensor | None
+    output: Output
     repeat: Callable[[], None]
+
+
+_Kind = tuple[int, int, SamplingRule | None]
+"""Slots, longest sequence, and how tokens are drawn, where they are."""
 
 
 class RecordedSteps:
@@ -54,8 +64,8 @@ class RecordedSteps:
         """
         self.decoder = decoder
         self._record = record or GraphRecorder()
-        self._seen: set[tuple[int, int]] = set()
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._seen: set[_Kind] = set()
+        self._recorded: dict[_Kind, _Recorded] = {}
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -66,43 +76,77 @@ class RecordedSteps:
         """Advance the chunk as `ChunkDecoder.run` does."""
         if not isinstance(work, Decode):
             return self.decoder.run(work, hidden)
+        (output,) = self._step(work, hidden, None, None)
+        return output[..., : len(work.tokens), :]
+
+    def draw(
+        self, work: Decode, hidden: Tensor | None, numbers: Tensor, rule: SamplingRule
+    ) -> Drawn:
+        """Advance the last chunk, and draw a token for each slot as `drawing.draw` does."""
+        columns, *kept = self._step(work, hidden, numbers, rule)
         batch = len(work.tokens)
-        work, hidden = self._filled_up(work, hidden)
-        size = (len(work.tokens), work.longest)
-        if size in self._recorded:
-            output = self._repeat(self._recorded[size], work, hidden)
-        elif size in self._seen:
-            output, repeat = self._record(partial(self.decoder.run, work, hidden))
-            self._recorded[size] = recorded = _Recorded(work, hidden, output, repeat)
-            output = self._repeat(recorded, work, hidden)
-        else:
+        return columns[:, :batch], kept[0][:batch] if kept else None
+
+    def _perform(
+        self, work: Decode, hidden: Tensor | None, numbers: Tensor | None, rule: SamplingRule | None
+    ) -> Output:
+        output = self.decoder.run(work, hidden)
+        if numbers is None or rule is None:
+            return (output,)
+        columns, kept = draw([self.decoder], [output], numbers, rule)
+        return (columns,) if kept is None else (columns, kept)
+
+    def _step(
+        self, work: Decode, hidden: Tensor | None, numbers: Tensor | None, rule: SamplingRule | None
+    ) -> Output:
+        """Run the step, record it, or repeat its record."""
+        cache = self.decoder.cache
+        slots = min(round_up(len(work.tokens), SLOT_STEP), cache.num_slots)
+        longest = min(round_up(work.longest, GRAPH_LENGTH_STEP), cache.max_tokens)
+        kind = (slots, longest, rule)
+        if kind in self._recorded:
+            return self._repeat(self._recorded[kind], work, hidden, numbers)
+        given = _filled_up(work, hidden, numbers, slots=slots, longest=longest)
+        perform = partial(self._perform, *given, rule)
+        if kind not in self._seen:
             # Libraries allocate what they need in a first, plain step.
-            self._seen.add(size)
-            output = self.decoder.run(work, hidden)
-        return output[..., :batch, :]
+            self._seen.add(kind)
+            return perform()
+        output, repeat = self._record(perform)
+        self._recorded[kind] = _Recorded(*given, output, repeat)
+        return self._repeat(self._recorded[kind], work, hidden, numbers)
 
-    def _filled_up(self, work: Decode, hidden: Tensor | None) -> tuple[Decode, Tensor | None]:
-        """Round the size up.
-
-        What the tokens of free slots leave in the cache lies where the slot's next prompt will.
-        """
-        batch, cache = len(work.tokens), self.decoder.cache
-        missing = min(round_up(batch, SLOT_STEP), cache.num_slots) - batch
-        work = Decode(
-            tokens=F.pad(work.tokens, (0, 0, 0, missing)),
-            positions=F.pad(work.positions, (0, missing)),
-            longest=min(round_up(work.longest, GRAPH_LENGTH_STEP), cache.max_tokens),
-        )
-        return work, None if hidden is None else F.pad(hidden, (0, 0, 0, missing))
-
-    def _repeat(self, recorded: _Recorded, work: Decode, hidden: Tensor | None) -> Tensor:
-        recorded.work.tokens.copy_(work.tokens)
-        recorded.work.positions.copy_(work.positions)
+    def _repeat(
+        self, recorded: _Recorded, work: Decode, hidden: Tensor | None, numbers: Tensor | None
+    ) -> Output:
+        # Free slots get what was there before; see `_filled_up`.
+        batch = len(work.tokens)
+        recorded.work.tokens[:batch].copy_(work.tokens)
+        recorded.work.positions[:batch].copy_(work.positions)
         if recorded.hidden is not None and hidden is not None:
-            recorded.hidden.copy_(hidden)
+            recorded.hidden[:, :batch].copy_(hidden)
+        if recorded.numbers is not None and numbers is not None:
+            recorded.numbers[:batch].copy_(numbers)
         recorded.repeat()
         # Another graph may write to the same memory while this result is still being sent.
-        return recorded.output.clone()
+        return tuple(part.clone() for part in recorded.output)
+
+
+def _filled_up(
+    work: Decode, hidden: Tensor | None, numbers: Tensor | None, *, slots: int, longest: int
+) -> tuple[Decode, Tensor | None, Tensor | None]:
+    """Copy what a step gets into tensors of its own, for so many slots.
+
+    What the tokens of free slots leave in the cache is overwritten before it is read: by the slot's
+    next prompt, or by the token that comes to stand there.
+    """
+    missing = slots - len(work.tokens)
+    tokens, positions = F.pad(work.tokens, (0, 0, 0, missing)), F.pad(work.positions, (0, missing))
+    return (
+        Decode(tokens=tokens, positions=positions, longest=longest),
+        None if hidden is None else F.pad(hidden, (0, 0, 0, missing)),
+        None if numbers is None else F.pad(numbers, (0, missing)),
+    )
 
 
 class KeptSteps:

@@ -133,7 +133,7 @@ class SlotGroup:
                 self.active.pop()
         if self._state is not None and are_all and number == len(self.active):
             self._state[0] = sampled[0]
-            self._state[2:] += 1
+            self._state[2:].add_(1)
         else:
             self._state = None
         return moves

@@ -15,7 +15,7 @@ from marlhf_mega.config.model import ModelConfig
 from marlhf_mega.config.schema import ParallelConfig, PrecisionConfig
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.parallel.fake_mesh import fake_mesh
-from marlhf_mega.rollout import slots
+from marlhf_mega.rollout import recorded, slots
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule, sample_tokens
@@ -144,3 +144,25 @@ def test_a_step_waits_once(monkeypatch, rule, kernels):
             found.append((operators.total, len(waits)))
     assert [number for _, number in found] == [4, 4 + 10]
     assert found[1][0] - found[0][0] <= 6 * (kernels + LAYERS * 23)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_beside_a_graph_a_step_launches_little(monkeypatch, ranks):
+    """Tokens are drawn inside: numbers are chosen, three inputs copied, the result, and two books.
+
+    An eighth is the stand-in's for the copy to the host.
+    """
+    monkeypatch.setattr(recorded, "GraphRecorder", lambda: lambda step: (step(), lambda: None))
+    monkeypatch.setattr(recorded, "any_rank", lambda flag, *_: flag)
+    monkeypatch.setattr(
+        slots, "fetch", lambda *given: [torch.zeros(t.shape, device="cpu") for t in given]
+    )
+    rule, found = SamplingRule(temperature=1.0), []
+    with policy(ranks) as (chunks, mesh):
+        generator = Generator(chunks, mesh, stop=StopRule(frozenset({2})), cuda_graphs=True)
+        for length in (20, 20, 50):
+            options = RolloutOptions(rule=rule, max_response_tokens=length, seed=0, step=0)
+            with Operators() as operators:
+                generator.generate([[5, 6], [7]], [0, 1], options)
+            found.append(operators.total)
+    assert (found[2] - found[1]) / 30 <= 8

@@ -17,7 +17,11 @@ def test_graphs_keep_the_cache_in_every_phase():
         planned({"rollout.cuda_graphs": graphs}).stages[0].phases for graphs in (False, True)
     )
     cache = plain["rollout"]["kv cache"]
-    assert kept == {phase: {"kv cache": cache} | held for phase, held in plain.items()}
+    # 16 sequences in each of 4 groups, 128256 / 8 tokens: logits, weights, and sums of 8 bytes;
+    # and twice the states that the logits come from.
+    graphs = 16 * 16032 * (4 + 4 + 8) + 2 * 16 * 8192 * 2
+    kept_always = {"kv cache": cache, "graphs": graphs}
+    assert kept == {phase: kept_always | held for phase, held in plain.items()}
 
 
 def test_masks_of_filters_are_counted_where_there_are_any():

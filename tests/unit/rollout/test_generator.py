@@ -8,7 +8,7 @@ from marlhf_mega.algorithm.counter_rng import fold, uniform
 from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.sections.hardware import PrecisionConfig
 from marlhf_mega.models.gpt import build_chunks
-from marlhf_mega.rollout import generator
+from marlhf_mega.rollout import drawing, generator
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.slots import SlotGroup
@@ -94,9 +94,9 @@ def test_every_draw_is_that_of_its_sample_and_position(model, monkeypatch):
         numbers.append(drawn)
         return sample_tokens(logits, drawn, **options)
 
-    numbers, sample_tokens = [], generator.sample_tokens
+    numbers, sample_tokens = [], drawing.sample_tokens
     monkeypatch.setattr(generator, "SlotGroup", Group)
-    monkeypatch.setattr(generator, "sample_tokens", sample)
+    monkeypatch.setattr(drawing, "sample_tokens", sample)
     limits = dict(zip([7, 3, 90, 8, 2], [6, 2, 9, 1, 4], strict=True))
     rollout = Generator(chunks, mesh, stop=StopRule()).generate(
         [[3, 4, 5], [6, 7], [8], [9, 10], [11]],

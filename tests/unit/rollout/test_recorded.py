@@ -11,8 +11,9 @@ from marlhf_mega.checkpoint.weights import fill_random
 from marlhf_mega.config.schema import Config
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
-from marlhf_mega.rollout import recorded
+from marlhf_mega.rollout import generator, recorded
 from marlhf_mega.rollout.decoder import ChunkDecoder, generating
+from marlhf_mega.rollout.drawing import draw
 from marlhf_mega.rollout.generator import Generator
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
@@ -20,6 +21,8 @@ from marlhf_mega.rollout.types import RolloutOptions
 from marlhf_mega.rollout.work import Decode
 
 PROMPTS = [[3, 4, 5], [6], [7, 8], [9, 10, 11, 12], [13, 14]]
+PLAIN = SamplingRule(temperature=1.0)
+FILTERED = SamplingRule(temperature=0.8, top_k=9, top_p=0.9, record_kept=True)
 LIMITS = dict(enumerate([30, 45, 12, 21, 40]))
 
 
@@ -35,7 +38,8 @@ class Recorder:
 
         def repeat():
             self.repeated[number] += 1
-            output.copy_(step())
+            for part, new in zip(output, step(), strict=True):
+                part.copy_(new)
 
         return output, repeat
 
@@ -63,16 +67,16 @@ def model():
     destroy_mesh()
 
 
-def generate(chunks, mesh, **options):
-    return answered(Generator(chunks, mesh, stop=StopRule(), **options))
+def generate(chunks, mesh, *, rule=PLAIN, **options):
+    return answered(Generator(chunks, mesh, stop=StopRule(), **options), rule=rule)
 
 
-def answered(generator, limits=LIMITS, slots=3):
-    return generator.generate(
+def answered(kept, limits=LIMITS, slots=3, rule=PLAIN):
+    return kept.generate(
         PROMPTS,
         range(5),
         RolloutOptions(
-            rule=SamplingRule(temperature=1.0),
+            rule=rule,
             max_response_tokens=limits,
             slots=slots,
             seed=0,
@@ -81,15 +85,20 @@ def answered(generator, limits=LIMITS, slots=3):
     )
 
 
-@pytest.mark.parametrize(("slot_step", "length_step"), [(2, 8), (8, 128)])
-def test_responses_are_those_of_plain_steps(model, monkeypatch, slot_step, length_step):
+@pytest.mark.parametrize(
+    ("slot_step", "length_step", "rule"), [(2, 8, PLAIN), (8, 128, PLAIN), (2, 8, FILTERED)]
+)
+def test_responses_are_those_of_plain_steps(model, monkeypatch, slot_step, length_step, rule):
     recorder = Recorder()
     monkeypatch.setattr(recorded, "GraphRecorder", lambda: recorder)
     monkeypatch.setattr(recorded, "SLOT_STEP", slot_step)
     monkeypatch.setattr(recorded, "GRAPH_LENGTH_STEP", length_step)
-    plain, found = generate(*model), generate(*model, cuda_graphs=True)
+    plain, found = generate(*model, rule=rule), generate(*model, rule=rule, cuda_graphs=True)
     assert found.responses == plain.responses
     torch.testing.assert_close(found.logprobs, plain.logprobs)
+    if rule.record_kept:
+        assert torch.equal(found.kept, plain.kept)
+        torch.testing.assert_close(found.full_logprobs, plain.full_logprobs)
     # The longest three go on for 45 tokens or so; every size is run once and recorded once.
     assert sum(recorder.repeated) > 40
     assert min(recorder.repeated) > 0
@@ -149,3 +158,20 @@ def test_what_is_recorded_serves_later_rollouts_while_sizes_fit_and_weights_stay
     weight.data = weight.data.clone()
     assert new_records() == first
     fill_random(chunks, mesh, seed=1)
+
+
+def test_tokens_are_drawn_inside_and_each_rule_has_records_of_its_own(model, monkeypatch):
+    chunks, mesh = model
+    recorder, outside = Recorder(), []
+    monkeypatch.setattr(recorded, "GraphRecorder", lambda: recorder)
+    kept = Generator(chunks, mesh, stop=StopRule(), cuda_graphs=True)
+    records = []
+    for rule in (PLAIN, FILTERED, SamplingRule(temperature=0.0), PLAIN):
+        plain = generate(chunks, mesh, rule=rule)
+        with monkeypatch.context() as patch:
+            patch.setattr(generator, "draw", lambda *given: outside.append(1) or draw(*given))
+            assert answered(kept, rule=rule).responses == plain.responses
+        records.append(len(recorder.repeated))
+    assert 0 < records[0] < records[1] < records[2] == records[3]
+    # Only first tokens are drawn outside, after their prompts have been read.
+    assert len(outside) <= 4 * len(PROMPTS)
