@@ -254,18 +254,27 @@ def head_workspace(shape: LayerShape, head: Head, *, backward: bool, filtered: b
     hidden = shape.tokens * model.hidden_size * e
     if head == "scalar":
         return hidden + selected * model.hidden_size * _FLOAT32
-    assert model.vocab_size is not None
-    columns = -(-model.vocab_size // shape.layout.tensor)
+    columns = _columns(model, shape.layout)
     chunk = min(selected, logits_chunk_tokens(columns, on_cpu=shape.formats.on_cpu))
+    logits = chunk * logits_bytes(model, shape.layout, filtered=filtered)
+    if not backward:
+        return hidden + logits
+    # The gradient of the output matrix is summed over chunks in float32 and rounded once.
+    matrix = columns * model.hidden_size * (_FLOAT32 + e)
+    return hidden + selected * model.hidden_size * e + matrix + logits
+
+
+def logits_bytes(model: ModelConfig, layout: WorldLayout, *, filtered: bool) -> int:
+    """Return the bytes that the logits of a token need on a rank, and what is made of them."""
     copies = 4.0 if model.logits_softcap is not None else 2.0
     if filtered:  # the logits again, and the mask in bytes while it is made
         copies += 1.5
-    if not backward:
-        return hidden + int(chunk * columns * _FLOAT32 * copies)
-    # The gradient of the output matrix is summed over chunks in float32 and rounded once.
-    matrix = columns * model.hidden_size * (_FLOAT32 + e)
-    logits = int(chunk * columns * _FLOAT32 * copies)
-    return hidden + selected * model.hidden_size * e + matrix + logits
+    return int(_columns(model, layout) * _FLOAT32 * copies)
+
+
+def _columns(model: ModelConfig, layout: WorldLayout) -> int:
+    assert model.vocab_size is not None
+    return -(-model.vocab_size // layout.tensor)
 
 
 def forward_workspace(shape: LayerShape) -> int:

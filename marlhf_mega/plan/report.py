@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from marlhf_mega.config.limits import GIB
+from marlhf_mega.plan.activations import logits_bytes
 from marlhf_mega.plan.generation import Generation, replay_mask_bytes, routing_bytes
 from marlhf_mega.plan.memory import StageMemory
 from marlhf_mega.plan.parameters import whole_model_size
@@ -111,6 +112,11 @@ def _head(plan: Plan) -> list[str]:
         f"microbatch {microbatch.describe()} tokens, {work.num_microbatches} per optimizer step, "
         f"pipeline idle {plan.bubble:.0%}",
     ]
+    if work.policy.head == "language":
+        token = logits_bytes(
+            work.policy.model, work.layout, filtered=work.config.rollout.is_filtered
+        )
+        lines.append(f"log-probs: {token / 2**20:.2f} MiB for the logits of a token on a rank")
     if work.job == "ppo":
         if work.scoring.tokens > microbatch.tokens:
             lines.append(f"scoring microbatch {work.scoring.describe()} tokens")

@@ -94,8 +94,8 @@ class RolloutConfig(Section):
     """1: `ranks` generate the next batch, with weights one step old, while the others train on this
     one. 0: they wait for the newest weights."""
     cuda_graphs: bool = False
-    """Launch each decode step as one CUDA graph. The graphs, and the key-value cache with them, are
-    kept between rollouts. Not available with experts or FP8."""
+    """Launch each decode step, with the draw of its tokens, as one CUDA graph. The graphs, and the
+    key-value cache with them, are kept between rollouts. Not available with experts or FP8."""
     tensor_size: int | None = Field(None, gt=0)
     """Tensor-parallel size of generation. None means that of training."""
     pipeline_size: int | None = Field(None, gt=0)

@@ -17,6 +17,8 @@ def test_the_report_shows_both_kinds_of_ranks(disaggregated_file, tmp_path, caps
     assert "16 x 8 H100: 96 ranks train at TP8 x PP4 x DP3 + SP, bfloat16\n" in text
     assert "\n32 ranks only generate, at TP8 x PP1 x DP4: 60 sequences at a time" in text
     assert "\nGiB on a rollout rank of stage 0\n" in text
+    # Logits of 128256 / 8 tokens in float32, and their exponentials: 128256 bytes.
+    assert "\nlog-probs: 0.12 MiB for the logits of a token on a rank\n" in text
     assert "\nrollout rank " in text
     generating, training = 24.576 + found["step_seconds"]["rollout prefill"], 0.0
     for part, seconds in found["step_seconds"].items():
