@@ -108,9 +108,7 @@ def sample_tokens(
         return SampledTokens(tokens, logprobs, logprobs, None)
     if rule.temperature == 0:
         return _most_likely(logits, shard)
-    log_z = _log_sum_exp(logits)
-    if shard.group.size() > 1:
-        log_z = _log_sum_exp(gather_columns(log_z[:, None], shard.group))
+    log_z = _log_sum_exp(logits, shard)
     if rule.has_mask:
         assert second is not None
         mask = _mask(second / rule.temperature, rule, shard)
@@ -264,7 +262,12 @@ def _best_ids(logits: Tensor, count: int) -> Tensor:
     return order.topk(count, -1).indices.sort(-1).values
 
 
-def _log_sum_exp(values: Tensor) -> Tensor:
-    """Do what `logsumexp` does to finite numbers [batch, n], in 6 kernels rather than 9."""
-    highest = values.amax(-1, keepdim=True)
-    return (values - highest).exp_().sum(-1).log_().add_(highest[:, 0])
+def _log_sum_exp(values: Tensor, shard: VocabShard | None = None) -> Tensor:
+    """Do what `logsumexp` does to finite numbers [batch, n] in few kernels; or to those of all."""
+    highest = values.amax(-1)
+    if shard is not None:
+        max_over_tensor(highest, shard.group)
+    total = (values - highest[:, None]).exp_().sum(-1)
+    if shard is not None:
+        reduce_over_tensor(total, shard.group)
+    return total.log_().add_(highest)
