@@ -37,13 +37,16 @@ class LoraConfig(Section):
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Must be 0: no draw would be the same at every layout."""
+    """Share of an adapter's inputs that is dropped in passes that train; the others are multiplied
+    by 1 / (1 - dropout). In steps of 1/65536. In ppo old log-probs and values are those without:
+    the first likelihood ratio of an update is not 1."""
     targets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field((ALL,), min_length=1)
     """Projections that get an adapter: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`,
     `up_proj`, `down_proj`. `all-linear` means all of them."""
     path: Path | None = None
-    """sft, reward: a folder of peft whose adapters training goes on from; its rank, alpha and
-    targets are taken too. Other jobs need a merged model (`tools/convert_hf.py merge`)."""
+    """sft, reward: a folder of peft whose adapters training goes on from; its rank, alpha, targets
+    and, unless it is set, dropout are taken too. Other jobs need a merged model
+    (`tools/convert_hf.py merge`)."""
 
     @property
     def is_on(self) -> bool:
@@ -85,12 +88,7 @@ class LoraConfig(Section):
                     f"model.lora.targets=[{name}]: must name projections; known are "
                     f"{', '.join(known)}. Use these."
                 )
-        if self.dropout:
-            raise ValueError(
-                f"model.lora.dropout={self.dropout:g}: must be 0; what is dropped would depend on "
-                "the layout. Remove it."
-            )
-        for name in ("alpha", "rank_stabilized", "targets"):
+        for name in ("alpha", "rank_stabilized", "dropout", "targets"):
             value = getattr(self, name)
             if not (self.is_on or self.path) and value != type(self).model_fields[name].default:
                 shown = f"[{','.join(value)}]" if name == "targets" else str(value).lower()

@@ -28,11 +28,11 @@ _TASKS: dict[Head, str] = {"language": "CAUSAL_LM", "scalar": "SEQ_CLS"}
 
 
 def lora_from_peft(folder: Path, base: LoraConfig, *, key: str = "model.lora.path") -> LoraConfig:
-    """Read rank, alpha and targets of a folder.
+    """Read rank, alpha, dropout and targets of a folder.
 
     Args:
         folder: written by peft or an export of ours.
-        base: the user's section; what it sets must be that of the folder.
+        base: the user's section; what it sets must be that of the folder, except dropout.
         key: configuration key that names the folder.
 
     Raises:
@@ -51,6 +51,9 @@ def lora_from_peft(folder: Path, base: LoraConfig, *, key: str = "model.lora.pat
             rank=values.get("r"),
             alpha=values.get("lora_alpha"),
             rank_stabilized=bool(values.get("use_rslora")),
+            dropout=base.dropout
+            if "dropout" in base.model_fields_set
+            else values.get("lora_dropout") or 0.0,
             targets=tuple(sorted({str(name).split(".")[-1] for name in names})),
             path=folder,
         )
@@ -92,7 +95,7 @@ def peft_from_lora(lora: LoraConfig, head: Head, base: Path | None) -> dict[str,
         "r": lora.size,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": lora.rank_stabilized,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": [name for name in MODULES if name in lora.modules],
         "modules_to_save": ["score"] if head == "scalar" else None,
         "bias": "none",

@@ -21,6 +21,7 @@ from torch import Tensor
 from marlhf_mega.config.limits import padded_vocab_size, round_up
 from marlhf_mega.config.model import Head, ModelConfig
 from marlhf_mega.config.sections.hardware import MemoryConfig, PrecisionConfig
+from marlhf_mega.models.adapter_dropout import token_keys
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.last_layer_pruning import LastLayerPruning, can_prune
 from marlhf_mega.models.latent_head import LatentHead
@@ -105,6 +106,8 @@ class StageModel(LanguageModule):
         self.has_adapters = False
         self.base_digest: str | None = None
         """Hash of the frozen weights, where only adapters and a scalar head learn."""
+        self.dropout_seed: Tensor | None = None
+        """Set inside `dropping`."""
         # FP8 products need an aligned number of tokens on every rank that shares a sequence.
         self.token_multiple = precision.fp8_alignment
         if config.sequence_parallel:
@@ -302,6 +305,9 @@ class StageModel(LanguageModule):
         width, device = tokens.shape[1], tokens.device
         lengths = (width,) if batch.lengths is None else batch.lengths
         packing = Packing.of(lengths, width=width, device=device, context=self.context)
+        if self.dropout_seed is not None:
+            keys = token_keys(batch, packing, self.dropout_seed)
+            packing = replace(packing, dropout_keys=keys)
         if packing.share is None:
             return _OwnTokens(tokens, packing.positions, packing)
         indices = packing.share.indices

@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from marlhf_mega.config.lora import FUSED
 from marlhf_mega.config.model import ModelConfig
+from marlhf_mega.models.adapter_dropout import InputDropout
 from marlhf_mega.parallel.linear import linear
 from marlhf_mega.parallel.mesh import Group, Mesh
 
@@ -48,16 +49,17 @@ class Adapter(nn.Module):
         """Allocate both halves; B is zero.
 
         Args:
-            layer: the projection that it belongs to.
-            projection: its name inside a layer.
+            layer: that its projection belongs to.
+            projection: its name inside the layer.
             model: with `lora` on.
             mesh: this rank's mesh.
         """
         super().__init__()
-        lora, weight = model.lora, layer.weight
+        lora, weight = model.lora, layer.get_submodule(projection).weight
         rows, columns = weight.shape
         count = len(lora.adapted(projection))
-        self.scale, self.group, self.tp_size = lora.scale, mesh.groups.tp, mesh.tp_size
+        self.scale, self.group = lora.scale, mesh.groups.tp
+        self.tp_rank, self.tp_size = mesh.tp_rank, mesh.tp_size
         self.inputs_sharded = projection in _INPUTS_SHARDED
         self.sequence_parallel = mesh.parallel.sequence_parallel
         """Switched off while the model generates, as in every module."""
@@ -70,13 +72,24 @@ class Adapter(nn.Module):
         self.hook: RemovableHandle | None = None
         chosen = _chosen(projection, model, mesh).to(weight.device, weight.dtype)
         self.register_buffer("chosen", chosen, persistent=False)
+        self.dropout: InputDropout | None = None
+        if lora.dropout:
+            first = mesh.tp_rank * columns if self.inputs_sharded else 0
+            features = range(first, first + columns)
+            self.dropout = InputDropout(layer, projection, lora, features)
 
     chosen: Tensor
     """[rows or 1, adapters, 1]: 1 where a row of the output belongs to an adapter, else 0."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return what to add to the projection's output, before any norm of that."""
-        inner = _product(hidden, self.a) * self.scale
+        scale = self.scale
+        if self.dropout is not None and self.dropout.is_on:
+            cut = self.sequence_parallel and not self.inputs_sharded
+            part, parts = (self.tp_rank, self.tp_size) if cut else (0, 1)
+            hidden = self.dropout.drop(hidden, part=part, parts=parts)
+            scale *= self.dropout.factor
+        inner = _product(hidden, self.a) * scale
         if self.tp_size > 1:
             inner = self._exchange(inner)
         return _product(inner, self._spread_b())
@@ -114,7 +127,7 @@ def attach(chunk: Any, mesh: Mesh) -> None:
         for projection in FUSED:
             if chunk.model.lora.adapted(projection):
                 target = layer.get_submodule(projection)
-                adapter = Adapter(target, projection, chunk.model, mesh)
+                adapter = Adapter(layer, projection, chunk.model, mesh)
                 target.add_module(NAME, adapter)
                 # A projection with a norm adds it before that norm.
                 if not hasattr(target, "post_norm"):
@@ -137,6 +150,8 @@ def merge_for_good(chunks: Sequence[Any]) -> None:
     for adapter, layer in _pairs(chunks):
         if adapter.hook is not None:
             adapter.hook.remove()
+        if adapter.dropout is not None:
+            adapter.dropout.remove()
         delattr(layer, NAME)
     for chunk in chunks:
         chunk.has_adapters = False

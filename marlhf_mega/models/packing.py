@@ -38,6 +38,9 @@ class Packing:
     routing: Tensor | None = None
     """[layers of the chunk, seq * batch, top_k] of this rank's tokens: the experts that they go to,
     see `models.routing`; None: routers choose."""
+    dropout_keys: Tensor | None = None
+    """[seq * batch] int64 of this rank's tokens, see `models.adapter_dropout`; None: adapters drop
+    nothing."""
     qkv_format: str = "sbhd"
     """What Megatron-Core looks at: for `thd` it would rotate queries and keys in a Python loop over
     the sequences, and synchronise with the device for each."""

@@ -162,7 +162,23 @@ def _adapters_kept(shape: LayerShape) -> int:
     for projection, count in rows.items():
         if adapted := lora.adapted(projection):
             kept += len(adapted) * lora.size * (shape.tokens + count) * shape.formats.element
+            kept += _dropout_kept(shape, projection) if lora.dropout else 0
     return kept
+
+
+def _dropout_kept(shape: LayerShape, projection: str) -> int:
+    """Return the bytes of the mask over an adapter's inputs, and of inputs that are kept twice."""
+    match projection:
+        case "self_attention.linear_proj":
+            # Attention saves what it gave, and the adapter what is left of it.
+            in_parts = shape.microbatch.packed is not None or shape.layout.context > 1
+            saves = shape.formats.has_engine or not in_parts
+            saves = saves and not shape.keeps_scores and shape.model.attention_softcap is None
+            return shape.query * (1 + shape.formats.element * saves)
+        case "mlp.linear_fc2":
+            return shape.tokens * _ffn_width(shape)
+        case _:
+            return shape.residual
 
 
 def chunk_kept(

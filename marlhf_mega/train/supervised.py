@@ -16,6 +16,7 @@ from marlhf_mega.data.stream import SampleStream, WeightedStream
 from marlhf_mega.metrics import rates
 from marlhf_mega.metrics.held_out import HeldOut, SinceStart
 from marlhf_mega.metrics.reduce import MetricSums
+from marlhf_mega.models.adapter_dropout import dropping
 from marlhf_mega.models.forward import Forward
 from marlhf_mega.models.gpt import StageModel
 from marlhf_mega.models.train_state import TrainState
@@ -223,7 +224,8 @@ class SupervisedRun(Generic[Example]):
         microbatches = spec.cut(own)
         if spec.prepare is not None:
             microbatches = spec.prepare(state, microbatches)
-        losses = pipeline_forward_backward(state.chunks, microbatches, spec.forward, spec.loss)
+        with dropping(state.chunks, self.config.run.seed, step):
+            losses = pipeline_forward_backward(state.chunks, microbatches, spec.forward, spec.loss)
         result = state.step()
         # There is no other model whose passes the new weights could travel beside.
         state.wait_params()

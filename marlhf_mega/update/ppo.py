@@ -23,6 +23,7 @@ from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.experience.types import Experience
 from marlhf_mega.metrics.reduce import MetricSums
 from marlhf_mega.metrics.timing import PhaseTimers
+from marlhf_mega.models.adapter_dropout import dropping
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.forward import (
     Forward,
@@ -90,6 +91,9 @@ def ppo_update(
 ) -> None:
     """Run all epochs and minibatches of one PPO step. All ranks call it.
 
+    Old log-probs and values were computed without `model.lora.dropout`, and here adapters drop
+    inputs: the ratio of the first minibatch is then not 1, but noisy around it.
+
     Args:
         roles: the policy and, if there is one, the critic are changed.
         experience: this replica's samples, minibatch after minibatch.
@@ -108,7 +112,8 @@ def ppo_update(
             replayed=experience.routing is not None,
         )
         learning.append(policy)
-    for samples in minibatches(len(experience.prompts), config, mesh, step=step):
+    parts = minibatches(len(experience.prompts), config, mesh, step=step)
+    for number, samples in enumerate(parts):
         if not _any_counts(experience, samples, mesh):
             # Adam would move the weights by what it remembers of earlier gradients.
             for learner in learning:
@@ -118,7 +123,8 @@ def ppo_update(
         microbatches = make_microbatches(experience, samples, config, mesh)
         for learner in learning:
             state = learner.state
-            with timers(learner.role):
+            of_pass = config.run.seed, step, number, int(learner.role == "policy")
+            with timers(learner.role), dropping(state.chunks, *of_pass):
                 state.zero_grad()
                 losses = pipeline_forward_backward(
                     state.chunks, microbatches, learner.forward, learner.objective

@@ -26,9 +26,11 @@ from marlhf_mega.config.sections.hardware import ParallelConfig, PrecisionConfig
 from marlhf_mega.config.sections.training import OptimizerConfig
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.models import spec
+from marlhf_mega.models.adapter_dropout import dropping
 from marlhf_mega.models.forward import logprob_forward, make_batches, run_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks
 from marlhf_mega.models.lora import adapters_of
+from marlhf_mega.models.shared_base import build_on_base
 from marlhf_mega.models.train_state import TrainState
 from marlhf_mega.parallel.fake_mesh import fake_mesh
 from marlhf_mega.parallel.mesh import create_mesh, destroy_mesh
@@ -54,7 +56,7 @@ BASE = {
 FAMILIES = {
     "llama": {},
     "qwen3": {"qkv_bias": True, "qk_norm": True},
-    "adapters": {"qkv_bias": True, "qk_norm": True, "lora": {"rank": 4}},
+    "adapters": {"qkv_bias": True, "qk_norm": True, "lora": {"rank": 4, "dropout": 0.3}},
     "gemma": {
         "zero_centered_norm": True,
         "embedding_scale": True,
@@ -83,11 +85,17 @@ LIMITS = {
 
 def answers(model, dtype, mesh):
     precision = PrecisionConfig(dtype=dtype)
-    policy, critic = (
-        build_chunks(model, precision, mesh, head=head) for head in ("language", "scalar")
-    )
+    policy = build_chunks(model, precision, mesh, head="language")
+    fill_random(policy, mesh, seed=3)
+    if model.lora.is_on:
+        critic = build_on_base(policy, model, precision, mesh)
+        torch.nn.init.normal_(
+            critic[0].output_layer.weight, generator=torch.Generator().manual_seed(4)
+        )
+    else:
+        critic = build_chunks(model, precision, mesh, head="scalar")
+        fill_random(critic, mesh, seed=3)
     for chunks in (policy, critic):
-        fill_random(chunks, mesh, seed=3)
         fill_adapters(chunks, mesh, seed=3)
         for adapter in adapters_of(chunks):
             torch.nn.init.constant_(adapter.b, 0.1)  # of new ones it is zero
@@ -111,17 +119,26 @@ def answers(model, dtype, mesh):
         "distrib_optim_sharding_type": "fully_reshardable",
     }
     saved = policy[0].sharded_state_dict(metadata=metadata)
-    state = TrainState(policy, OptimizerConfig(), total_steps=2)
-    state.zero_grad()
-    pipeline_forward_backward(
-        state.chunks,
-        batches["padded"].microbatches,
-        logprob_forward,
-        lambda output, part: sft_loss(output[0], part.batch.response_mask),
-    )
-    found["gradient norm"] = torch.tensor(state.step().grad_norm)
+    norms = [
+        gradient_norm(policy, batches["padded"], logprob_forward, lambda output: output[0]),
+        gradient_norm(critic, batches["packed"], value_forward, lambda output: output),
+    ]
+    found["gradient norms"] = torch.tensor(norms)
     names = {getattr(value, "key", key) for key, value in saved.items()}
     return found, {name for name in names if not name.endswith("_extra_state")}, rollout.responses
+
+
+def gradient_norm(chunks, batches, forward, grid_of):
+    state = TrainState(chunks, OptimizerConfig(), total_steps=2)
+    state.zero_grad()
+    with dropping(state.chunks, 1):
+        pipeline_forward_backward(
+            state.chunks,
+            batches.microbatches,
+            forward,
+            lambda output, part: sft_loss(grid_of(output), part.batch.response_mask),
+        )
+    return state.step().grad_norm
 
 
 def compare(model, dtype, mesh):

@@ -25,6 +25,7 @@ from marlhf_mega.experience.segmentation import Segmenter
 from marlhf_mega.metrics.ppo import finish, step_sums
 from marlhf_mega.metrics.reduce import reduce_metrics
 from marlhf_mega.metrics.timing import PhaseTimers
+from marlhf_mega.models.adapter_dropout import dropping
 from marlhf_mega.models.forward import (
     both_scores_forward,
     last_state_forward,
@@ -413,7 +414,7 @@ def reward_case(config, mesh, folder, *, two_heads=False):
 
     forward = both_scores_forward if two_heads else score_forward
     losses, norms = [], []
-    for _ in range(2):
+    for step in range(2):
         state.zero_grad()
         microbatches = [
             pair_microbatch([pairs[i] for i in own[k : k + size]], mesh, packed=packed)
@@ -421,7 +422,8 @@ def reward_case(config, mesh, folder, *, two_heads=False):
         ]
         if two_heads:
             microbatches = add_length_terms(state, microbatches, mesh=mesh)
-        outputs = pipeline_forward_backward(state.chunks, microbatches, forward, loss)
+        with dropping(state.chunks, step):
+            outputs = pipeline_forward_backward(state.chunks, microbatches, forward, loss)
         losses.append(loss_of(outputs, mesh))
         norms.append(state.step().grad_norm)
     batches = make_batches(

@@ -14,6 +14,7 @@ from marlhf_mega.algorithm.losses import LossOutput
 from marlhf_mega.checkpoint.reshard import connect
 from marlhf_mega.checkpoint.weights import fill_adapters, fill_random
 from marlhf_mega.config.schema import Config
+from marlhf_mega.models.adapter_dropout import dropping
 from marlhf_mega.models.batch import SequenceBatch
 from marlhf_mega.models.forward import logprob_forward, value_forward
 from marlhf_mega.models.gpt import build_chunks
@@ -146,7 +147,8 @@ def role_case(role, work, mesh, policy):
 
     def update():
         state.zero_grad()
-        pipeline_forward_backward(state.chunks, microbatches, forward, loss)
+        with dropping(state.chunks, 1):
+            pipeline_forward_backward(state.chunks, microbatches, forward, loss)
 
     update()  # what Megatron allocates once is there
     # Messages may be freed late; the least of a few peaks is without them. Those between ranks that

@@ -58,7 +58,7 @@ def test_the_engines_layers_say_what_ours_say(found, case):
         assert answers.pop("layouts of attention") == ["sbhd"]
         assert answers.keys() == {
             *("padded log-probs", "packed log-probs", "padded values", "packed values"),
-            *("greedy", "gradient norm"),
+            *("greedy", "gradient norms"),
         }
         assert max(answers.values()) < 2e-5, answers
 

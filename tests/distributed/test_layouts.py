@@ -154,10 +154,10 @@ FILTERS = {
 MODELS["filtered"] = (QWEN, ["TP1", "TP2 PP2", "CP2 packed"])
 MODELS["nucleus"] = (QWEN, ["TP1", "TP2 PP2"])
 MODELS["masked"] = (GEMMA2, ["TP1", "TP2 PP2"])
-LORA = {"rank": 4, "alpha": 32}
+LORA = {"rank": 4, "alpha": 32, "dropout": 0.3}
 MODELS["adapters"] = (
     QWEN | {"lora": LORA},
-    ["TP1", "TP4", "PP2 VPP2 DP2 packed", "TP2 CP2 SP"],
+    ["TP1", "TP4", "PP2 VPP2 DP2 packed", "TP2 PP2 SP FP8 rows packed", "TP2 CP2 SP"],
 )
 ATTENTION = {"targets": ["q_proj", "v_proj", "o_proj"]}
 MODELS["adapters experts"] = (EXPERTS | {"lora": LORA | ATTENTION}, ["TP1", "TP2 SP EP2"])

@@ -110,7 +110,7 @@ CASES = {
         "reward": {"source": "runs/none"},
     },
     "PP2 VPP2 DP2 adapters": {
-        "model": {"num_layers": 8, "vocab_size": 300, "lora": {"rank": 8}},
+        "model": {"num_layers": 8, "vocab_size": 300, "lora": {"rank": 8, "dropout": 0.1}},
         "parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2},
         "data": TEXT,
         "rollout": SMALL | {"batch_size": 32},

@@ -20,6 +20,7 @@ from tests.distributed.ranks import JOB, run_forked
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64")
+DROPS_NOTHING = "model.lora.dropout=0"
 TP2, ONE = "parallel.tensor_size=2", "rollout.tensor_size=1"
 
 
@@ -40,7 +41,7 @@ def run(job, data, run_dir, *options, ranks=1, check=True):
         job,
         f"run.dir={run_dir}",
         *(f"tokenizer.path={data / 'tok'}", "data.max_prompt_tokens=64", "run.steps=3"),
-        *("model.lora.rank=2", "logging.tensorboard=false", *options),
+        *("model.lora.rank=2", "model.lora.dropout=0.1", "logging.tensorboard=false", *options),
         ranks=ranks,
     )
     if check:
@@ -69,15 +70,19 @@ def close(found, expected):
             assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def sft_of(data):
+    train = (f"data.train_path={data / 'sft.jsonl'}", "sft.batch_size=8", "policy.lr=1e-2")
+    return [*train, *SHAPE, TP2]
+
+
 @pytest.fixture(scope="module")
 def jobs(data):
     """Run sft, reward and ppo; the first two at TP2, the last on one rank."""
     sft, reward = data / "sft", data / "reward"
-    train = f"data.train_path={data / 'sft.jsonl'}"
-    small = ("sft.batch_size=8", "policy.lr=1e-2", "reward_model.batch_size=8")
-    run("sft", data, sft, train, *small, *SHAPE, TP2, ranks=2)
+    run("sft", data, sft, *sft_of(data), ranks=2)
     begin, train = f"model.init={sft}", f"data.train_path={data / 'pairs.jsonl'}"
-    run("reward", data, reward, begin, train, *small, "reward_model.lr=1e-2", TP2, ranks=2)
+    small = ("reward_model.batch_size=8", "reward_model.lr=1e-2")
+    run("reward", data, reward, begin, train, *small, TP2, ranks=2)
     run("ppo", data, data / "ppo", *ppo_of(data))
     return data
 
@@ -99,6 +104,19 @@ def test_the_first_policy_is_the_reference_to_the_bit_and_learns(jobs):
     assert found[-1]["eval/kl"] != 0
     assert found[1]["policy/grad_norm"] > 0
     assert found[1]["critic/grad_norm"] > 0
+
+
+def test_passes_that_train_drop_inputs(jobs, tmp_path):
+    """New adapters change no output, but what they learn is from what was not dropped."""
+    for job, options, ranks in (("sft", sft_of(jobs), 2), ("ppo", ppo_of(jobs), 1)):
+        run(job, jobs, tmp_path / job, *options, "run.steps=1", DROPS_NOTHING, ranks=ranks)
+        without, those = (
+            next(line for line in numbers(folder / job) if "policy/grad_norm" in line)
+            for folder in (tmp_path, jobs)
+        )
+        loss = "sft/loss" if job == "sft" else "rollout/score_mean"
+        assert those[loss] == pytest.approx(without[loss], rel=1e-5)
+        assert those["policy/grad_norm"] != pytest.approx(without["policy/grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +201,8 @@ def shared(jobs):
 def test_models_on_one_base_judge_as_those_that_are_merged_into_bases_of_their_own(jobs, shared):
     (start, first, *_), (same_start, same_first, *_) = map(numbers, (shared, jobs / "ppo"))
     close([start], [same_start])
-    names = ["critic/value", "critic/return_mean", "rollout/score_mean", "rollout/score_std"]
+    # Returns are made of the values before the update, in which adapters that learned drop inputs.
+    names = ["critic/return_mean", "rollout/score_mean", "rollout/score_std"]
     close([{n: first[n] for n in names}], [{n: same_first[n] for n in names}])
     state = json.loads((shared / "checkpoints" / "step_000003" / "state.json").read_text())
     digests = [state["roles"][role]["base_digest"] for role in ("policy", "critic")]

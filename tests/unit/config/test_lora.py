@@ -49,9 +49,13 @@ def test_the_scale_is_alpha_over_the_rank_or_its_root():
             "o_proj, gate_proj, up_proj, down_proj, all-linear. Use these.",
         ),
         (
-            ["model.lora.rank=4", "model.lora.dropout=0.1"],
-            "model.lora.dropout=0.1: must be 0; what is dropped would depend on the layout. Remove "
-            "it.",
+            ["model.lora.rank=4", "model.lora.dropout=1"],
+            "model.lora.dropout=1: input should be less than 1. Change the value.",
+        ),
+        (
+            ["model.lora.dropout=0.1"],
+            "model.lora.dropout=0.1: needs model.lora.rank, which is not set. Set it, or remove "
+            "dropout.",
         ),
         (
             ["model.lora.alpha=16"],

@@ -20,10 +20,13 @@ def folder_of(path, **changes):
 
 @pytest.mark.parametrize("head", ["language", "scalar"])
 def test_what_is_written_is_read_again(tmp_path, head):
-    lora = LoraConfig(rank=6, alpha=2.5, rank_stabilized=True, targets=("o_proj", "up_proj"))
+    lora = LoraConfig(
+        rank=6, alpha=2.5, rank_stabilized=True, dropout=0.1, targets=("o_proj", "up_proj")
+    )
     folder = folder_of(tmp_path / "a", **peft_from_lora(lora, head, Path("/base")))
     found = lora_from_peft(folder, LoraConfig())
     assert (found.rank, found.scale, found.modules) == (6, lora.scale, lora.modules)
+    assert found.dropout == 0.1
     assert head_of_peft(folder, key="adapters") == head
     written = peft_from_lora(lora, head, Path("/base"))
     assert written["modules_to_save"] == (["score"] if head == "scalar" else None)
@@ -47,6 +50,13 @@ def test_a_folder_decides_the_section(tmp_path):
     assert again.model.lora == lora
 
 
+def test_dropout_is_that_of_the_folder_unless_the_key_is_set(tmp_path):
+    path = f"model.lora.path={folder_of(tmp_path / 'a', lora_dropout=0.05)}"
+    assert load_config(None, [path]).model.lora.dropout == 0.05
+    assert load_config(None, [path, "model.lora.dropout=0"]).model.lora.dropout == 0
+    assert load_config(None, [path, "model.lora.dropout=0.2"]).model.lora.dropout == 0.2
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -59,6 +69,7 @@ def test_a_folder_decides_the_section(tmp_path):
         ({"target_modules": ["c_attn"]}, "known are q_proj, k_proj"),
         ({"r": None}, "adapter_config.json must give the rank r; it does not."),
         ({"r": 0}, "Input should be greater than 0"),
+        ({"lora_dropout": 1.0}, "Input should be less than 1"),
     ],
 )
 def test_other_adapters_are_refused_in_one_line(tmp_path, changes, line):

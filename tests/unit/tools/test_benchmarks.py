@@ -96,10 +96,18 @@ def test_reshard_moves_all_bytes_that_a_rank_lacks():
 
 @pytest.mark.slow
 def test_train_step_counts_every_token():
-    options = ["--microbatches", "4", "--overlap"]
+    options = ["--microbatches", "4", "--overlap", "--dtype", "float32"]
+    options += ["--lora-rank", "2", "--lora-dropout", "0.1"]
     found = json.loads(benchmark("train_step", *options).stdout.splitlines()[-1])
     median = found["seconds"]["step_s"]["median"]
     assert found["tokens_per_s"] == pytest.approx(8 * (5 + 7) / median)
+    # Of a layer: q and o 2 * 64 each, k and v 2 * 48, gate, up and down 2 * 80.
+    learn = 2 * (2 * 128 + 2 * 96 + 3 * 160)
+    sizes = found["bytes_on_rank_0"]
+    assert sizes["optimizer"] == 2 * 4 * learn
+    assert 4 * learn <= sizes["gradients"] <= 4 * (learn + 16 * 64)
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
+    assert sizes["weights"] == 4 * (2 * 64 * 32 + 2 * layer + 32 + learn)
 
 
 @pytest.mark.slow
