@@ -18,6 +18,7 @@ Where each rule stands in Megatron-Core, the same in 0.16 and 0.19:
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -180,7 +181,10 @@ def test_with_adapters_norms_are_apart_from_projections():
     attention = apart.submodules.self_attention.submodules
     assert attention.linear_qkv is TEColumnParallelLinear
     assert attention.linear_qkv is not TELayerNormColumnParallelLinear
-    assert apart.submodules.mlp.submodules.linear_fc1 is TEColumnParallelLinear
+    mlp = apart.submodules.mlp
+    # Megatron 0.19 gives a partial, 0.16 a ModuleSpec.
+    parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    assert parts.linear_fc1 is TEColumnParallelLinear
     assert apart.submodules.input_layernorm is apart.submodules.pre_mlp_layernorm is TENorm
     # Checkpoints name norms as in the fused modules.
     assert apart.submodules.sharded_state_dict_keys_map == {
