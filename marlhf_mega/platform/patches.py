@@ -3,6 +3,7 @@
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 MEGATRON = "megatron.core"
@@ -11,11 +12,16 @@ MEGATRON = "megatron.core"
 class PatchOnImport:
     """An import hook that calls `patch(module)` right after a `megatron.core` module is executed.
 
-    No other module has bound a name from it by then, so patching the module itself is enough.
+    No other module has bound a name from it by then, so patching the module itself is enough. What
+    must be different already while a module is executed, `around()` changes and restores.
     """
 
-    def __init__(self, patch: Callable[[ModuleType], None]) -> None:
-        self._patch = patch
+    def __init__(
+        self,
+        patch: Callable[[ModuleType], None],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._patch, self._around = patch, around
         self.installed = False
 
     def install(self) -> None:
@@ -44,7 +50,8 @@ class PatchOnImport:
         execute = spec.loader.exec_module
 
         def execute_and_patch(module: ModuleType) -> None:
-            execute(module)
+            with self._around():
+                execute(module)
             self._patch(module)
 
         spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]

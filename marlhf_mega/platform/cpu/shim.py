@@ -7,13 +7,14 @@ The rest of the process (torch.compile, Hugging Face models, our own code) sees 
 `torch`, `torch.cuda.is_available()` stays False everywhere, and our own code gets no slower.
 
 Only `Tensor.type` and `Tensor.cuda` are patched globally, because methods belong to a class and not
-to a module.
+to a module; and `torch.compile`, but only while Megatron modules are imported.
 """
 
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -73,10 +74,6 @@ def _patch(module: ModuleType) -> None:
     if names.get("torch") is torch:
         names["torch"] = _torch
     match module.__name__.removeprefix(MEGATRON + "."):
-        case "jit":
-            # Compiling small functions takes seconds at their first call on a CPU and gains
-            # nothing. Modules bind this name when they are imported.
-            names["jit_fuser"] = module.noop_decorator
         case "utils":
             names["local_multi_tensor_l2_norm"] = functions.l2_norm
         case "models.common.embeddings.rope_utils":
@@ -92,6 +89,25 @@ def _patch(module: ModuleType) -> None:
             names["dist_all_gather_func"] = collectives.all_gather
             names["dist_reduce_scatter_func"] = collectives.reduce_scatter
             names["_coalescing_manager"] = collectives.coalescing_manager
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Leave alone what Megatron modules decorate with `torch.compile` while they are executed.
+
+    Compiling small functions takes seconds at their first call on a CPU and gains nothing, and the
+    decorator alone loads the compiler: a second at the start of every rank.
+    """
+    before = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **options: object) -> Any:
+    return _as_it_is if function is None else function
 
 
 def _namespace(module: ModuleType, **changes: object) -> ModuleType:
@@ -227,4 +243,4 @@ def _tensor_cuda(self: torch.Tensor, *args: object, **kwargs: object) -> torch.T
 
 
 _torch = _torch_view()
-_patches = PatchOnImport(_patch)
+_patches = PatchOnImport(_patch, around=_uncompiled)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -36,3 +37,17 @@ def test_modules_are_patched_whether_imported_before_or_after(hook):
     hook.install()
     assert early.value == 2
     assert importlib.import_module("patched.importer").bound == 3
+
+
+def test_what_is_around_an_import_ends_with_it(hook, monkeypatch, tmp_path):
+    (tmp_path / "patched" / "late.py").write_text("import sys\nvalue = sys.temporary")
+
+    @contextmanager
+    def around():
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "temporary", 5, raising=False)
+            yield
+
+    patches.PatchOnImport(lambda module: None, around=around).install()
+    assert importlib.import_module("patched.importer").bound == 5
+    assert not hasattr(sys, "temporary")

@@ -76,6 +76,7 @@ def test_a_missing_psutil_is_named():
 def test_megatron_computes_on_the_cpu_and_the_rest_of_the_process_sees_no_change():
     result = run(
         """
+        import sys
         import torch
         from marlhf_mega.platform import prepare
         from marlhf_mega.platform.cpu import shim
@@ -87,6 +88,8 @@ def test_megatron_computes_on_the_cpu_and_the_rest_of_the_process_sees_no_change
             assert all(vars(owner)[name] is value for name, value in names.items())
 
         from megatron.core.optimizer import clip_grads
+        from megatron.core.transformer.moe import router  # 0.19 compiles a method of it
+        assert torch.compile is before[0]["compile"] and "torch._dynamo" not in sys.modules
         seen = clip_grads.torch
         assert seen.zeros(2, device="cuda").device.type == "cpu"
         assert seen.tensor([1.0], device=seen.cuda.current_device()).device.type == "cpu"
