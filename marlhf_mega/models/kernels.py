@@ -24,8 +24,8 @@ def kernels_in_use(model: ModelConfig, precision: PrecisionConfig, mesh: Mesh) -
             ENGINE if engine else "NVIDIA's apex", fused["gradient_accumulation_fusion"]
         ),
         "rotation": _by(ENGINE, fused["apply_rope_fusion"]),
-        # Torch's own would be compiled on a GPU; see `fusions` for the engine's.
-        "activation": _by("a kernel for CPUs", fused["bias_activation_fusion"]),
+        # Two kernels, but they keep half as much for the backward pass.
+        "activation": _by("platform/eager.py", fused["bias_activation_fusion"]),
         "attention": backend if attends else "torch",
     }
 

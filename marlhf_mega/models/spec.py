@@ -117,11 +117,11 @@ def transformer_config(
 
 def fusions(model: ModelConfig, mesh: Mesh) -> dict[str, bool]:
     """Return which kernels do several operations at once, where there are such."""
-    engine, gated = uses_transformer_engine(model, mesh), model.activation == "silu"
+    engine = uses_transformer_engine(model, mesh)
     return {
-        # Torch's own would be compiled on a GPU, and compiled again for other lengths. The engine's
-        # (use_te_activation_func) is a module that Megatron 0.16 cannot describe for a checkpoint.
-        "bias_activation_fusion": mesh.platform.name == "cpu" and gated and not engine,
+        # By `platform.eager`. The engine's own (use_te_activation_func) is a module that Megatron
+        # 0.16 cannot describe for a checkpoint.
+        "bias_activation_fusion": model.activation == "silu",
         "apply_rope_fusion": engine,
         # Products add weight gradients to the buffer that is reduced. Frozen weights have none.
         "gradient_accumulation_fusion": not model.lora.is_on and (engine or apex_accumulates()),

@@ -396,7 +396,7 @@ def _gated_kept(shape: LayerShape, width: int, tokens: int | None = None) -> int
 
 
 def _is_fused(shape: LayerShape) -> bool:
-    return shape.formats.on_cpu and shape.model.activation == "silu"
+    return shape.model.activation == "silu"
 
 
 def _experts_kept(shape: LayerShape) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy
 import torch
 
-from marlhf_mega.platform import no_transformer_engine
+from marlhf_mega.platform import eager, no_transformer_engine
 from marlhf_mega.platform.cpu import shim
 
 logger = logging.getLogger(__name__)
@@ -225,6 +225,7 @@ def prepare() -> Platform:
         _keep_freed_memory()
         _forget_products()
         shim.install()
+    eager.replace_compiled()
     if not platform.transformer_engine:
         no_transformer_engine.fill_gaps()
         if platform.has_broken_engine and local_rank() == 0:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _NORM_PIECE = 1 << 18
 
@@ -54,22 +53,6 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     rotated_a.addcmul_(b, sine_a, value=-1)
     rotated_b.addcmul_(a, sine_b)
     return rotated
-
-
-def swiglu(halves: Tensor) -> Tensor:
-    """Return silu(gate) * up for [..., gate and up], concatenated along the last dim."""
-    gate, up = halves.chunk(2, -1)
-    return F.silu(gate).mul_(up)
-
-
-def swiglu_back(grad: Tensor, halves: Tensor) -> Tensor:
-    """Return the gradient of `swiglu` with respect to its input."""
-    gate, up = halves.chunk(2, -1)
-    result = torch.empty_like(halves)
-    grad_gate, grad_up = result.chunk(2, -1)
-    torch.mul(F.silu(gate), grad, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-    return result
 
 
 def l2_norm(

@@ -79,8 +79,6 @@ def _patch(module: ModuleType) -> None:
         case "models.common.embeddings.rope_utils":
             name = "_apply_rotary_pos_emb_bshd"
             names[name] = functions.rotate_halves(names[name])
-        case "fusions.fused_bias_swiglu":
-            names |= {"swiglu": functions.swiglu, "swiglu_back": functions.swiglu_back}
         case "tensor_parallel.random":
             # The originals only queue the change until CUDA is initialised, so the tracker would
             # silently do nothing.

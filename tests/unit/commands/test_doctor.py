@@ -78,7 +78,7 @@ def test_a_rank_that_cannot_be_reached_is_a_failure():
 def test_one_rank_names_what_it_could_not_test_and_what_failed():
     done, rows = doctor("run.dir=/proc/run")
     assert done.returncode == 1
-    assert rows["kernels"].endswith("activation: a kernel for CPUs; attention: torch")
+    assert rows["kernels"].endswith("activation: platform/eager.py; attention: torch")
     assert rows["network"] == "note  only one rank: start doctor by launch/torchrun.sh"
     assert rows["shared folder"].startswith("FAIL  cannot be written: ")
 

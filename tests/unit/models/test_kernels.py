@@ -10,22 +10,22 @@ from marlhf_mega.config.sections.hardware import PrecisionConfig
 from marlhf_mega.models import spec
 from marlhf_mega.models.kernels import kernels_in_use
 
-ENGINE, NONE = "Transformer Engine", "not fused"
+ENGINE, OURS, NONE = "Transformer Engine", "platform/eager.py", "not fused"
 CHOSEN = f"{ENGINE}, precision.attention_backend=flash"
 
 
 @pytest.mark.parametrize(
     ("device", "engine", "apex", "ranks", "model", "wanted"),
     [
-        ("cpu", False, False, 1, {}, [NONE, NONE, "a kernel for CPUs", "torch"]),
+        ("cpu", False, False, 1, {}, [NONE, NONE, OURS, "torch"]),
         ("cpu", False, False, 1, {"activation": "gelu_tanh"}, [NONE, NONE, NONE, "torch"]),
-        ("cuda", False, False, 1, {}, [NONE, NONE, NONE, "torch"]),
-        ("cuda", False, True, 1, {}, ["NVIDIA's apex", NONE, NONE, "torch"]),
-        ("cuda", True, False, 1, {}, [ENGINE, ENGINE, NONE, CHOSEN]),
-        ("cuda", True, True, 1, {"lora": {"rank": 8}}, [NONE, ENGINE, NONE, CHOSEN]),
+        ("cuda", False, False, 1, {}, [NONE, NONE, OURS, "torch"]),
+        ("cuda", False, True, 1, {}, ["NVIDIA's apex", NONE, OURS, "torch"]),
+        ("cuda", True, False, 1, {}, [ENGINE, ENGINE, OURS, CHOSEN]),
+        ("cuda", True, True, 1, {"lora": {"rank": 8}}, [NONE, ENGINE, OURS, CHOSEN]),
         # Its ring has no windows, and it has no softcaps.
-        ("cuda", True, False, 2, {"sliding_window": 64}, [ENGINE, ENGINE, NONE, "torch"]),
-        ("cuda", True, False, 1, {"attention_softcap": 50.0}, [NONE, NONE, NONE, "torch"]),
+        ("cuda", True, False, 2, {"sliding_window": 64}, [ENGINE, ENGINE, OURS, "torch"]),
+        ("cuda", True, False, 1, {"attention_softcap": 50.0}, [NONE, NONE, OURS, "torch"]),
     ],
 )
 def test_what_is_fused_and_by_whom(monkeypatch, device, engine, apex, ranks, model, wanted):

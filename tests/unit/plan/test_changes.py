@@ -69,7 +69,7 @@ def test_fewer_slots_are_offered_for_a_cache_that_does_not_fit():
 def test_only_ranks_that_lack_memory_are_changed():
     training = planned_disaggregated({"ppo.microbatch_size": 8})
     assert training.worst.where == "stage 0, update"
-    assert smallest_change(training)[0] == {"ppo.microbatch_size": 2}
+    assert smallest_change(training)[0] == {"ppo.microbatch_size": 4}
     keys, changed = smallest_change(
         planned_disaggregated({"ppo.microbatch_size": 8, "rollout.tensor_size": 1})
     )
