@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Makes the environment, then lints and runs all tests. Arguments go to pytest.
 # --vllm: makes another one, with vLLM for CPUs, and runs the tests that need it.
+# --with-vllm: both, one after the other.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
+if [[ ${1-} == --with-vllm ]]; then
+    plain=0
+    bash tests/run.sh "${@:2}" || plain=$?
+    bash tests/run.sh --vllm || exit
+    exit "$plain"
+fi
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
 # Tests start several ranks at once: one thread each.
