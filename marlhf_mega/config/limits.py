@@ -107,6 +107,14 @@ def expert_bytes(num_experts: int) -> int:
     return 1 if num_experts < 256 else 2
 
 
+def engine_candidates(top_k: int) -> int:
+    """Return how many tokens of a position a vLLM engine is asked for: all that it has kept.
+
+    It keeps those that tie with the k-th too, which in bfloat16 are a few.
+    """
+    return 2 * top_k + 8
+
+
 def logits_chunk_tokens(num_columns: int, *, on_cpu: bool) -> int:
     """Return how many tokens a rank computes its `num_columns` logits for at a time."""
     tokens = max(16, LOGITS_CHUNK_ELEMENTS // num_columns)

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from marlhf_mega.config.schema import Config
 
+MOST_KEPT = 256
+"""Largest top-k: vLLM returns every kept token as an object of Python."""
+
 
 def vllm_problems(config: Config, *, learns: bool) -> Iterator[str]:
     """Describe what does not go together with `rollout.engine=vllm`, one line each.
@@ -25,15 +28,27 @@ def vllm_problems(config: Config, *, learns: bool) -> Iterator[str]:
             f"rollout.pipeline_size={rollout.pipeline_size}: an engine of rollout.engine=vllm has "
             "tensor-parallel ranks only. Use rollout.tensor_size, or rollout.engine=own."
         )
-    if learns and rollout.is_filtered:
-        key = f"top_k={rollout.top_k}" if rollout.top_k else f"top_p={rollout.top_p:g}"
-        yield (
-            f"rollout.{key}: ppo must know which tokens it kept, which rollout.engine=vllm does "
-            "not tell. Remove it, or use rollout.engine=own."
-        )
+    if learns and rollout.is_filtered and rollout.mask_interval is None:
+        yield from _filter_problems(config)
     tensor, width = config.rollout_parallel.tensor_size, model.expert_ffn_hidden_size
     if model.num_experts and width and width % tensor:
         yield (
             f"rollout.tensor_size={tensor}: rollout.engine=vllm splits experts, so it must divide "
             f"model.expert_ffn_hidden_size={width}. Use another one."
+        )
+
+
+def _filter_problems(config: Config) -> Iterator[str]:
+    """Describe which filters samples to learn from cannot have: their kept tokens are needed."""
+    rollout = config.rollout
+    if not 0 < rollout.top_k <= MOST_KEPT:
+        yield (
+            f"rollout.top_k={rollout.top_k}: must be from 1 to {MOST_KEPT} with filters in ppo and "
+            "rollout.engine=vllm, which hands over each token that is kept. Set it so, or use "
+            "rollout.engine=own."
+        )
+    if config.ppo.old_logprobs == "sampler":
+        yield (
+            "ppo.old_logprobs=sampler: filters of rollout.engine=vllm leave log-probs among the "
+            "kept tokens only, and the KL penalty compares others. Use ppo.old_logprobs=trainer."
         )

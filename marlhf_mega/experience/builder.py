@@ -353,9 +353,9 @@ def _add_experience(
         entropy=passes.entropy,
         mask=mask,
     )
-    if rollout.full_logprobs is not None:
-        full = rollout.full_logprobs
-        add_kept(sums, logprobs=rollout.logprobs, full_logprobs=full, mask=mask)
+    if rollout.kept is not None:
+        old, full = passes.old_logprobs, passes.full_logprobs
+        add_kept(sums, logprobs=old, full_logprobs=full, mask=mask)
     add_macro_actions(sums, lengths=actions.lengths, mask=mask, num_fallbacks=num_fallbacks)
     values, returns = experience.old_values, experience.returns
     if values is not None and returns is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from marlhf_mega.config.limits import (
     GIB,
     PREFILL_TOKENS,
+    engine_candidates,
     expert_bytes,
     paged_cache_bytes,
     replay_mask_row_bytes,
@@ -115,6 +116,8 @@ def replay_mask_bytes(work: Workload) -> int:
     if work.job != "ppo" or not settings.is_filtered:
         return 0
     row = replay_mask_row_bytes(top_k=settings.top_k, vocab_size=vocab_size)
+    if settings.engine == "vllm":
+        row = 4 * engine_candidates(settings.top_k)
     return _kept_samples(work) * settings.max_response_tokens * row
 
 

@@ -1,15 +1,12 @@
 """A vLLM engine in the processes that train: start, fresh weights, requests, rest.
 
-All that knows vLLM is here. Its `external_launcher` makes one engine on every rank, which forms
-tensor-parallel groups of neighbouring ranks in the world that is there; these groups are replicas
-that know nothing of each other. Read with vLLM 0.32.
+All that knows vLLM is here and in the modules beside it. Its `external_launcher` makes one engine
+on every rank, which forms tensor-parallel groups of neighbouring ranks in the world that is there;
+these groups are replicas that know nothing of each other. Read with vLLM 0.32.
 """
 
 import gc
 import json
-import logging
-import os
-import random
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,22 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from marlhf_mega.parallel.mesh import Mesh
-from marlhf_mega.platform import current
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
-
-_SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CONFIGURE_LOGGING": "0",
-    # Ranks choose their threads themselves.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+from marlhf_mega.rollout.vllm_process import (
+    import_vllm,
+    keep_to_gloo,
+    launched_as,
+    unchanged_process,
+)
+from marlhf_mega.rollout.vllm_requests import (
+    EngineRequest,
+    EngineResponse,
+    extend,
+    sampling_params,
+)
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
@@ -51,24 +50,8 @@ class EngineOptions:
     """Neither compile nor record graphs."""
     prefix_caching: bool
     """Keep keys and values of common beginnings of prompts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineRequest:
-    """One response that is wanted."""
-
-    prompt: list[int]
-    max_tokens: int
-    seed: int
-    """Decides all draws of the response; from 0 to below 2^63."""
-
-
-@dataclass(kw_only=True)
-class EngineResponse:
-    """What the engine drew, while it grows and when it has ended."""
-
-    tokens: list[int]
-    logprobs: list[float]
+    verify_interval: int | None
+    """Loads after which what has arrived is compared again; None: only the first time."""
 
 
 class VllmEngine:
@@ -86,15 +69,17 @@ class VllmEngine:
             options: sizes.
         """
         self._on_gpu = mesh.platform.name == "cuda"
-        self._tensor_rank, self._is_checked = mesh.tp_rank, False
+        self._tensor_rank, self._num_loads = mesh.tp_rank, 0
+        self._verify_interval, self._eager = options.verify_interval, options.eager
+        self._vocab_size = int(config["vocab_size"])
         with ExitStack() as stack:
-            stack.enter_context(_unchanged_process())
-            stack.enter_context(_launched_as(mesh))
+            stack.enter_context(unchanged_process(eager=self._eager))
+            stack.enter_context(launched_as(mesh))
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="marlhf-vllm-")))
             (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
             if not self._on_gpu:
                 import_vllm()
-                _keep_to_gloo()
+                keep_to_gloo()
             self._llm = _start(folder, dtype, mesh, options, on_gpu=self._on_gpu)
         # It would end the world, which is ours, with the engine.
         self._llm.llm_engine.engine_core._finalizer.detach()
@@ -135,12 +120,15 @@ class VllmEngine:
         Returns:
             A response to each, the end token included, with log-probs under the distribution that
             its tokens were drawn from.
+
+        Raises:
+            RuntimeError: more tokens than the engine was asked for are as likely as the k-th.
         """
         engine = self._llm.llm_engine
         found = [EngineResponse(tokens=[], logprobs=[]) for _ in requests]
-        with _unchanged_process():
+        with unchanged_process(eager=self._eager):
             for number, request in enumerate(requests):
-                params = _sampling_params(request, rule, stop)
+                params = sampling_params(request, rule, stop, vocab_size=self._vocab_size)
                 prompt = {"type": "token", "prompt_token_ids": request.prompt}
                 engine.add_request(str(number), prompt, params)
             running = set(range(len(requests)))
@@ -149,7 +137,7 @@ class VllmEngine:
                     number = int(output.request_id)
                     if number not in running:
                         continue
-                    _extend(found[number], output.outputs[0], stop)
+                    extend(found[number], output.outputs[0], rule, stop)
                     if output.finished or stop.is_met(found[number].tokens):
                         running.remove(number)
                     if not output.finished and number not in running:
@@ -172,9 +160,11 @@ class VllmEngine:
         del self._llm
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load weights; the first time, look whether what can be compared has arrived."""
+        """Load weights; when it is time, look whether what can be compared has arrived."""
         expected: dict[str, Tensor] = {}
-        arriving = iter(weights) if self._is_checked else _noting(weights, expected)
+        interval = self._verify_interval
+        is_due = self._num_loads % interval == 0 if interval else self._num_loads == 0
+        arriving = _noting(weights, expected) if is_due else iter(weights)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": arriving})
         found = dict(self._model.named_parameters())
         for name, values in expected.items():
@@ -188,7 +178,7 @@ class VllmEngine:
                     f"rollout.engine=vllm: {name} must have its trained values in the engine; it "
                     "has others. Use rollout.engine=own, and report this with the version of vLLM."
                 )
-        self._is_checked = True
+        self._num_loads += 1
 
     def _forget_packed_experts(self) -> None:
         """Let experts be packed again: on CPUs that is done with the first weights only."""
@@ -208,17 +198,6 @@ class VllmEngine:
         core = self._llm.llm_engine.engine_core.engine_core
         model: torch.nn.Module = core.model_executor.driver_worker.worker.model_runner.model
         return model
-
-
-def import_vllm() -> Any:
-    """Import vLLM, with what it reads from the environment set; the first time takes seconds."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import vllm
-
-    # It warns of tokenizers, of which it needs none, and of weights that are computed.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    return vllm
 
 
 def _noting(
@@ -250,74 +229,7 @@ def _start(
         enable_prefix_caching=options.prefix_caching,
         enable_sleep_mode=on_gpu,
         logprobs_mode="processed_logprobs",
+        max_logprobs=-1,
         disable_log_stats=True,
         seed=0,
     )
-
-
-def _sampling_params(request: EngineRequest, rule: SamplingRule, stop: StopRule) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    return SamplingParams(
-        temperature=rule.temperature,
-        top_k=rule.top_k,
-        top_p=rule.top_p,
-        seed=request.seed,
-        max_tokens=request.max_tokens,
-        ignore_eos=True,
-        stop_token_ids=sorted(stop.end_ids),
-        logprobs=0,
-        detokenize=False,
-        # Texts that end a response are looked for here, as the engine has no tokenizer.
-        output_kind=RequestOutputKind.DELTA if stop.texts else RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _extend(response: EngineResponse, output: Any, stop: StopRule) -> None:
-    """Add tokens, as far as the one that ends the response."""
-    for token, row in zip(output.token_ids, output.logprobs, strict=True):
-        response.tokens.append(token)
-        response.logprobs.append(row[token].logprob)
-        if stop.texts and stop.is_met(response.tokens):
-            return
-
-
-@contextmanager
-def _unchanged_process() -> Iterator[None]:
-    """Give random states and the choice of threads back as they were: vLLM changes both."""
-    states, here = (random.getstate(), numpy.random.get_state()), current()
-    set_num_threads = torch.set_num_threads
-    try:
-        with torch.random.fork_rng([here.device] if here.name == "cuda" else []):
-            yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_num_threads = set_num_threads
-
-
-@contextmanager
-def _launched_as(mesh: Mesh) -> Iterator[None]:
-    """Tell vLLM its place in this world: with ranks that only generate the launch has two."""
-    before = dict(os.environ)
-    for name, value in {"LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
-        os.environ.setdefault(name, str(value))  # without torchrun; the world is there already
-    os.environ |= {"RANK": str(mesh.rank), "WORLD_SIZE": str(mesh.world_size)}
-    try:
-        yield
-    finally:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name)
-            if name in before:
-                os.environ[name] = before[name]
-
-
-def _keep_to_gloo() -> None:
-    """Keep engines on CPUs from shared memory.
-
-    Its name is the same for all runs of a machine, a crash leaves it behind, and a rank whose peer
-    has died waits in it for ever.
-    """
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda _: False

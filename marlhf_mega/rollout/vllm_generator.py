@@ -8,10 +8,12 @@ from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 
 from marlhf_mega.algorithm.counter_rng import fold
+from marlhf_mega.config.limits import engine_candidates
 from marlhf_mega.parallel.mesh import Mesh
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import Rollout, RolloutOptions
-from marlhf_mega.rollout.vllm_engine import EngineRequest, VllmEngine
+from marlhf_mega.rollout.vllm_engine import VllmEngine
+from marlhf_mega.rollout.vllm_requests import EngineRequest, EngineResponse
 
 
 class VllmGenerator:
@@ -41,7 +43,6 @@ class VllmGenerator:
         index): the tokens are others than our decoder's, and the same in every run. It decides
         itself how many it decodes together: `options.slots` is not read.
         """
-        assert not options.rule.records_kept, "config/checks.py refuses filters in ppo"
         indices = torch.tensor(list(sample_indices), dtype=torch.int64)
         seeds = fold(options.seed, options.step, indices) & (2**63 - 1)
         requests = [
@@ -59,7 +60,18 @@ class VllmGenerator:
             sample_indices=list(sample_indices),
             logprobs=logprobs,
             full_logprobs=unknown,
+            kept=_masks(found, options.rule.top_k) if options.rule.records_kept else None,
         )
+
+
+def _masks(responses: Sequence[EngineResponse], top_k: int) -> Tensor:
+    """Return rows of `write_mask`, [batch, response, width] int32 on the CPU."""
+    longest = max((len(response.tokens) for response in responses), default=1)
+    rows = torch.full((len(responses), longest, engine_candidates(top_k)), -1, dtype=torch.int32)
+    for masks, response in zip(rows, responses, strict=True):
+        for mask, ids in zip(masks, response.kept, strict=False):
+            mask[: len(ids)] = torch.tensor(ids)
+    return rows
 
 
 def _grid(rows: list[list[float]], device: torch.device) -> Tensor:

@@ -147,6 +147,7 @@ def start_vllm(config: Config, mesh: Mesh, *, stop: StopRule) -> VllmGenerator:
         ),
         eager=settings.vllm.enforce_eager,
         prefix_caching=settings.vllm.prefix_caching,
+        verify_interval=settings.vllm.verify_interval,
     )
     written = hf_config_from_model(config.model, dtype=str(dtype).removeprefix("torch."))
     engine = VllmEngine(written, dtype, mesh, options)

@@ -64,7 +64,7 @@ SETTINGS = {
         "ppo",
         {
             "model": {"head_dim": 32},
-            "rollout": {"engine": "vllm", "vllm": {"enforce_eager": True}},
+            "rollout": {"engine": "vllm", "top_k": 8, "vllm": {"enforce_eager": True}},
         },
         (),
     ),

@@ -11,8 +11,16 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from marlhf_mega.algorithm.counter_rng import fold, uniform
+from marlhf_mega.checkpoint.hf.parameters import adapter_parameters, find_shards
 from marlhf_mega.checkpoint.hf.table import WeightTable
-from marlhf_mega.checkpoint.weights import fill_random
+from marlhf_mega.checkpoint.weights import (
+    adapter_table_of,
+    elements_of,
+    fill_adapters,
+    fill_random,
+    layout_of,
+)
 from marlhf_mega.config.schema import Config
 from marlhf_mega.data.microbatch import MicrobatchLimit
 from marlhf_mega.models.forward import logprob_forward, make_batches, run_forward
@@ -26,7 +34,7 @@ from marlhf_mega.rollout.types import RolloutOptions
 from marlhf_mega.train.generation import build_generator
 from tests.distributed.layouts_ranks import EOS, by_sample, texts
 
-BATCH, LIMIT = 8, 12
+BATCH, LIMIT, DRAWS = 8, 12, 512
 
 
 def config_for(case):
@@ -34,17 +42,29 @@ def config_for(case):
         {
             "model": case["model"],
             "parallel": case["parallel"],
-            "precision": {"dtype": "float32"},
+            "precision": {"dtype": case.get("dtype", "float32")},
             "data": {"max_prompt_tokens": 12},
             "rollout": {
                 "batch_size": BATCH,
                 "max_response_tokens": LIMIT,
                 "engine": "vllm",
-                "vllm": {"enforce_eager": True},
+                "vllm": {"enforce_eager": True, "verify_interval": 1},
                 **case["rollout"],
             },
         }
     )
+
+
+@torch.no_grad()
+def fill(policy, mesh, seed):
+    """Draw weights, and adapters that change them: their second factor starts at zero."""
+    fill_random(policy, mesh, seed=seed)
+    fill_adapters(policy, mesh, seed=seed)
+    table, layout = adapter_table_of(policy), layout_of(mesh, policy[0].model)
+    for local, shard in find_shards(adapter_parameters(policy), table, layout):
+        if local.name.endswith(".b"):
+            for values, key, index in elements_of(local.tensor, shard, table):
+                values.copy_(0.1 * (uniform(fold(seed, key, index)) - 0.5))
 
 
 def random_states():
@@ -57,7 +77,7 @@ class Run:
     def __init__(self, config, mesh, stop):
         self.mesh = mesh
         self.policy = build_chunks(config.model, config.precision, mesh, head="language")
-        fill_random(self.policy, mesh, seed=1)
+        fill(self.policy, mesh, 1)
         before, set_threads = random_states(), torch.set_num_threads
         self.generator, self.moves = build_generator(self.policy, config, mesh, stop=stop)
         self.own = Generator(self.policy, mesh, stop=stop)
@@ -74,10 +94,12 @@ class Run:
 
     def gap(self, rollout, temperature=1.0):
         """Largest difference of the sampler's log-probs from those of a training pass."""
-        limit = MicrobatchLimit(sequences=4)
-        batches = make_batches(rollout.prompts, rollout.responses, limit=limit, mesh=self.mesh)
-        forward = partial(logprob_forward, temperature=temperature)
-        found = run_forward(self.policy, batches, forward, leading=(2,))[0]
+        limit, filtered = MicrobatchLimit(sequences=4), rollout.kept is not None
+        batches = make_batches(
+            rollout.prompts, rollout.responses, limit=limit, mesh=self.mesh, kept=rollout.kept
+        )
+        forward = partial(logprob_forward, temperature=temperature, filtered=filtered)
+        found = run_forward(self.policy, batches, forward, leading=(3 if filtered else 2,))[0]
         mask = rollout.response_mask(found.device)
         gap = ((found - rollout.logprobs) * mask).abs().max()
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
@@ -87,12 +109,22 @@ class Run:
         return by_sample(self.indices, values, self.mesh)
 
 
+def kept_counts(rollout):
+    """Return how many tokens were kept for each token of each response."""
+    counts = (rollout.kept >= 0).sum(-1)
+    return [row[: len(r)].tolist() for row, r in zip(counts, rollout.responses, strict=True)]
+
+
 def compare(run):
     """Greedy answers of both, and how far log-probs are from training's."""
     greedy = run.rollout(run.generator, temperature=0.0)
     wanted = run.rollout(run.own, temperature=0.0)
     sampled = run.rollout(run.generator, temperature=0.7)
+    some = run.rollout(run.generator, temperature=0.7, top_k=6, record_kept=True)
+    fewer = run.rollout(run.generator, temperature=0.7, top_k=6, top_p=0.6, record_kept=True)
     return {
+        "kept": [run.gathered(kept_counts(rollout)) for rollout in (some, fewer)],
+        "kept_gap": max(run.gap(some, 0.7), run.gap(fewer, 0.7)),
         "greedy": run.gathered(greedy.responses),
         "greedy_own": run.gathered(wanted.responses),
         "finished": run.gathered(greedy.finished),
@@ -129,17 +161,34 @@ def ended(run):
     }
 
 
+def drawn(run, vocab_size):
+    """Return how often each token follows a prompt, and its probability by a training pass."""
+    prompt, indices = [7, 9, 11], local_indices(DRAWS, DRAWS, run.mesh)
+    rule = SamplingRule(temperature=0.7)
+    options = RolloutOptions(rule=rule, max_response_tokens=1, seed=11, step=3)
+    found = run.generator.generate([prompt] * len(indices), indices, options)
+    tokens = by_sample(indices, [response[0] for response in found.responses], run.mesh)
+    counts = torch.bincount(torch.tensor(tokens), minlength=vocab_size)
+    responses = [[token] for token in range(vocab_size)]
+    limit = MicrobatchLimit(sequences=vocab_size)
+    batches = make_batches([prompt] * vocab_size, responses, limit=limit, mesh=run.mesh)
+    forward = partial(logprob_forward, temperature=0.7)
+    logprobs = run_forward(run.policy, batches, forward, leading=(2,))[0][:, 0]
+    return {"counts": counts.tolist(), "probabilities": logprobs.exp().tolist()}
+
+
 def whole(case, config, mesh):
     run = Run(config, mesh, StopRule(frozenset({EOS})))
     states = [compare(run)]
     for seed in (2, 3):
-        fill_random(run.policy, mesh, seed=seed)
+        fill(run.policy, mesh, seed)
         states.append(compare(run))
     again = run.gathered(run.rollout(run.generator, temperature=0.7).responses)
     found = {
         "states": states,
         "again": again,
         "ended": ended(run),
+        "drawn": drawn(run, config.model.vocab_size) if case["draws"] else None,
         "untouched": run.untouched,
         "bytes": run.moves.total_bytes,
         "seconds": run.moves.seconds,

@@ -1,8 +1,10 @@
 """A real vLLM engine against our decoder and a training pass: dense, tied and expert models."""
 
 import json
+from itertools import chain
 
 import pytest
+import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.vllm.installed import needs_vllm
@@ -43,19 +45,23 @@ CASES = {
     ),
     "gemma2": (GEMMA, TP2_PP2, {"tensor_size": 2}),
     "mixtral": (EXPERTS, {"pipeline_size": 2, "expert_size": 2}, {"tensor_size": 2}),
+    "adapters": ({"architecture": "llama", "lora": {"rank": 4}}, TP2_PP2, {"tensor_size": 2}),
 }
+ROUNDED = ({"architecture": "llama"}, TP2_PP2, {"tensor_size": 2})
+"""In bfloat16, where the two decoders round differently."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Run every case in one start of 4 ranks; each has an engine of its own."""
     cases = [
-        {"model": BASE | model, "parallel": parallel, "rollout": rollout}
-        for model, parallel, rollout in CASES.values()
+        {"model": BASE | model, "parallel": parallel, "rollout": rollout, "draws": not number}
+        for number, (model, parallel, rollout) in enumerate([*CASES.values(), ROUNDED])
     ]
+    cases[-1]["dtype"] = "bfloat16"
     out = tmp_path_factory.mktemp("vllm") / "4.json"
     found = run_ranks("../vllm/engine_ranks.py", 4, out, json.dumps(cases), timeout=900)
-    return dict(zip(CASES, found, strict=True))
+    return dict(zip([*CASES, "bfloat16"], found, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,9 +74,46 @@ def test_greedy_answers_equal_those_of_our_decoder_before_and_after_updates(resu
     assert len(set(answers)) == len(states) == 3
 
 
+def test_draws_follow_the_distribution(results):
+    """Chi-squared over the tokens of which five draws or more are to be expected."""
+    found = results["llama"]["drawn"]
+    counts, probabilities = (torch.tensor(found[name]).double() for name in sorted(found))
+    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+    expected = probabilities * counts.sum()
+    often = expected >= 5
+    freedom = int(often.sum())
+    assert freedom > 10
+    squares = ((counts - expected) ** 2 / expected)[often].sum()
+    assert abs(squares - freedom) < 3 * (2 * freedom) ** 0.5
+
+
+def test_in_bfloat16_they_differ_by_rounding_alone(results):
+    """A response goes another way where two tokens are about as likely: few do.
+
+    Logits that are equal are common. All that tie with the k-th are kept, and recorded.
+    """
+    states = results["bfloat16"]["states"]
+    equal = [a == b for s in states for a, b in zip(s["greedy"], s["greedy_own"], strict=True)]
+    assert sum(equal) >= len(equal) * 2 / 3
+    assert max(state["kept_gap"] for state in states) < 6e-2
+    counts = {n for state in states for row in state["kept"][0] for n in row}
+    assert min(counts) == 6 < max(counts)
+    assert 1e-5 < max(state["gap"] for state in states) < 6e-2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logprobs_equal_those_of_a_training_pass(results, name):
     assert max(state["gap"] for state in results[name]["states"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_renormalises_over_the_tokens_that_filters_kept(results, name):
+    """A token more or less would change log-probs by its share of the probability."""
+    for state in results[name]["states"]:
+        some, fewer = ([*chain.from_iterable(counts)] for counts in state["kept"])
+        assert set(some) == {6}
+        assert 0 < min(fewer) < max(fewer) <= 6
+        assert state["kept_gap"] < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -34,6 +34,9 @@ class VllmConfig(Section):
     """Neither compile the model nor record CUDA graphs: starts sooner, decodes slower."""
     prefix_caching: bool = True
     """Read common beginnings of prompts once, as of the responses to one prompt."""
+    verify_interval: int | None = Field(None, gt=0)
+    """Compare embedding and norms with the trained ones in every so many-th load of weights. None:
+    in the first alone, as comparing holds the whole embedding once more. 1 to look for a fault."""
 
 
 class RolloutConfig(Section):
@@ -48,7 +51,8 @@ class RolloutConfig(Section):
     which ppo does not allow."""
     top_k: int = Field(0, ge=0)
     """Sample among the k most likely tokens. 0 means all. ppo renormalises the policy's log-probs
-    over the tokens that `top_k` and `top_p` kept, which takes 4 k bytes of host memory a token."""
+    over the tokens that `top_k` and `top_p` kept, which takes 4 k bytes of host memory a token.
+    With `engine=vllm` ppo takes twice as much, needs it beside `top_p`, and 256 is the most."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample among the smallest set of tokens with this total probability. Without `top_k` ppo
     keeps one bit per token of the vocabulary for each response token, in host memory."""

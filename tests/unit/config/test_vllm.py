@@ -19,11 +19,12 @@ EXPERTS = {
 }
 
 
-def config_for(model=None, parallel=None, **rollout):
+def config_for(model=None, parallel=None, ppo=None, **rollout):
     return Config.model_validate(
         {
             "model": model or {},
             "parallel": parallel or {},
+            "ppo": ppo or {},
             "rollout": {"engine": "vllm"} | rollout,
         }
     )
@@ -44,13 +45,18 @@ def config_for(model=None, parallel=None, **rollout):
         ),
         (
             config_for(top_p=0.9),
-            "rollout.top_p=0.9: ppo must know which tokens it kept, which rollout.engine=vllm does "
-            "not tell. Remove it, or use rollout.engine=own.",
+            "rollout.top_k=0: must be from 1 to 256 with filters in ppo and rollout.engine=vllm, "
+            "which hands over each token that is kept. Set it so, or use rollout.engine=own.",
         ),
         (
-            config_for(top_k=5),
-            "rollout.top_k=5: ppo must know which tokens it kept, which rollout.engine=vllm does "
-            "not tell. Remove it, or use rollout.engine=own.",
+            config_for(top_k=257),
+            "rollout.top_k=257: must be from 1 to 256 with filters in ppo and rollout.engine=vllm, "
+            "which hands over each token that is kept. Set it so, or use rollout.engine=own.",
+        ),
+        (
+            config_for(top_k=256, ppo={"old_logprobs": "sampler"}),
+            "ppo.old_logprobs=sampler: filters of rollout.engine=vllm leave log-probs among the "
+            "kept tokens only, and the KL penalty compares others. Use ppo.old_logprobs=trainer.",
         ),
         (
             config_for(EXPERTS, tensor_size=5),
@@ -68,6 +74,10 @@ def test_what_an_engine_cannot_do_is_refused_in_one_line(config, text):
 
 def test_filters_are_taken_where_nothing_is_learned_from_the_samples():
     assert list(vllm_problems(config_for(top_p=0.9), learns=False)) == []
+
+
+def test_filters_that_keep_few_tokens_are_taken_in_ppo():
+    assert list(vllm_problems(config_for(top_k=256, top_p=0.9), learns=True)) == []
 
 
 def test_pairs_of_the_policy_itself_are_drawn_where_it_trains():

@@ -33,6 +33,9 @@ def test_masks_of_filters_are_counted_where_there_are_any():
     top_p = planned({"rollout.top_p": 0.9}).work
     assert replay_mask_bytes(top_p) == share * 128256 // 8
     # To filter it, every rank holds the batch of all.
+    # vLLM keeps those that tie with the 50th, for which there is room.
+    by_engine = {"rollout.engine": "vllm", "rollout.pipeline_size": None, "rollout.top_k": 50}
+    assert replay_mask_bytes(planned(by_engine).work) == share * (2 * 50 + 8) * 4
     filtered = planned({"rollout.top_k": 50, "rollout.filter": "pf_ppo"}).work
     assert replay_mask_bytes(filtered) == (share + share * 4) * 50 * 4
 

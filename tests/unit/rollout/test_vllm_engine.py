@@ -1,6 +1,5 @@
 """What is done around vLLM, with a stand-in for it; tests/vllm/ has the real one."""
 
-import os
 import random
 from types import SimpleNamespace
 
@@ -11,7 +10,8 @@ from torch import nn
 from marlhf_mega.rollout import vllm_engine
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
-from marlhf_mega.rollout.vllm_engine import EMBEDDING_NAME, EngineRequest, VllmEngine
+from marlhf_mega.rollout.vllm_engine import EMBEDDING_NAME, VllmEngine
+from marlhf_mega.rollout.vllm_requests import EngineRequest
 
 RULE = SamplingRule(temperature=1.0)
 
@@ -73,10 +73,11 @@ class Llm:
         return self.script.pop(0)
 
 
-def engine_with(llm, *, on_gpu=False):
+def engine_with(llm, *, on_gpu=False, verify_interval=None):
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm, engine._on_gpu, engine._tensor_rank = llm, on_gpu, 1
-    engine._is_checked = False
+    engine._num_loads, engine._verify_interval = 0, verify_interval
+    engine._vocab_size, engine._eager = 32, True
     return engine
 
 
@@ -123,15 +124,33 @@ def test_weights_that_do_not_arrive_are_found_the_first_time():
     )
 
 
+@pytest.mark.parametrize(("interval", "found"), [(None, [0]), (1, [0, 1, 2, 3]), (3, [0, 3])])
+def test_later_weights_are_compared_at_the_interval_that_is_asked(interval, found):
+    llm = Llm()
+    engine = engine_with(llm, verify_interval=interval)
+    seen = []
+    for load in range(4):
+        llm.broken = True
+        try:
+            engine._load(weights())
+        except RuntimeError:
+            seen.append(load)
+            engine._num_loads += 1  # a run would have ended
+    assert seen == found
+
+
 def output(number, *tokens, finished=False):
-    rows = [{token: SimpleNamespace(logprob=-float(token))} for token in tokens]
-    part = SimpleNamespace(token_ids=tokens, logprobs=rows)
+    places = list(range(len(tokens) + 1))
+    logprobs = SimpleNamespace(
+        start_indices=places[:-1], end_indices=places[1:], logprobs=[-float(t) for t in tokens]
+    )
+    part = SimpleNamespace(token_ids=tokens, logprobs=logprobs)
     return SimpleNamespace(request_id=str(number), outputs=[part], finished=finished)
 
 
 def test_a_text_ends_a_response_with_the_token_that_completes_it(monkeypatch):
     """Tokens are letters: `bc` may come in one piece with more behind it."""
-    monkeypatch.setattr(vllm_engine, "_sampling_params", lambda *_: None)
+    monkeypatch.setattr(vllm_engine, "sampling_params", lambda *_, **__: None)
     llm = Llm()
     llm.script = [
         [output(0, 1), output(1, 2)],
@@ -147,14 +166,3 @@ def test_a_text_ends_a_response_with_the_token_that_completes_it(monkeypatch):
     assert llm.aborted == ["1"]
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-
-
-def test_its_place_in_the_launch_is_told_for_as_long_as_it_starts(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    before = dict(os.environ)
-    with vllm_engine._launched_as(SimpleNamespace(rank=1, world_size=2)):
-        assert [os.environ[name] for name in ("RANK", "WORLD_SIZE")] == ["1", "2"]
-        assert os.environ["LOCAL_RANK"] == "0"
-    assert dict(os.environ) == before

@@ -2,14 +2,14 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
+from marlhf_mega.algorithm.replay_mask import read_mask
 from marlhf_mega.rollout.sampling import SamplingRule
 from marlhf_mega.rollout.stops import StopRule
 from marlhf_mega.rollout.types import RolloutOptions
-from marlhf_mega.rollout.vllm_engine import EngineResponse
 from marlhf_mega.rollout.vllm_generator import VllmGenerator
+from marlhf_mega.rollout.vllm_requests import EngineResponse
 
 MESH = SimpleNamespace(device=torch.device("cpu"))
 
@@ -74,7 +74,20 @@ def test_no_prompts_are_no_rollout():
     assert rollout.logprobs.shape == (0, 1)
 
 
-def test_kept_tokens_cannot_be_recorded():
-    generator = VllmGenerator(Echo(), MESH, stop=StopRule())
-    with pytest.raises(AssertionError, match="refuses filters"):
-        generator.generate([[1]], [0], options(top_k=2, record_kept=True))
+def test_kept_tokens_are_rows_of_a_mask():
+    engine = Echo()
+    complete = engine.complete
+
+    def filtered(requests, *, rule, stop):
+        found = complete(requests, rule=rule, stop=stop)
+        for response in found:
+            response.kept = [[token, 9] for token in response.tokens]
+        return found
+
+    engine.complete = filtered
+    generator = VllmGenerator(engine, MESH, stop=StopRule())
+    rollout = generator.generate([[4, 5], [6]], [0, 1], options(top_k=2, record_kept=True))
+    assert rollout.kept.shape == (2, 2, 2 * 2 + 8)
+    found = [[read_mask(row[None], start=0, count=12)[0] for row in rows] for rows in rollout.kept]
+    ids = [[mask.nonzero().flatten().tolist() for mask in rows] for rows in found]
+    assert ids == [[[4, 9], [5, 9]], [[6, 9], []]]

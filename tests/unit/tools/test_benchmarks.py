@@ -95,6 +95,20 @@ def test_reshard_moves_all_bytes_that_a_rank_lacks():
 
 
 @pytest.mark.slow
+def test_engines_generate_in_turn_from_the_same_weights():
+    """vLLM, where it is installed, is started last."""
+    options = ["--ranks", "2", "--tensor-size", "2", "--hidden", "128"]
+    found = json.loads(benchmark("engines", *options).stdout.splitlines()[-1])
+    ways = found["ways"]
+    assert list(ways)[:2] == ["own", "resharded"]
+    assert ways["own"]["load_s"] == 0 < ways["resharded"]["load_s"]
+    for name, way in ways.items():
+        assert way["tokens_per_s"] == 8 * 7 / found["seconds"][f"{name}_s"]["median"]
+        assert way["first_s"] > 0
+        assert way["memory_bytes"] > 0
+
+
+@pytest.mark.slow
 def test_train_step_counts_every_token():
     options = ["--microbatches", "4", "--overlap", "--dtype", "float32"]
     options += ["--lora-rank", "2", "--lora-dropout", "0.1"]
