@@ -66,12 +66,15 @@ class VllmGenerator:
 
 def _masks(responses: Sequence[EngineResponse], top_k: int) -> Tensor:
     """Return rows of `write_mask`, [batch, response, width] int32 on the CPU."""
-    longest = max((len(response.tokens) for response in responses), default=1)
-    rows = torch.full((len(responses), longest, engine_candidates(top_k)), -1, dtype=torch.int32)
-    for masks, response in zip(rows, responses, strict=True):
-        for mask, ids in zip(masks, response.kept, strict=False):
-            mask[: len(ids)] = torch.tensor(ids)
-    return rows
+    if not responses:
+        return torch.empty(0, 1, engine_candidates(top_k), dtype=torch.int32)
+    kept = [ids for response in responses for ids in response.kept]
+    counts = torch.tensor([len(ids) for ids in kept])
+    masks = torch.full((len(kept), engine_candidates(top_k)), -1, dtype=torch.int32)
+    flat = torch.tensor([token for ids in kept for token in ids], dtype=torch.int32)
+    masks[torch.arange(masks.shape[1]) < counts[:, None]] = flat
+    parts = masks.split([len(response.kept) for response in responses])
+    return pad_sequence(parts, batch_first=True, padding_value=-1)
 
 
 def _grid(rows: list[list[float]], device: torch.device) -> Tensor:
