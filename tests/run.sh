@@ -16,6 +16,8 @@ fi
 source launch/venv.sh
 # Tests start several ranks at once: one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Hundreds of processes import the package: each would compile it again.
+unset PYTHONDONTWRITEBYTECODE
 if [[ ${1-} == --vllm ]]; then
     make_vllm_venv "$root"
     exec "$VENV_PYTHON" -m pytest tests/vllm "tests/e2e/test_matrix.py::test_every_choice_trains[vllm]" "${@:2}"
