@@ -24,22 +24,35 @@ CLASSES = {
     "DotProductAttention": "attention/dot_product_attention/dot_product_attention.py",
 }
 """Of `transformer_engine.pytorch`, which the layers of Megatron-Core are made of."""
+FUNCTIONS = {"general_gemm": "cpp_extensions/gemm.py"}
+"""Likewise; the product of a router."""
 
 Names = dict[str, list[str]]
 
 
 def argument_names(folder: Path) -> Names:
-    """Return the names that `__init__` and `forward` of each class take; `**` if they take any."""
+    """Return the names that functions, and `__init__` and `forward` of classes, take.
+
+    `**` stands for any.
+    """
     found: Names = {}
-    for name, file in CLASSES.items():
+    for name, file in (CLASSES | FUNCTIONS).items():
         tree = ast.parse((folder / "transformer_engine" / "pytorch" / file).read_text())
-        (definition,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+        kind = ast.ClassDef if name in CLASSES else ast.FunctionDef
+        (definition,) = (n for n in tree.body if isinstance(n, kind) and n.name == name)
+        if isinstance(definition, ast.FunctionDef):
+            found[name] = _taken(definition)
+            continue
         for method in definition.body:
             if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "forward"):
-                taken = method.args
-                names = [arg.arg for arg in (*taken.args, *taken.kwonlyargs)][1:]
-                found[f"{name}.{method.name}"] = names + ["**"] * (taken.kwarg is not None)
+                found[f"{name}.{method.name}"] = _taken(method)[1:]
     return found
+
+
+def _taken(function: ast.FunctionDef) -> list[str]:
+    arguments = function.args
+    names = [arg.arg for arg in (*arguments.args, *arguments.kwonlyargs)]
+    return names + ["**"] * (arguments.kwarg is not None)
 
 
 def version_of(folder: Path) -> str:
