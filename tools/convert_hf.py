@@ -11,9 +11,9 @@ run's newest checkpoint, adapters merged. `merge` writes the model of a Hugging 
 the adapters of a folder of peft. `verify` imports a folder at the given layout, compares logits
 and greedy generation with transformers, exports the model, and compares the files bit by bit and
 what transformers makes of some texts with the exported tokenizer. `compare` compares two models
-tensor by tensor; each is a Hugging Face folder or a run directory. The tool starts the ranks of
-the layout itself. The last line on stdout is one JSON object. Exit codes: 0 done or equal, 1
-failed or different, 2 wrong usage (nothing was started).
+tensor by tensor; each is a Hugging Face folder or a run directory. A single rank is
+this process; several are started by it. The last line on stdout is one JSON object. Exit codes:
+0 done or equal, 1 failed or different, 2 wrong usage (nothing was started).
 """
 
 import argparse
@@ -153,13 +153,13 @@ def _import(options: argparse.Namespace) -> int:
     tokenizer: Path = options.tokenizer or options.source
     _check_source(origin, role)
     Tokenizer.load(tokenizer)
-    if "RANK" not in os.environ:
-        return _show(_on_ranks(options, config))
-    with _mesh(options, config) as (mesh, report):
+
+    def work(mesh: Mesh, report: dict[str, Any]) -> None:
         chunks = _read(origin, role, config, mesh, report)
         with _timed(report, "write_seconds"):
             convert.write_run(chunks, role, config, tokenizer, mesh, dtype=dtype)
-    return 0
+
+    return _show(_on_ranks(options, config, work))
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -201,17 +201,15 @@ def _write_folder(
     dtype: torch.dtype | None,
     model: tuple[Origin, str],
 ) -> int:
-    """Write a role of a model as a Hugging Face folder, on ranks that this starts if need be."""
-    if "RANK" not in os.environ:
-        return _show(_on_ranks(options, config))
-    with (
-        _mesh(options, config) as (mesh, report),
-        _timed(report, "seconds"),
-        _progress(mesh, "export", _num_bytes(*model) // mesh.world_size) as advance,
-    ):
-        written = write(config, mesh, target=options.target, dtype=dtype, progress=advance)
-        report |= {"tensors": written.num_tensors, "bytes": written.num_bytes}
-    return 0
+    """Write a role of a model as a Hugging Face folder."""
+
+    def work(mesh: Mesh, report: dict[str, Any]) -> None:
+        total = _num_bytes(*model) // mesh.world_size
+        with _timed(report, "seconds"), _progress(mesh, "export", total) as advance:
+            written = write(config, mesh, target=options.target, dtype=dtype, progress=advance)
+            report |= {"tensors": written.num_tensors, "bytes": written.num_bytes}
+
+    return _show(_on_ranks(options, config, work))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -221,8 +219,9 @@ def _verify(options: argparse.Namespace) -> int:
     )
     origin = find_origin(options.source, key="model.hf_path")
     role = convert.role_of(origin, key="model.hf_path")
-    if "RANK" in os.environ:
-        return _verify_rank(options, origin, role, config)
+    work = partial(_verify_rank, options, origin, role, config)
+    if _is_rank():
+        return _show(_on_ranks(options, config, work))
     _check_source(origin, role)
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = Path(scratch)
@@ -232,7 +231,7 @@ def _verify(options: argparse.Namespace) -> int:
         )
         theirs = options.scratch / "theirs.safetensors"
         _run([sys.executable, str(REFERENCE), str(options.source), str(questions), str(theirs)])
-        report = _on_ranks(options, config)
+        report = _on_ranks(options, config, work)
         report |= _difference(load_file(options.scratch / "ours.safetensors"), load_file(theirs))
         found = _compare_folders(options.source, options.scratch / "export")
         report |= {"export_exact": not found["different"], "tensors": found["tensors"]}
@@ -249,18 +248,23 @@ def _text(folder: Path) -> dict[str, Any]:
     return {"text_equal": not differences}
 
 
-def _verify_rank(options: argparse.Namespace, origin: Origin, role: str, config: Config) -> int:
+def _verify_rank(
+    options: argparse.Namespace,
+    origin: Origin,
+    role: str,
+    config: Config,
+    mesh: Mesh,
+    report: dict[str, Any],
+) -> None:
     questions = json.loads((options.scratch / "questions.json").read_text())
-    with _mesh(options, config) as (mesh, report):
-        chunks = _read(origin, role, config, mesh, report)
-        answers = convert.answer_ids(chunks, questions["sequences"], mesh, new_tokens=NEW_TOKENS)
-        if mesh.reports_metrics and mesh.dp_rank == 0:
-            save_file(answers, options.scratch / "ours.safetensors")
-        target, dtype = options.scratch / "export", _file_dtype(options.source)
-        total = _num_bytes(origin, role) // mesh.world_size
-        with _timed(report, "export_seconds"), _progress(mesh, "export", total) as advance:
-            export_hf(chunks, config, mesh, target=target, dtype=dtype, progress=advance)
-    return 0
+    chunks = _read(origin, role, config, mesh, report)
+    answers = convert.answer_ids(chunks, questions["sequences"], mesh, new_tokens=NEW_TOKENS)
+    if mesh.reports_metrics and mesh.dp_rank == 0:
+        save_file(answers, options.scratch / "ours.safetensors")
+    target, dtype = options.scratch / "export", _file_dtype(options.source)
+    total = _num_bytes(origin, role) // mesh.world_size
+    with _timed(report, "export_seconds"), _progress(mesh, "export", total) as advance:
+        export_hf(chunks, config, mesh, target=target, dtype=dtype, progress=advance)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -339,16 +343,34 @@ def _sequences(origin: Origin) -> list[list[int]]:
     ]
 
 
-def _on_ranks(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Run this command on the ranks of the layout; return rank 0's report."""
+def _is_rank() -> bool:
+    """Whether this process is one of the ranks that the tool has started."""
+    return "RANK" in os.environ
+
+
+def _on_ranks(
+    options: argparse.Namespace, config: Config, work: Callable[[Mesh, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Do a command's work on the ranks of the layout, a single one in this process.
+
+    Returns:
+        The first rank's report, on a rank its own.
+    """
+    if _num_ranks(config) == 1:
+        return _do(work, config)
+    if _is_rank():
+        report = _do(work, config)
+        if os.environ["RANK"] == "0":
+            (options.scratch / "report.json").write_text(json.dumps(report))
+        return report
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = options.scratch or Path(scratch)
         launcher = ["-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(_num_ranks(config))]
         arguments = [*sys.argv[1:], "--scratch", str(options.scratch)]
         _run([sys.executable, *launcher, __file__, *arguments])
-        report: dict[str, Any] = json.loads((options.scratch / "report.json").read_text())
-        return report
+        first: dict[str, Any] = json.loads((options.scratch / "report.json").read_text())
+        return first
 
 
 def _run(command: Sequence[str]) -> None:
@@ -358,17 +380,15 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{Path(command[1]).name} failed; see its message above.")
 
 
-@contextmanager
-def _mesh(options: argparse.Namespace, config: Config) -> Iterator[tuple[Mesh, dict[str, Any]]]:
-    """Yield this rank's mesh and a report, which rank 0 writes to the scratch folder at the end."""
+def _do(work: Callable[[Mesh, dict[str, Any]], None], config: Config) -> dict[str, Any]:
+    """Do this rank's part of the work; return what there is to say about it."""
     mesh = create_mesh(config.parallel)
     report: dict[str, Any] = {"layout": mesh.describe()}
-    yield mesh, report
+    work(mesh, report)
     kilobytes = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     report["peak_memory_gib"] = round(int(max_over_world(kilobytes)) / 2**20, 3)
-    if mesh.rank == 0:
-        (options.scratch / "report.json").write_text(json.dumps(report))
     destroy_mesh()
+    return report
 
 
 def _read(
@@ -440,7 +460,8 @@ def _is_good(report: dict[str, Any], tolerance: float) -> bool:
 
 
 def _show(report: dict[str, Any], *, good: bool = True) -> int:
-    sys.stdout.write(json.dumps(report) + "\n")
+    if not _is_rank():
+        sys.stdout.write(json.dumps(report) + "\n")
     return 0 if good else 1
 
 
