@@ -15,13 +15,13 @@ LAYOUTS = {
     1: {"TP1": {}},
     2: {
         "TP2 SP": {"tensor_size": 2, "sequence_parallel": True},
+        # Four chunks, two of them with neither embedding nor head.
         "PP2 VPP2": {"pipeline_size": 2, "virtual_pipeline_size": 2},
         "EP2": {"expert_size": 2},
     },
     4: {
         "TP2 PP2": {"tensor_size": 2, "pipeline_size": 2},
         "TP4": {"tensor_size": 4},
-        "PP4": {"pipeline_size": 4},
         "EP2 DP4": {"expert_size": 2},
         "TP2 EP2 PP2 SP": {
             "tensor_size": 2,
