@@ -28,6 +28,11 @@ def vllm_problems(config: Config, *, learns: bool) -> Iterator[str]:
             f"rollout.pipeline_size={rollout.pipeline_size}: an engine of rollout.engine=vllm has "
             "tensor-parallel ranks only. Use rollout.tensor_size, or rollout.engine=own."
         )
+    if learns and config.replays_routing:
+        yield (
+            "ppo.router_replay=true: rollout.engine=vllm does not tell which experts tokens go to. "
+            "Set it false, or use rollout.engine=own."
+        )
     if learns and rollout.is_filtered and rollout.mask_interval is None:
         yield from _filter_problems(config)
     tensor, width = config.rollout_parallel.tensor_size, model.expert_ffn_hidden_size

@@ -131,9 +131,7 @@ def routing_bytes(work: Workload) -> int:
 
 
 def _records_routing(work: Workload) -> bool:
-    return (
-        work.job == "ppo" and work.config.replays_routing and work.config.rollout.engine != "vllm"
-    )
+    return work.job == "ppo" and work.config.replays_routing
 
 
 def _routing_row(work: Workload) -> int:

@@ -69,7 +69,8 @@ class PPOConfig(Section):
     The latter saves a scoring pass, and entropy and the gap between the two are not reported."""
     router_replay: bool = True
     """With experts: where the policy is scored and updated, tokens go to the experts that they went
-    to in the rollout (R3, arXiv 2510.11370), not where the trainer's rounding would send them."""
+    to in the rollout (R3, arXiv 2510.11370), not where the trainer's rounding would send them. With
+    `rollout.engine=vllm` it must be false."""
     tis_cap: float | None = Field(None, ge=1)
     """Truncated importance sampling: scale each term by the probability ratio of trainer and
     sampler, at most this. 2 is common. None means no correction."""

@@ -59,7 +59,12 @@ def config_for(model=None, parallel=None, ppo=None, **rollout):
             "kept tokens only, and the KL penalty compares others. Use ppo.old_logprobs=trainer.",
         ),
         (
-            config_for(EXPERTS, tensor_size=5),
+            config_for(EXPERTS),
+            "ppo.router_replay=true: rollout.engine=vllm does not tell which experts tokens go to. "
+            "Set it false, or use rollout.engine=own.",
+        ),
+        (
+            config_for(EXPERTS, tensor_size=5, ppo={"router_replay": False}),
             "rollout.tensor_size=5: rollout.engine=vllm splits experts, so it must divide "
             "model.expert_ffn_hidden_size=96. Use another one.",
         ),
