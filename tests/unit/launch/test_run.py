@@ -24,7 +24,7 @@ echo "$(basename "$0") $2" >>calls
         ("neither", 0, ["plain ruff", "plain pytest", "vllm pytest"]),
         # What has failed runs once more.
         ("plain", 1, ["plain ruff", "plain pytest", "plain pytest", "vllm pytest"]),
-        ("vllm", 1, ["plain ruff", "plain pytest", "vllm pytest"]),
+        ("vllm", 1, ["plain ruff", "plain pytest", "vllm pytest", "vllm pytest"]),
     ],
 )
 def test_with_vllm_both_suites_run_and_either_decides(tmp_path, fails, code, calls):
