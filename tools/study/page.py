@@ -7,17 +7,21 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import KL, Arm, Array, Estimate, Row, compare, table
+from results import EXPLAINED, KL, SCORE, SPREAD, Arm, Array, Estimate, Row, compare, table
 
 matplotlib.rcParams["svg.hashsalt"] = "marlhf_mega"  # the same bytes for the same numbers
 HEAD = (
     "| arm | seeds | gold at the end | mean gold | KL | less the baseline's | p | steps: times "
-    "fewer | at equal KL |\n|---|---|---|---|---|---|---|---|---|\n"
+    "fewer | by score | at equal KL |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
+MORE = (
+    "| arm | score at the end | explained variance | spread of advantages | seconds a step |\n"
+    "|---|---|---|---|---|\n"
 )
 
 
 def write_page(arms: Mapping[str, Arm], baseline: str, folder: Path) -> Path:
-    """Write report.md, runs.csv, steps.svg and kl.svg; return the first."""
+    """Write report.md, runs.csv, steps.svg, seconds.svg and kl.svg; return the first."""
     rows = list(table(arms))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
@@ -25,6 +29,7 @@ def write_page(arms: Mapping[str, Arm], baseline: str, folder: Path) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     _draw(folder / "steps.svg", arms, "step", lambda arm: arm.steps)
+    _draw(folder / "seconds.svg", arms, "seconds of training", lambda arm: arm.seconds.mean(0))
     _draw(
         folder / "kl.svg",
         {name: arm for name, arm in arms.items() if KL in arm.curves},
@@ -32,11 +37,11 @@ def write_page(arms: Mapping[str, Arm], baseline: str, folder: Path) -> Path:
         lambda arm: arm.curves[KL].mean(0),
     )
     page = folder / "report.md"
-    page.write_text(_text(compare(arms, baseline), baseline), encoding="utf-8")
+    page.write_text(_text(arms, compare(arms, baseline), baseline), encoding="utf-8")
     return page
 
 
-def _text(rows: Sequence[Row], baseline: str) -> str:
+def _text(arms: Mapping[str, Arm], rows: Sequence[Row], baseline: str) -> str:
     return (
         "# Study\n\n"
         f"Means over seeds, with 95 % intervals over resampled seeds; the baseline is {baseline}. "
@@ -44,9 +49,14 @@ def _text(rows: Sequence[Row], baseline: str) -> str:
         + HEAD
         + "".join(_row(row) for row in rows)
         + "\n*Steps: times fewer*: steps of the baseline until its final gold reward over those of "
-        "the arm until the same; 0 if it never gets there. *At equal KL*: gold reward less the "
-        "baseline's where both have half the KL of the baseline's end.\n\n"
-        "![Gold reward over steps](steps.svg)\n\n![Gold reward over KL](kl.svg)\n"
+        "the arm until the same; 0 if it never gets there; *by score*: the same of the score that "
+        "is trained on. *At equal KL*: gold reward less the baseline's where both have half the KL "
+        "of the baseline's end.\n\n"
+        + MORE
+        + "".join(_more(arm) for arm in arms.values())
+        + "\nMeans over seeds; the last three over the steps of the run too.\n\n"
+        "![Gold reward over steps](steps.svg)\n\n![Gold reward over seconds](seconds.svg)\n\n"
+        "![Gold reward over KL](kl.svg)\n"
     )
 
 
@@ -60,7 +70,20 @@ def _row(row: Row) -> str:
         _shown(row.difference, sign="+"),
         "" if row.p_value is None else f"{row.p_value:.3f}",
         _shown(row.speed_up, digits=2),
+        _shown(row.score_speed_up, digits=2),
         _shown(row.at_equal_kl, sign="+"),
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _more(arm: Arm) -> str:
+    score, explained, spread = (arm.curves.get(name) for name in (SCORE, EXPLAINED, SPREAD))
+    cells = [
+        arm.name,
+        "" if score is None else f"{score[:, -1].mean():.2f}",
+        "" if explained is None else f"{explained.mean():.2f}",
+        "" if spread is None else f"{spread.mean():.3f}",
+        f"{arm.seconds[:, -1].mean() / arm.steps[-1]:.2f}",
     ]
     return f"| {' | '.join(cells)} |\n"
 

@@ -15,8 +15,9 @@ from marlhf_mega.report.run import Points, Stage, read_stage
 Array = NDArray[np.float64]
 
 GOLD, SCORE, KL = "eval/gold_mean", "eval/score_mean", "eval/kl"
-BESIDE = ("eval/response_tokens", "critic/explained_variance")
-"""Columns of the table besides these three; empty where a run has no such metric."""
+EXPLAINED, SPREAD = "critic/explained_variance", "policy/advantage_std"
+BESIDE = ("eval/response_tokens", EXPLAINED, SPREAD)
+"""Columns of the CSV besides these three; absent where runs have no such metric."""
 RESAMPLES = 10_000
 
 
@@ -79,6 +80,8 @@ class Row:
     speed_up: Estimate | None
     """Steps of the baseline until its final gold reward, over those of this arm until the same. 0
     where the arm never gets there."""
+    score_speed_up: Estimate | None
+    """The same of the score that is trained on."""
     at_equal_kl: Estimate | None
     """Gold reward less the baseline's at half the KL of the baseline's end."""
 
@@ -150,6 +153,9 @@ def _compare(arm: Arm, base: Arm) -> Row:
         else None,
         p_value=float(ttest_rel(ends, base_ends).pvalue) if tested else None,
         speed_up=estimate(lambda rows: speed_up(arm, base, rows), draws) if others else None,
+        score_speed_up=estimate(lambda rows: speed_up(arm, base, rows, metric=SCORE), draws)
+        if others and SCORE in arm.curves
+        else None,
         at_equal_kl=estimate(lambda rows: at_equal_kl(arm, base, rows), draws)
         if others and KL in arm.curves
         else None,
@@ -195,9 +201,9 @@ def steps_to(level: float, steps: Array, gold: Array) -> float:
     return float(steps[before] + share * (steps[after] - steps[before]))
 
 
-def speed_up(arm: Arm, base: Arm, rows: NDArray[np.int64]) -> float:
-    """Return how many times sooner the mean curve reaches the end of the baseline's."""
-    curve, base_curve = arm.gold[rows].mean(0), base.gold[rows].mean(0)
+def speed_up(arm: Arm, base: Arm, rows: NDArray[np.int64], *, metric: str = GOLD) -> float:
+    """Return how many times sooner the mean curve of a metric reaches the end of the baseline's."""
+    curve, base_curve = arm.curves[metric][rows].mean(0), base.curves[metric][rows].mean(0)
     level = base_curve[-1]
     needed = steps_to(level, arm.steps, curve)
     return steps_to(level, base.steps, base_curve) / needed if needed else np.nan

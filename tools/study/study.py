@@ -4,7 +4,8 @@
     python tools/study/study.py report tools/study/toy.yaml runs/study
 
 `run` starts what is not finished: the same command goes on after a stop, and repeats nothing.
-`report` writes report.md, runs.csv and two figures to the study's directory, from what is finished.
+`report` writes report.md, runs.csv and three figures to the study's directory, from what is
+finished.
 Exit codes: 0 done, 1 a run failed, 2 wrong usage, 75 stopped by a signal.
 """
 

@@ -40,10 +40,12 @@ def grid_file(folder, baseline="slow", other="fast", text=GRID):
     return path
 
 
-def test_the_shipped_grid_is_one(study):
-    grid = study["grid"].load_grid(STUDY / "toy.yaml")
-    assert grid.baseline == "token"
-    assert len(grid.seeds) == 5
+def test_shipped_grids_differ_in_arms_and_seeds_alone(study):
+    toy, tuning = (study["grid"].load_grid(STUDY / f"{n}.yaml") for n in ("toy", "tuning"))
+    assert toy.baseline == tuning.baseline == "token"
+    assert (toy.prepare, toy.runs) == (tuning.prepare, tuning.runs)
+    assert len(toy.seeds) == 5
+    assert not {*toy.seeds} & {*tuning.seeds}
 
 
 @pytest.mark.parametrize(
@@ -150,20 +152,20 @@ def test_where_a_curve_reaches_a_level(study):
 def arms(study):
     """Two arms that differ by almost the same at both seeds, so that resamples hardly matter."""
 
-    def arm(name, gold, kl):
+    def arm(name, gold, kl, score):
         gold = np.array([gold, np.add(gold, 0.1)])
-        kl = np.array([kl, kl])
+        kl, score = np.array([kl, kl]), np.array([score, score])
         return study["results"].Arm(
             name=name,
             seeds=(1, 2),
             steps=np.array([0.0, 10, 20]),
-            curves={"eval/gold_mean": gold, "eval/kl": kl},
+            curves={"eval/gold_mean": gold, "eval/kl": kl, "eval/score_mean": score},
             seconds=np.array([[0.0, 5, 10]] * 2),
         )
 
     return {
-        "token": arm("token", [0.0, 0.2, 0.4], [0.0, 2, 4]),
-        "ngram": arm("ngram", [0.0, 0.4, 0.6], [0.0, 1, 4]),
+        "token": arm("token", [0.0, 0.2, 0.4], [0.0, 2, 4], [0.0, 1, 2]),
+        "ngram": arm("ngram", [0.0, 0.4, 0.6], [0.0, 1, 4], [0.0, 2, 6]),
     }
 
 
@@ -177,6 +179,7 @@ def test_an_arm_against_the_baseline_by_hand(study, arms):
     found = ngram.difference
     assert [found.value, found.low, found.high] == pytest.approx([0.2] * 3)
     assert ngram.speed_up.value == pytest.approx(2)  # token's 0.4 at step 20, here at step 10
+    assert ngram.score_speed_up.value == pytest.approx(2)
     # Half of the baseline's KL is 2: at step 10 for it, at step 13.33 here.
     assert ngram.at_equal_kl.value == pytest.approx(0.4 + 0.2 / 3 - 0.2)
 
@@ -201,6 +204,7 @@ def test_page_and_table(study, arms, tmp_path):
     page = study["page"].write_page(arms, "token", tmp_path)
     text = page.read_text()
     assert "| ngram | 2 | 0.6500 [0.6000, 0.7000] |" in text
+    assert "| ngram | 6.00 |  |  | 0.50 |" in text
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert len(rows) == 12
     assert rows[4] == {
@@ -210,8 +214,9 @@ def test_page_and_table(study, arms, tmp_path):
         "seconds": "5.0",
         "eval/gold_mean": "0.30000000000000004",
         "eval/kl": "2.0",
+        "eval/score_mean": "1.0",
     }
-    for figure in ("steps.svg", "kl.svg"):
+    for figure in ("steps.svg", "seconds.svg", "kl.svg"):
         assert (tmp_path / figure).read_text().count("<path") > 3
 
 
