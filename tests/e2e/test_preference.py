@@ -373,7 +373,7 @@ def test_pairs_are_drawn_and_judged_as_if_one_by_one(folder, mesh, tmp_path):
             batches = make_batches([prompt.prompt_ids], [response], limit=limit, mesh=mesh)
             logprobs = run_forward(reference, batches, forward, leading=(2,))[0]
             kept = known.ref_logprobs[number, side, : len(response)].tolist()
-            assert kept == pytest.approx(logprobs[0].tolist(), abs=1e-5)
+            assert kept == pytest.approx(logprobs[0].tolist(), rel=1e-5, abs=1e-5)
     assert 0 < opponents < 6
     assert torch.equal(known.ref_sums, known.ref_logprobs.sum(2))
 
