@@ -143,13 +143,16 @@ def test_a_killed_rank_changes_no_number(job, undisturbed, tmp_path):
     assert len([*(tmp_path / "faults").iterdir()]) == 1
 
 
-def test_ranks_that_only_generate_may_have_the_engine(job, undisturbed, tmp_path):
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_ranks_that_only_generate_may_have_the_engine(job, undisturbed, staleness, tmp_path):
     """One rank trains, one generates: the samples of the first step are those of TP2."""
-    options = ["parallel.tensor_size=1", "rollout.ranks=1"]
-    lines, samples = run([*job, *options], tmp_path)
+    options = ["parallel.tensor_size=1", "rollout.ranks=1", f"rollout.staleness={staleness}"]
+    lines, samples = run([*job, *options, *(["ppo.tis_cap=2"] if staleness else [])], tmp_path)
     steps = [line for line in lines if "rollout/logprob_gap" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
-    assert max(line["rollout/logprob_gap_max"] for line in steps) < 1e-5
+    # Weights are a step old from the second step on, and so are the log-probs of the samples.
+    gaps = [line["rollout/logprob_gap_max"] for line in steps]
+    assert [gap < 1e-5 for gap in gaps] == [True, not staleness, not staleness]
     first, wanted = (
         [s["response"] for s in x if s["step"] == 1] for x in (samples, undisturbed[1])
     )

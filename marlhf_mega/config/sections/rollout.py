@@ -35,8 +35,8 @@ class VllmConfig(Section):
     prefix_caching: bool = True
     """Read common beginnings of prompts once, as of the responses to one prompt."""
     verify_interval: int | None = Field(None, gt=0)
-    """Compare embedding and norms with the trained ones at every N-th load of weights. None: only at
-    the first, since the comparison holds the embedding twice. Use 1 when looking for a fault."""
+    """Compare embedding and norms with the trained ones at every N-th load of weights. None:
+    only at the first, since this holds the embedding twice. Use 1 when looking for a fault."""
 
 
 class RolloutConfig(Section):
@@ -52,7 +52,7 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0)
     """Sample among the k most likely tokens. 0 means all. ppo renormalises the policy's log-probs
     over the tokens that `top_k` and `top_p` kept, which takes 4 k bytes of host memory a token.
-    With `engine=vllm` that is twice as much; `top_p` then requires `top_k`, which is at most 256."""
+    With `engine=vllm` that is twice as much, and `top_p` requires `top_k`, which is at most 256."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample among the smallest set of tokens with this total probability. Without `top_k` ppo
     keeps one bit per token of the vocabulary for each response token, in host memory."""
