@@ -185,19 +185,31 @@ def _size_problems(config: Config, job: Job, data_size: int) -> Iterator[str]:
             yield from online_problems(config)
     if job == "reward":
         yield from reward_model_problems(config)
+    yield from _held_out_problems(config, job)
     yield from _effect_problems(config, job)
+
+
+def _held_out_problems(config: Config, job: Job) -> Iterator[str]:
+    """Refuse what cannot be judged."""
+    settings = config.evaluate
+    if not generates(config, job) or job == "generate":
+        return
+    if settings.samples_per_prompt > 1 and settings.temperature == 0:
+        yield (
+            f"evaluate.samples_per_prompt={settings.samples_per_prompt}: with "
+            "evaluate.temperature=0 all responses to a prompt are the same. Set it to 1, or raise "
+            "the temperature."
+        )
+    if settings.best_of_n and not config.reward.source:
+        yield (
+            "evaluate.best_of_n=true: takes the response with the highest score; reward.source is "
+            "not set. Set it, or leave evaluate.best_of_n out."
+        )
 
 
 def _effect_problems(config: Config, job: Job) -> Iterator[str]:
     """Refuse keys that would change nothing, or not what they say."""
     macro, ppo, offline = config.macro, config.ppo, config.offline
-    samples = config.evaluate.samples_per_prompt
-    judged = generates(config, job) and job != "generate"
-    if judged and samples > 1 and config.evaluate.temperature == 0:
-        yield (
-            f"evaluate.samples_per_prompt={samples}: with evaluate.temperature=0 all responses to "
-            "a prompt are the same. Set it to 1, or raise the temperature."
-        )
     if "macro" in read_sections(config, job) and macro.rule == "token" and macro.min_length > 1:
         yield (
             f"macro.min_length={macro.min_length}: macro.rule=token makes actions of one "

@@ -63,6 +63,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "precision.fp8_max_logprob_gap": ("precision.fp8_check_interval", lambda steps: steps > 0),
     "precision.fp8_min_cosine": ("precision.fp8_check_interval", lambda steps: steps > 0),
     "precision.fp8_on_divergence": ("precision.fp8_check_interval", lambda steps: steps > 0),
+    "evaluate.best_of_n": ("evaluate.samples_per_prompt", lambda samples: samples > 1),
     "evaluate.self_bleu": ("evaluate.samples_per_prompt", lambda samples: samples > 1),
     "logging.samples_interval": ("logging.samples", lambda samples: samples > 0),
     "checkpoint.keep_every": ("checkpoint.interval", lambda interval: interval > 0),

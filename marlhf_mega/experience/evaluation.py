@@ -22,6 +22,7 @@ from marlhf_mega.metrics.held_out import (
     GOLD,
     SCORE,
     HeldOut,
+    best_of_groups,
     interleave,
     means_of_groups,
 )
@@ -187,7 +188,10 @@ class Evaluator:
                 zip(prompts, responses, scores, golds, strict=True)
             )
         ]
-        values = {name: means_of_groups(column, group) for name, column in values.items()}
+        if self.config.evaluate.best_of_n:
+            values = {name: best_of_groups(x, scores, group) for name, x in values.items()}
+        else:
+            values = {name: means_of_groups(column, group) for name, column in values.items()}
         across: dict[str, float] = {}
         if group > 1:
             ends, texts = self.tokenizer.end_ids, None

@@ -158,6 +158,17 @@ def means_of_groups(values: Sequence[float], size: int) -> list[float]:
     return means
 
 
+def best_of_groups(values: Sequence[float], scores: Sequence[float], size: int) -> list[float]:
+    """Return of each group of neighbours the value of the one with the highest score.
+
+    The first of equals; one without a score (NaN) only where none has any.
+    """
+    ranked = _vector(scores).nan_to_num(nan=-math.inf).view(-1, size)
+    best = ranked.argmax(1, keepdim=True)
+    found: list[float] = _vector(values).view(-1, size).gather(1, best).flatten().tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class _Estimate:
     """A statistic, and by how much each sample moves it.

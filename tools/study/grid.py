@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from marlhf_mega.config.load import ConfigError
 
@@ -22,7 +22,16 @@ class Step(BaseModel):
     config: Path | None = None
     """Configuration file; a path inside the study's directory starts with `study:`."""
     overrides: tuple[str, ...] = ()
-    """As on the command line. `study:` at the start of a value stands for the study's directory."""
+    """As on the command line; a list in the list, such as an alias, is a part of it. `study:` at
+    the start of a value stands for the study's directory, `previous:` for the run directory of
+    the arm's job before this one."""
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _flat(cls, given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        return [x for item in given for x in (item if isinstance(item, list) else [item])]
 
 
 class Grid(BaseModel):
@@ -38,8 +47,23 @@ class Grid(BaseModel):
     """`run.seed` of each run of an arm. Runs of one seed are compared with each other."""
     baseline: str
     """The arm that the others are compared with."""
-    arms: dict[str, tuple[str, ...]]
-    """Name of an arm -> its overrides."""
+    arms: dict[str, tuple[str, ...] | tuple[Step, ...]]
+    """Name of an arm -> its overrides of `runs`; or jobs of its own, the last of which counts."""
+    frontiers: dict[str, tuple[str, ...]] = {}
+    """Name -> arms of one method at several weights of the KL, whose ends make a frontier of gold
+    reward over KL. The others are compared with the first."""
+
+    def has_own_jobs(self, arm: str) -> bool:
+        """Whether an arm is of another job than the baseline, so that steps do not compare."""
+        return any(isinstance(item, Step) for item in self.arms[arm])
+
+    def jobs_of(self, arm: str) -> tuple[Step, ...]:
+        """Return the jobs of an arm, in their order."""
+        if self.has_own_jobs(arm):
+            return tuple(item for item in self.arms[arm] if isinstance(item, Step))
+        overrides = [item for item in self.arms[arm] if isinstance(item, str)]
+        more = {"overrides": (*self.runs.overrides, *overrides)}
+        return (self.runs.model_copy(update=more),)
 
     @model_validator(mode="after")
     def _names_are_usable(self) -> Self:
@@ -54,6 +78,13 @@ class Grid(BaseModel):
                 f"baseline={self.baseline}: must be an arm; there are {', '.join(self.arms)}. "
                 "Choose one of them."
             )
+        for name, arms in self.frontiers.items():
+            for arm in arms:
+                if arm not in self.arms:
+                    raise ValueError(
+                        f"frontiers.{name}: {arm} must be an arm; there are "
+                        f"{', '.join(self.arms)}. Choose among them."
+                    )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"seeds={list(self.seeds)}: must be different numbers, one at least. Change them."

@@ -2,12 +2,25 @@
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 
 import matplotlib
+from frontier import Frontier, frontiers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import EXPLAINED, KL, SCORE, SPREAD, Arm, Array, Estimate, Row, compare, table
+from results import (
+    EXPLAINED,
+    KL,
+    SCORE,
+    SPREAD,
+    Arm,
+    Array,
+    Estimate,
+    Row,
+    compare,
+    table,
+)
 
 matplotlib.rcParams["svg.hashsalt"] = "marlhf_mega"  # the same bytes for the same numbers
 HEAD = (
@@ -20,24 +33,34 @@ MORE = (
 )
 
 
-def write_page(arms: Mapping[str, Arm], baseline: str, folder: Path) -> Path:
-    """Write report.md, runs.csv, steps.svg, seconds.svg and kl.svg; return the first."""
+def write_page(
+    arms: Mapping[str, Arm], baseline: str, folder: Path, families: Mapping[str, Sequence[str]] = {}
+) -> Path:
+    """Write report.md, runs.csv, steps.svg, seconds.svg, kl.svg; return the first.
+
+    With families of arms also frontier.svg.
+    """
     rows = list(table(arms))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    _draw(folder / "steps.svg", arms, "step", lambda arm: arm.steps)
-    _draw(folder / "seconds.svg", arms, "seconds of training", lambda arm: arm.seconds.mean(0))
+    curves = {name: arm for name, arm in arms.items() if not arm.has_own_jobs}
+    _draw(folder / "steps.svg", curves, "step", lambda arm: arm.steps)
+    _draw(folder / "seconds.svg", curves, "seconds of training", lambda arm: arm.seconds.mean(0))
     _draw(
         folder / "kl.svg",
-        {name: arm for name, arm in arms.items() if KL in arm.curves},
+        {name: arm for name, arm in curves.items() if KL in arm.curves},
         "KL from the reference (nats per response)",
         lambda arm: arm.curves[KL].mean(0),
     )
+    text = _text(arms, compare(arms, baseline), baseline)
+    if found := frontiers(arms, families):
+        _draw_frontiers(folder / "frontier.svg", found)
+        text += _frontiers_text(found)
     page = folder / "report.md"
-    page.write_text(_text(arms, compare(arms, baseline), baseline), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     return page
 
 
@@ -60,13 +83,33 @@ def _text(arms: Mapping[str, Arm], rows: Sequence[Row], baseline: str) -> str:
     )
 
 
+def _frontiers_text(found: Sequence[Frontier]) -> str:
+    return (
+        "\n## At equal KL\n\n"
+        "| arms | KL at the end | gold at the end | less the first's at equal KL |\n"
+        "|---|---|---|---|\n"
+        + "".join(
+            f"| {one.name} | {_list(one.kl, 2)} | {_list(one.gold, 3)} "
+            f"| {_shown(one.lead, sign='+')} |\n"
+            for one in found
+        )
+        + "\nThe ends of arms that differ in the weight of the KL; the difference is the mean over "
+        "the KL that both reach, straight between the ends.\n\n"
+        "![Frontiers of gold reward over KL](frontier.svg)\n"
+    )
+
+
+def _list(values: Array, digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
 def _row(row: Row) -> str:
     cells = [
         row.arm,
         str(len(row.seeds)),
         _shown(row.final),
         _shown(row.area),
-        f"{row.kl:.2f}",
+        "" if isnan(row.kl) else f"{row.kl:.2f}",
         _shown(row.difference, sign="+"),
         "" if row.p_value is None else f"{row.p_value:.3f}",
         _shown(row.speed_up, digits=2),
@@ -83,16 +126,26 @@ def _more(arm: Arm) -> str:
         "" if score is None else f"{score[:, -1].mean():.2f}",
         "" if explained is None else f"{explained.mean():.2f}",
         "" if spread is None else f"{spread.mean():.3f}",
-        f"{arm.seconds[:, -1].mean() / arm.steps[-1]:.2f}",
+        "" if arm.has_own_jobs else f"{arm.seconds[:, -1].mean() / arm.steps[-1]:.2f}",
     ]
     return f"| {' | '.join(cells)} |\n"
 
 
 def _shown(found: Estimate | None, *, sign: str = "", digits: int = 4) -> str:
-    if found is None:
+    if found is None or isnan(found.value):
         return ""
     value, low, high = (f"{x:{sign}.{digits}f}" for x in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
+
+
+def _draw_frontiers(path: Path, found: Sequence[Frontier]) -> None:
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes: Axes = figure.subplots()
+    for one in found:
+        axes.plot(one.kl, one.gold, marker="o", label=one.name)
+    axes.set(xlabel="KL from the reference at the end (nats per response)", ylabel="gold reward")
+    axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _draw(path: Path, arms: Mapping[str, Arm], label: str, across: Callable[[Arm], Array]) -> None:

@@ -1,7 +1,7 @@
 """What the runs of a study have come to: curves over seeds, paired with those of the baseline."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ class Arm:
     """Metric -> [seeds, evals], of the metrics that all runs have."""
     seconds: Array
     """[seeds, evals], of training until then."""
+    has_own_jobs: bool = False
+    """Whether its steps are those of another job than the baseline's."""
 
     @property
     def gold(self) -> Array:
@@ -43,13 +45,7 @@ class Arm:
         """Return some of the runs, in this order."""
         rows = [self.seeds.index(seed) for seed in seeds]
         curves = {name: values[rows] for name, values in self.curves.items()}
-        return Arm(
-            name=self.name,
-            seeds=tuple(seeds),
-            steps=self.steps,
-            curves=curves,
-            seconds=self.seconds[rows],
-        )
+        return replace(self, seeds=tuple(seeds), curves=curves, seconds=self.seconds[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +65,11 @@ class Row:
     seeds: tuple[int, ...]
     final: Estimate
     """Gold reward at the end."""
-    area: Estimate
-    """Mean gold reward over the steps of the run."""
+    area: Estimate | None
+    """Mean gold reward over the steps of the run. None where there is one evaluation, at the end,
+    or where steps are those of another job."""
     kl: float
-    """From the reference, at the end, in nats per response."""
+    """From the reference, at the end, in nats per response; NaN where it was not measured."""
     difference: Estimate | None
     """Gold reward at the end less the baseline's, same seeds. None for the baseline itself."""
     p_value: float | None
@@ -100,7 +97,8 @@ def read_arms(grid: Grid, folder: Path) -> dict[str, Arm]:
             if (run_dir(folder, name, seed) / "complete.json").is_file()
         }
         if stages:
-            found[name] = _arm(name, stages)
+            arm = _arm(name, stages)
+            found[name] = replace(arm, has_own_jobs=grid.has_own_jobs(name))
     if grid.baseline not in found:
         raise ValueError(
             f"{folder}: must have a finished run of the baseline {grid.baseline}. Run it first."
@@ -125,7 +123,7 @@ def _arm(name: str, stages: Mapping[int, Stage]) -> Arm:
 
 
 def _seconds(stage: Stage, steps: Sequence[float]) -> Array:
-    taken = np.array(stage.curves["time/step_seconds"])
+    taken = np.array(stage.curves.get("time/step_seconds", ())).reshape(-1, 2)
     return np.array([taken[taken[:, 0] <= step, 1].sum() for step in steps])
 
 
@@ -142,22 +140,27 @@ def _compare(arm: Arm, base: Arm) -> Row:
     others = arm is not base
     ends, base_ends = arm.gold[:, -1], base.gold[:, -1]
     tested = others and len(arm.seeds) > 1
+    steps_compare = not arm.has_own_jobs
     return Row(
         arm=arm.name,
         seeds=arm.seeds,
         final=estimate(lambda rows: ends[rows].mean(), draws),
-        area=estimate(lambda rows: area(arm.steps, arm.gold[rows].mean(0)), draws),
+        area=estimate(lambda rows: area(arm.steps, arm.gold[rows].mean(0)), draws)
+        if steps_compare
+        else None,
         kl=arm.curves[KL][:, -1].mean() if KL in arm.curves else np.nan,
         difference=estimate(lambda rows: (ends - base_ends)[rows].mean(), draws)
         if others
         else None,
         p_value=float(ttest_rel(ends, base_ends).pvalue) if tested else None,
-        speed_up=estimate(lambda rows: speed_up(arm, base, rows), draws) if others else None,
+        speed_up=estimate(lambda rows: speed_up(arm, base, rows), draws)
+        if others and steps_compare
+        else None,
         score_speed_up=estimate(lambda rows: speed_up(arm, base, rows, metric=SCORE), draws)
-        if others and SCORE in arm.curves
+        if others and steps_compare and SCORE in arm.curves
         else None,
         at_equal_kl=estimate(lambda rows: at_equal_kl(arm, base, rows), draws)
-        if others and KL in arm.curves
+        if others and steps_compare and KL in arm.curves
         else None,
     )
 

@@ -41,15 +41,16 @@ class Run:
 
 def shared_runs(grid: Grid, folder: Path) -> list[Run]:
     """Return the jobs that all arms share, in their order."""
-    return [
-        _run(step, folder, folder / name, name=name, more=()) for name, step in grid.prepare.items()
-    ]
+    return [_run(step, folder, folder / name, name=name) for name, step in grid.prepare.items()]
 
 
 def arm_runs(
     grid: Grid, folder: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()
-) -> list[Run]:
-    """Return the runs of all or some arms, seed by seed, so that what is there is comparable."""
+) -> list[list[Run]]:
+    """Return the runs of all or some arms: the first job of each, then the second ones, ...
+
+    They go seed by seed, so that what is there is comparable.
+    """
     for kind, asked, known in (("arms", arms, grid.arms), ("seeds", seeds, grid.seeds)):
         for item in asked:
             if item not in known:
@@ -57,26 +58,39 @@ def arm_runs(
                     f"--{kind} {item}: must be in the grid, which has "
                     f"{', '.join(map(str, known))}. Choose among them."
                 )
-    return [
-        _run(
-            grid.runs,
-            folder,
-            run_dir(folder, arm, seed),
-            name=f"{arm} seed {seed}",
-            more=(*grid.arms[arm], f"run.seed={seed}"),
-        )
-        for seed in seeds or grid.seeds
-        for arm in arms or grid.arms
-    ]
+    chains = [_chain(grid, folder, a, s) for s in seeds or grid.seeds for a in arms or grid.arms]
+    deepest = max(map(len, chains))
+    return [[chain[i] for chain in chains if i < len(chain)] for i in range(deepest)]
 
 
 def run_dir(folder: Path, arm: str, seed: int) -> Path:
-    """Return the run directory of an arm and a seed."""
+    """Return the run directory of an arm and a seed: of its last job."""
     return folder / arm / f"seed-{seed}"
 
 
-def _run(step: Step, folder: Path, target: Path, *, name: str, more: tuple[str, ...]) -> Run:
+def _chain(grid: Grid, folder: Path, arm: str, seed: int) -> list[Run]:
+    """Return the jobs of an arm and a seed, each of which may read what the one before has left."""
+    jobs, last = grid.jobs_of(arm), run_dir(folder, arm, seed)
+    targets = [last.with_name(f"{last.name}.{i}") for i in range(1, len(jobs))] + [last]
+    name = f"{arm} seed {seed}"
+    return [
+        _run(step, folder, target, name=name, previous=previous, more=(f"run.seed={seed}",))
+        for step, target, previous in zip(jobs, targets, [None, *targets], strict=False)
+    ]
+
+
+def _run(
+    step: Step,
+    folder: Path,
+    target: Path,
+    *,
+    name: str,
+    previous: Path | None = None,
+    more: tuple[str, ...] = (),
+) -> Run:
     def placed(text: str) -> str:
+        if previous is not None:
+            text = text.replace("previous:", f"{previous}/", 1)
         return text.replace("study:", f"{folder}/", 1)
 
     overrides = *step.overrides, *more, f"run.name={name}", f"run.dir={target}"

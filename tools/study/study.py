@@ -29,11 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         grid = load_grid(options.grid)
         if options.command == "report":
-            print(write_page(read_arms(grid, options.dir), grid.baseline, options.dir))
+            arms = read_arms(grid, options.dir)
+            print(write_page(arms, grid.baseline, options.dir, grid.frontiers))
             return 0
-        runs = arm_runs(grid, options.dir, arms=options.arms, seeds=options.seeds)
-        for group, parallel in ((shared_runs(grid, options.dir), 1), (runs, options.parallel)):
-            if code := run_all(group, parallel=parallel):
+        groups = arm_runs(grid, options.dir, arms=options.arms, seeds=options.seeds)
+        if code := run_all(shared_runs(grid, options.dir), parallel=1):
+            return code
+        for group in groups:
+            if code := run_all(group, parallel=options.parallel):
                 return code
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)

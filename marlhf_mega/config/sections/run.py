@@ -54,6 +54,9 @@ class EvaluateConfig(Section):
     samples_per_prompt: int = Field(1, gt=0)
     """Responses to each prompt. A prompt's results are means over them. With several, distinct-n
     says how different they are: those to one prompt, and the first ones to all prompts."""
+    best_of_n: bool = False
+    """Judge only the response to a prompt that has the highest score (best-of-n sampling). Needs a
+    `reward.source`; diversity is still that of all."""
     self_bleu: bool = False
     """Also the BLEU of these responses against each other (across prompts, of the first 64), by the
     package sacrebleu."""

@@ -1,5 +1,6 @@
 """Held-out results on more replicas than there are prompts, and rows that are answered anew."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -154,3 +155,34 @@ def test_held_out_responses_without_a_score_are_counted_in_a_warning(job_files, 
     assert main([*arguments, "evaluate.num_prompts=2", "rollout.max_response_tokens=4"]) == 0
     assert "2 of 2 held-out responses have no gold score: " in caplog.text
     assert "TypeError" in caplog.text
+
+
+def test_best_of_n_judges_the_answer_with_the_highest_score(job_files, tmp_path, monkeypatch):
+    """The score counts the letters e, the gold rule the letters; both are in samples.jsonl."""
+    (tmp_path / "best_rules.py").write_text(
+        "def letters_e(prompt, response):\n    return response.count('e')\n"
+        "def letters(prompt, response):\n    return len(response)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = [
+        "evaluate",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.validation_path={job_files}/prompts.jsonl",
+        f"tokenizer.path={job_files / 'tok'}",
+        "reward.source=best_rules:letters_e",
+        "evaluate.gold=best_rules:letters",
+        "evaluate.num_prompts=4",
+        "evaluate.samples_per_prompt=3",
+        "evaluate.best_of_n=true",
+        "rollout.max_response_tokens=12",
+        "logging.samples=12",
+    ]
+    assert main(arguments) == 0
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    groups = [answers[i : i + 3] for i in range(0, 12, 3)]
+    best = [max(group, key=lambda answer: answer["score"]) for group in groups]
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["eval/score_mean"] == sum(a["score"] for a in best) / 4
+    assert found["eval/gold_mean"] == sum(a["gold"] for a in best) / 4
+    assert len({a["score"] for a in answers}) > 1

@@ -768,6 +768,12 @@ def test_a_run_directory_on_a_read_only_file_system_is_refused(read_only, below)
             "are the same. Set it to 1, or raise the temperature.",
         ),
         (
+            "evaluate",
+            {"evaluate": {"samples_per_prompt": 4, "best_of_n": True}, "reward": {"source": []}},
+            "evaluate.best_of_n=true: takes the response with the highest score; reward.source is "
+            "not set. Set it, or leave evaluate.best_of_n out.",
+        ),
+        (
             "reward",
             {"reward_model": {"length_coef": 0.5, "loss": "span"}},
             "reward_model.length_coef=0.5: correlates the scores of last tokens with the length; "

@@ -9,6 +9,7 @@ import pytest
 from marlhf_mega.metrics.held_out import (
     HeldOut,
     SinceStart,
+    best_of_groups,
     interleave,
     means_of_groups,
     score_interval,
@@ -36,6 +37,12 @@ def test_groups_have_the_mean_of_what_has_a_value():
     found = means_of_groups([1.0, 2.0, NAN, 4.0, NAN, NAN], 2)
     assert found[:2] == [1.5, 4.0]
     assert math.isnan(found[2])
+
+
+def test_groups_have_the_value_of_the_highest_score():
+    scores = [0.1, 0.9, NAN, -2.0, NAN, NAN, 3.0, 3.0]
+    found = best_of_groups([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], scores, 2)
+    assert found == [2.0, 4.0, 5.0, 7.0]
 
 
 def test_an_accuracy_has_the_error_of_a_share():

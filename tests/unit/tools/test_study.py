@@ -1,9 +1,11 @@
 """A study: its grid, what its runner starts and leaves, and its numbers by hand."""
 
 import csv
+import dataclasses
 import importlib
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,10 @@ ALMOST_EQUAL = pytest.mark.filterwarnings("ignore:Precision loss")
 def study():
     """Return the program's modules by name; they import each other as scripts do."""
     sys.path.insert(0, str(STUDY))
-    yield {n: importlib.import_module(n) for n in ("grid", "runner", "results", "page", "study")}
+    yield {
+        n: importlib.import_module(n)
+        for n in ("grid", "runner", "results", "frontier", "page", "study")
+    }
     sys.path.remove(str(STUDY))
 
 
@@ -40,12 +45,23 @@ def grid_file(folder, baseline="slow", other="fast", text=GRID):
     return path
 
 
-def test_shipped_grids_differ_in_arms_and_seeds_alone(study):
-    toy, tuning = (study["grid"].load_grid(STUDY / f"{n}.yaml") for n in ("toy", "tuning"))
-    assert toy.baseline == tuning.baseline == "token"
-    assert (toy.prepare, toy.runs) == (tuning.prepare, tuning.runs)
-    assert len(toy.seeds) == 5
-    assert not {*toy.seeds} & {*tuning.seeds}
+@pytest.mark.parametrize(("main", "tuning"), [("toy", "tuning"), ("toy-gold", "tuning-gold")])
+def test_what_is_tuned_is_tuned_on_other_seeds_of_the_same_task(study, main, tuning):
+    main, tuning = (study["grid"].load_grid(STUDY / f"{n}.yaml") for n in (main, tuning))
+    assert main.prepare["base"] == tuning.prepare["base"]
+    assert {*tuning.runs.overrides} <= {*main.runs.overrides}
+    assert len(main.seeds) == 5
+    assert not {*main.seeds} & {*tuning.seeds}
+    assert not {*main.arms} & {*tuning.arms}  # they share a directory
+
+
+def test_the_keys_of_shipped_grids_are_known(study, tmp_path):
+    for path in STUDY.glob("*.yaml"):
+        grid = study["grid"].load_grid(path)
+        shared = study["runner"].shared_runs(grid, tmp_path)
+        for run in chain(shared, *study["runner"].arm_runs(grid, tmp_path)):
+            known = [text for text in run.overrides if not text.startswith("model.init=")]
+            load_config(None, known)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +77,10 @@ def test_shipped_grids_differ_in_arms_and_seeds_alone(study):
             "Rename it.",
         ),
         ({"text": GRID + "grids: 3\n"}, "grids: Extra inputs are not permitted"),
+        (
+            {"text": GRID + "frontiers: {{n: [slow, fats]}}\n"},
+            "frontiers.n: fats must be an arm; there are slow, fast. Choose among them.",
+        ),
         (
             {"text": GRID.replace("[1, 2]", "[1, 1]")},
             "seeds=[1, 1]: must be different numbers, one at least. Change them.",
@@ -90,7 +110,7 @@ def test_an_arm_that_is_not_in_the_grid(study, tmp_path):
 
 def test_runs_of_a_seed_stand_together_and_know_the_directory(study, tmp_path):
     grid = study["grid"].load_grid(grid_file(tmp_path))
-    runs = study["runner"].arm_runs(grid, tmp_path, seeds=[2])
+    [runs] = study["runner"].arm_runs(grid, tmp_path, seeds=[2])
     assert [run.name for run in runs] == ["slow seed 2", "fast seed 2"]
     assert runs[1].config == tmp_path / "base.yaml"
     assert runs[1].overrides == (
@@ -102,12 +122,38 @@ def test_runs_of_a_seed_stand_together_and_know_the_directory(study, tmp_path):
     )
 
 
+def test_an_arm_with_jobs_of_its_own_reads_what_the_one_before_has_left(study, tmp_path):
+    own = (
+        "  own:\n"
+        "    - {{job: preference, config: study:base.yaml}}\n"
+        "    - {{job: evaluate, overrides: ['model.init=previous:', 'data.x=study:y']}}\n"
+    )
+    grid = study["grid"].load_grid(grid_file(tmp_path, text=GRID + own))
+    first, second = study["runner"].arm_runs(grid, tmp_path, seeds=[2])
+    assert [run.name for run in first] == ["slow seed 2", "fast seed 2", "own seed 2"]
+    folder = tmp_path / "own"
+    assert first[2].job == "preference"
+    assert first[2].log == folder / "seed-2.1.log"
+    assert f"run.dir={folder}/seed-2.1" in first[2].overrides
+    [judged] = second
+    assert (judged.job, judged.config) == ("evaluate", None)
+    assert judged.overrides == (
+        f"model.init={folder}/seed-2.1/",
+        f"data.x={tmp_path}/y",
+        "run.seed=2",
+        "run.name=own seed 2",
+        f"run.dir={folder}/seed-2",
+    )
+    assert grid.has_own_jobs("own")
+    assert not grid.has_own_jobs("slow")
+
+
 def test_what_is_finished_is_left_and_what_fails_is_told(study, tmp_path, capsys):
     """The real command is started, and refuses a run without data."""
     (tmp_path / "base.yaml").write_text("model: {num_layers: 1}\n")
     path = grid_file(tmp_path, text=GRID.replace("[1, 2]", "[1]"))
     grid = study["grid"].load_grid(path)
-    slow, _ = study["runner"].arm_runs(grid, tmp_path)
+    [[slow, _]] = study["runner"].arm_runs(grid, tmp_path)
     config = load_config(slow.config, slow.overrides)
     config.run.dir.mkdir(parents=True)
     record_complete(config, {}, [])
@@ -129,7 +175,7 @@ def test_a_signal_reaches_the_jobs_and_the_rest_is_not_started(
     )
     runner = study["runner"]
     (tmp_path / "base.yaml").write_text("model: {num_layers: 1}\n")
-    runs = runner.arm_runs(study["grid"].load_grid(grid_file(tmp_path)), tmp_path)
+    [runs] = runner.arm_runs(study["grid"].load_grid(grid_file(tmp_path)), tmp_path)
     monkeypatch.setattr(runner.Run, "command", lambda _: [sys.executable, "-c", job])
     before = signal.getsignal(signal.SIGTERM)
     assert runner.run_all(runs, parallel=1) == 75
@@ -191,6 +237,49 @@ def test_an_arm_that_never_gets_there(study, arms):
     assert token.speed_up.value == 0
 
 
+@ALMOST_EQUAL
+def test_an_arm_of_another_job_is_compared_at_its_end_alone(study, arms):
+    ends = {"eval/gold_mean": arms["ngram"].gold[:, -1:]}
+    dpo = study["results"].Arm(
+        name="dpo",
+        seeds=(1, 2),
+        steps=np.array([0.0]),
+        curves=ends,
+        seconds=np.zeros((2, 1)),
+        has_own_jobs=True,
+    )
+    _, row = study["results"].compare({"token": arms["token"], "dpo": dpo}, "token")
+    assert row.difference.value == pytest.approx(0.2)
+    assert np.isnan(row.kl)
+    assert [row.area, row.speed_up, row.score_speed_up, row.at_equal_kl] == [None] * 4
+
+
+@ALMOST_EQUAL
+def test_frontiers_by_hand(study, arms):
+    """Token ends at KL 4 and 8 with 0.45 and 0.65, n-grams at 2 and 6 with 0.65 and 0.85."""
+    ends = study["frontier"]
+
+    def at(arm, kl, gold):
+        curves = {"eval/kl": arm.curves["eval/kl"] + kl, "eval/gold_mean": arm.gold + gold}
+        return dataclasses.replace(arm, curves=curves)
+
+    both = arms | {
+        "token-free": at(arms["token"], 4, 0.2),
+        "ngram": at(arms["ngram"], -2, 0),
+        "ngram-free": at(arms["ngram"], 2, 0.2),
+    }
+    families = {"token": ["token-free", "token"], "n": ["ngram", "ngram-free", "not-run"]}
+    token, ngram = ends.frontiers(both, families)
+    assert token.lead is None
+    assert token.kl.tolist() == [4, 8]
+    assert token.gold.tolist() == pytest.approx([0.45, 0.65])
+    # At KL 4 it is 0.75 against 0.45, at 6 0.85 against 0.55.
+    assert ngram.lead.value == pytest.approx(0.3)
+    assert (ngram.lead.low, ngram.lead.high) == pytest.approx((0.3, 0.3))
+    assert np.isnan(ends.frontier_lead([both["ngram"]], [both["token"]], np.arange(2)))
+    assert ends.frontiers(both, {}) == []
+
+
 def test_an_interval_is_that_of_all_resamples(study):
     results = study["results"]
     ends = np.array([0.0, 1.0])
@@ -201,7 +290,8 @@ def test_an_interval_is_that_of_all_resamples(study):
 
 @ALMOST_EQUAL
 def test_page_and_table(study, arms, tmp_path):
-    page = study["page"].write_page(arms, "token", tmp_path)
+    families = {"token": ["token"], "fives": ["ngram"]}
+    page = study["page"].write_page(arms, "token", tmp_path, families)
     text = page.read_text()
     assert "| ngram | 2 | 0.6500 [0.6000, 0.7000] |" in text
     assert "| ngram | 6.00 |  |  | 0.50 |" in text
@@ -216,7 +306,8 @@ def test_page_and_table(study, arms, tmp_path):
         "eval/kl": "2.0",
         "eval/score_mean": "1.0",
     }
-    for figure in ("steps.svg", "seconds.svg", "kl.svg"):
+    assert "| fives | 4.00 | 0.650 |  |" in text
+    for figure in ("steps.svg", "seconds.svg", "kl.svg", "frontier.svg"):
         assert (tmp_path / figure).read_text().count("<path") > 3
 
 
