@@ -49,6 +49,8 @@ class Grid(BaseModel):
     """The arm that the others are compared with."""
     arms: dict[str, tuple[str, ...] | tuple[Step, ...]]
     """Name of an arm -> its overrides of `runs`; or jobs of its own, the last of which counts."""
+    drawn: tuple[str, ...] = ()
+    """The arms in the figures; none named: all."""
     frontiers: dict[str, tuple[str, ...]] = {}
     """Name -> arms of one method at several weights of the KL, whose ends make a frontier of gold
     reward over KL. The others are compared with the first."""
@@ -78,12 +80,13 @@ class Grid(BaseModel):
                 f"baseline={self.baseline}: must be an arm; there are {', '.join(self.arms)}. "
                 "Choose one of them."
             )
-        for name, arms in self.frontiers.items():
+        named = {f"frontiers.{name}": arms for name, arms in self.frontiers.items()}
+        for key, arms in (named | {"drawn": self.drawn}).items():
             for arm in arms:
                 if arm not in self.arms:
                     raise ValueError(
-                        f"frontiers.{name}: {arm} must be an arm; there are "
-                        f"{', '.join(self.arms)}. Choose among them."
+                        f"{key}: {arm} must be an arm; there are {', '.join(self.arms)}. Choose "
+                        "among them."
                     )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from frontier import Frontier, frontiers
+from grid import Grid
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import (
@@ -33,20 +34,21 @@ MORE = (
 )
 
 
-def write_page(
-    arms: Mapping[str, Arm], baseline: str, folder: Path, families: Mapping[str, Sequence[str]] = {}
-) -> Path:
+def write_page(arms: Mapping[str, Arm], grid: Grid, folder: Path) -> Path:
     """Write report.md, runs.csv, steps.svg, seconds.svg, kl.svg; return the first.
 
-    With families of arms also frontier.svg.
+    Also frontier.svg, if arms of the grid's frontiers are there.
     """
     rows = list(table(arms))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
-    curves = {name: arm for name, arm in arms.items() if not arm.has_own_jobs}
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+    drawn = grid.drawn or tuple(arms)
+    curves = {n: arm for n, arm in arms.items() if n in drawn and not arm.has_own_jobs}
     _draw(folder / "steps.svg", curves, "step", lambda arm: arm.steps)
     _draw(folder / "seconds.svg", curves, "seconds of training", lambda arm: arm.seconds.mean(0))
     _draw(
@@ -55,8 +57,8 @@ def write_page(
         "KL from the reference (nats per response)",
         lambda arm: arm.curves[KL].mean(0),
     )
-    text = _text(arms, compare(arms, baseline), baseline)
-    if found := frontiers(arms, families):
+    text = _text(arms, compare(arms, grid.baseline), grid.baseline)
+    if found := frontiers(arms, grid.frontiers):
         _draw_frontiers(folder / "frontier.svg", found)
         text += _frontiers_text(found)
     page = folder / "report.md"

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grid = load_grid(options.grid)
         if options.command == "report":
             arms = read_arms(grid, options.dir)
-            print(write_page(arms, grid.baseline, options.dir, grid.frontiers))
+            print(write_page(arms, grid, options.dir))
             return 0
         groups = arm_runs(grid, options.dir, arms=options.arms, seeds=options.seeds)
         if code := run_all(shared_runs(grid, options.dir), parallel=1):

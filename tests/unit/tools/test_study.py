@@ -78,6 +78,10 @@ def test_the_keys_of_shipped_grids_are_known(study, tmp_path):
         ),
         ({"text": GRID + "grids: 3\n"}, "grids: Extra inputs are not permitted"),
         (
+            {"text": GRID + "drawn: [fats]\n"},
+            "drawn: fats must be an arm; there are slow, fast. Choose among them.",
+        ),
+        (
             {"text": GRID + "frontiers: {{n: [slow, fats]}}\n"},
             "frontiers.n: fats must be an arm; there are slow, fast. Choose among them.",
         ),
@@ -290,8 +294,12 @@ def test_an_interval_is_that_of_all_resamples(study):
 
 @ALMOST_EQUAL
 def test_page_and_table(study, arms, tmp_path):
-    families = {"token": ["token"], "fives": ["ngram"]}
-    page = study["page"].write_page(arms, "token", tmp_path, families)
+    text = (
+        "runs: {{job: ppo}}\nseeds: [1, 2]\nbaseline: {baseline}\narms: {{token: [], ngram: []}}\n"
+    )
+    text += "drawn: [ngram]\nfrontiers: {{token: [token], fives: [ngram]}}\n"
+    grid = study["grid"].load_grid(grid_file(tmp_path, baseline="token", text=text))
+    page = study["page"].write_page(arms, grid, tmp_path)
     text = page.read_text()
     assert "| ngram | 2 | 0.6500 [0.6000, 0.7000] |" in text
     assert "| ngram | 6.00 |  |  | 0.50 |" in text
@@ -300,15 +308,17 @@ def test_page_and_table(study, arms, tmp_path):
     assert rows[4] == {
         "arm": "token",
         "seed": "2",
-        "step": "10.0",
-        "seconds": "5.0",
-        "eval/gold_mean": "0.30000000000000004",
-        "eval/kl": "2.0",
-        "eval/score_mean": "1.0",
+        "step": "10",
+        "seconds": "5",
+        "eval/gold_mean": "0.3",
+        "eval/kl": "2",
+        "eval/score_mean": "1",
     }
     assert "| fives | 4.00 | 0.650 |  |" in text
     for figure in ("steps.svg", "seconds.svg", "kl.svg", "frontier.svg"):
         assert (tmp_path / figure).read_text().count("<path") > 3
+    assert "<!-- ngram -->" in (tmp_path / "steps.svg").read_text()
+    assert "<!-- token -->" not in (tmp_path / "steps.svg").read_text()
 
 
 def test_a_report_needs_the_baseline(study, tmp_path, capsys):
