@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from grid import Grid
 from numpy.typing import NDArray
-from runner import run_dir
+from runner import done_note, run_dir
 from scipy.stats import ttest_rel
 
 from marlhf_mega.report.run import Points, Stage, read_stage
@@ -94,7 +94,7 @@ def read_arms(grid: Grid, folder: Path) -> dict[str, Arm]:
         stages = {
             seed: read_stage(run_dir(folder, name, seed))
             for seed in grid.seeds
-            if (run_dir(folder, name, seed) / "complete.json").is_file()
+            if done_note(run_dir(folder, name, seed)).is_file()
         }
         if stages:
             arm = _arm(name, stages)

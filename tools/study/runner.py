@@ -12,8 +12,7 @@ from pathlib import Path
 from grid import Grid, Step
 
 from marlhf_mega.config.exit_codes import EXIT_PREEMPTED
-from marlhf_mega.config.load import ConfigError, load_config
-from marlhf_mega.train.complete import find_complete
+from marlhf_mega.config.load import ConfigError
 
 POLL_SECONDS = 0.2
 
@@ -26,17 +25,37 @@ class Run:
     job: str
     config: Path | None
     overrides: tuple[str, ...]
-    log: Path
+    target: Path
+    """Its run directory; the log and a note that it is done stand beside it."""
 
     @property
-    def is_complete(self) -> bool:
+    def log(self) -> Path:
+        """What it prints."""
+        return self.target.with_name(f"{self.target.name}.log")
+
+    @property
+    def is_done(self) -> bool:
         """Whether exactly this has been run to its end."""
-        return find_complete(load_config(self.config, self.overrides)) is not None
+        note = done_note(self.target)
+        return note.is_file() and note.read_text(encoding="utf-8") == self._described
+
+    def note_done(self) -> None:
+        """Note that it has been run to its end."""
+        done_note(self.target).write_text(self._described, encoding="utf-8")
+
+    @property
+    def _described(self) -> str:
+        return "\n".join([*self.command()[3:], ""])
 
     def command(self) -> list[str]:
         """Return what starts it."""
         given = [] if self.config is None else ["--config", str(self.config)]
         return [sys.executable, "-m", "marlhf_mega", self.job, *given, *self.overrides]
+
+
+def done_note(target: Path) -> Path:
+    """Return where the end of a run is noted."""
+    return target.with_name(f"{target.name}.done")
 
 
 def shared_runs(grid: Grid, folder: Path) -> list[Run]:
@@ -99,25 +118,27 @@ def _run(
         job=step.job,
         config=None if step.config is None else Path(placed(str(step.config))),
         overrides=tuple(placed(item) for item in overrides),
-        log=target.with_name(f"{target.name}.log"),
+        target=target,
     )
 
 
 def run_all(runs: Sequence[Run], *, parallel: int) -> int:
-    """Run what is not complete, at most `parallel` at a time.
+    """Run what is not done, at most `parallel` at a time.
 
     Returns:
         0; 1 if a run failed, after all others; 75 if a signal stopped them.
     """
-    left = [run for run in runs if not run.is_complete]
+    left = [run for run in runs if not run.is_done]
     if len(left) < len(runs):
-        print(f"{len(runs) - len(left)} of {len(runs)} runs are complete", flush=True)
+        print(f"{len(runs) - len(left)} of {len(runs)} runs are done", flush=True)
     threads = max(1, (os.cpu_count() or 1) // parallel)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     start, done, failed = time.monotonic(), 0, 0
     with _Stop() as stop:
         for run, code, seconds in _finished(left, parallel, environment, stop):
             done += 1
+            if code == 0:
+                run.note_done()
             failed += code not in (0, EXIT_PREEMPTED)
             result = "done" if code == 0 else f"exit code {code}, see {run.log}"
             time_left = (time.monotonic() - start) / done * (len(left) - done) / 60
@@ -175,6 +196,7 @@ def _finished(
 
 def _start(run: Run, environment: dict[str, str]) -> tuple[Run, "subprocess.Popen[bytes]", float]:
     run.log.parent.mkdir(parents=True, exist_ok=True)
+    done_note(run.target).unlink(missing_ok=True)
     with run.log.open("ab") as log:
         process = subprocess.Popen(  # a session of its own: Ctrl-C reaches it once, from here
             run.command(), stdout=log, stderr=log, env=environment, start_new_session=True

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from marlhf_mega.config.load import ConfigError, load_config
-from marlhf_mega.train.complete import record_complete
 
 STUDY = Path(__file__).parents[3] / "tools" / "study"
 ALMOST_EQUAL = pytest.mark.filterwarnings("ignore:Precision loss")
@@ -158,13 +157,30 @@ def test_what_is_finished_is_left_and_what_fails_is_told(study, tmp_path, capsys
     path = grid_file(tmp_path, text=GRID.replace("[1, 2]", "[1]"))
     grid = study["grid"].load_grid(path)
     [[slow, _]] = study["runner"].arm_runs(grid, tmp_path)
-    config = load_config(slow.config, slow.overrides)
-    config.run.dir.mkdir(parents=True)
-    record_complete(config, {}, [])
+    slow.target.parent.mkdir(parents=True)
+    slow.note_done()
     assert study["study"].main(["run", str(path), str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert said.startswith("1 of 2 runs are complete\n[1/1] fast seed 1: exit code 2, see ")
+    assert said.startswith("1 of 2 runs are done\n[1/1] fast seed 1: exit code 2, see ")
     assert "data.train_path" in (tmp_path / "fast" / "seed-1.log").read_text()
+
+
+def test_what_is_done_is_run_again_only_with_other_settings(study, tmp_path, monkeypatch):
+    runner = study["runner"]
+    started = tmp_path / "started"
+    job = f"open({str(started)!r}, 'a').write('x')"
+
+    def command(run):
+        return [sys.executable, "-c", job, run.job, *run.overrides]
+
+    monkeypatch.setattr(runner.Run, "command", command)
+    grid = study["grid"].load_grid(grid_file(tmp_path, text=GRID.replace("[1, 2]", "[1]")))
+    for expected in ("xx", "xx"):
+        assert runner.run_all(runner.arm_runs(grid, tmp_path)[0], parallel=2) == 0
+        assert started.read_text() == expected
+    other = grid.model_copy(update={"arms": grid.arms | {"fast": ("policy.lr=2e-3",)}})
+    assert runner.run_all(runner.arm_runs(other, tmp_path)[0], parallel=2) == 0
+    assert started.read_text() == "xxx"
 
 
 def test_a_signal_reaches_the_jobs_and_the_rest_is_not_started(
