@@ -25,9 +25,11 @@ class Frontier:
 
 def frontiers(arms: Mapping[str, Arm], families: Mapping[str, Sequence[str]]) -> list[Frontier]:
     """Compare the frontiers of those arms that are there, over the seeds that all of them have."""
+    there = {name: arm for name, arm in arms.items() if KL in arm.curves}
     known = {
-        name: [arms[arm] for arm in family if arm in arms] for name, family in families.items()
+        name: [there[arm] for arm in family if arm in there] for name, family in families.items()
     }
+    known = {name: family for name, family in known.items() if family}
     members = [arm for family in known.values() for arm in family]
     if not members:
         return []

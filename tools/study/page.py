@@ -1,4 +1,4 @@
-"""The page of a study: two figures, one table, one CSV."""
+"""The page of a study: tables, figures and a CSV."""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ def _text(arms: Mapping[str, Arm], rows: Sequence[Row], baseline: str) -> str:
     return (
         "# Study\n\n"
         f"Means over seeds, with 95 % intervals over resampled seeds; the baseline is {baseline}. "
-        "p is of a paired t-test. Gold reward is the true one, used only for evaluation.\n\n"
+        "p is of a paired t-test. Gold reward is what evaluate.gold says.\n\n"
         + HEAD
         + "".join(_row(row) for row in rows)
         + "\n*Steps: times fewer*: steps of the baseline until its final gold reward over those of "

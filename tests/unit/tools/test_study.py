@@ -289,6 +289,7 @@ def test_frontiers_by_hand(study, arms):
         "ngram-free": at(arms["ngram"], 2, 0.2),
     }
     families = {"token": ["token-free", "token"], "n": ["ngram", "ngram-free", "not-run"]}
+    families["none"] = ["not-run"]
     token, ngram = ends.frontiers(both, families)
     assert token.lead is None
     assert token.kl.tolist() == [4, 8]
