@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from results import KL, Arm, Array, Estimate, estimate, resamples
+from results import KL, Arm, Array, Estimate, estimate, resamples, steps_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,9 @@ class Frontier:
     lead: Estimate | None
     """Gold reward less that of the first frontier at equal KL, its mean over the KL that both have.
     None for the first itself."""
+    speed_ups: Mapping[str, Estimate]
+    """Arm of the first frontier -> its steps until its final gold reward over those until the same
+    at its KL; NaN where that is beyond this frontier. Nothing for the first itself."""
 
 
 def frontiers(arms: Mapping[str, Arm], families: Mapping[str, Sequence[str]]) -> list[Frontier]:
@@ -41,8 +44,13 @@ def frontiers(arms: Mapping[str, Arm], families: Mapping[str, Sequence[str]]) ->
         cut = [arm.of(seeds) for arm in family]
         first = first or cut
         kl, gold = _frontier(cut, draws[0])
-        lead = None if cut is first else estimate(partial(frontier_lead, cut, first), draws)
-        found.append(Frontier(name=name, kl=kl, gold=gold, lead=lead))
+        lead, speed_ups = None, {}
+        if cut is not first:
+            lead = estimate(partial(frontier_lead, cut, first), draws)
+            speed_ups = {
+                arm.name: estimate(partial(speed_up_at_equal_kl, cut, arm), draws) for arm in first
+            }
+        found.append(Frontier(name=name, kl=kl, gold=gold, lead=lead, speed_ups=speed_ups))
     return found
 
 
@@ -54,6 +62,24 @@ def frontier_lead(arms: Sequence[Arm], base: Sequence[Arm], rows: NDArray[np.int
         return np.nan
     levels = np.linspace(low, high, 101)
     return float((np.interp(levels, kl, gold) - np.interp(levels, base_kl, base_gold)).mean())
+
+
+def speed_up_at_equal_kl(arms: Sequence[Arm], base: Arm, rows: NDArray[np.int64]) -> float:
+    """Return how many times sooner than an arm its final gold reward is reached with its KL.
+
+    The curve with that KL is the mixture of the two whose final KL are below and above it; NaN if
+    there are none.
+    """
+    kl = np.array([arm.curves[KL][rows][:, -1].mean() for arm in arms])
+    wanted = base.curves[KL][rows][:, -1].mean()
+    if not kl.min() <= wanted <= kl.max():
+        return np.nan
+    order = np.argsort(kl)
+    curves = np.array([arms[i].gold[rows].mean(0) for i in order])  # [arms, evals]
+    mixed = np.array([np.interp(wanted, kl[order], column) for column in curves.T])
+    base_curve = base.gold[rows].mean(0)
+    needed = steps_to(base_curve[-1], arms[0].steps, mixed)
+    return steps_to(base_curve[-1], base.steps, base_curve) / needed if needed else np.nan
 
 
 def _frontier(arms: Sequence[Arm], rows: NDArray[np.int64]) -> tuple[Array, Array]:

@@ -97,7 +97,24 @@ def _frontiers_text(found: Sequence[Frontier]) -> str:
         )
         + "\nThe ends of arms that differ in the weight of the KL; the difference is the mean over "
         "the KL that both reach, straight between the ends.\n\n"
-        "![Frontiers of gold reward over KL](frontier.svg)\n"
+        + _speed_ups_text(found)
+        + "![Frontiers of gold reward over KL](frontier.svg)\n"
+    )
+
+
+def _speed_ups_text(found: Sequence[Frontier]) -> str:
+    rows = [
+        f"| {one.name} | {arm} | {_shown(speed_up, digits=2)} |\n"
+        for one in found
+        for arm, speed_up in one.speed_ups.items()
+    ]
+    if not rows:
+        return ""
+    return (
+        "| arms | at the KL of | steps: times fewer |\n|---|---|---|\n"
+        + "".join(rows)
+        + "\nSteps of that arm until its final gold reward, over those until the same at its final "
+        "KL, mixed from the two curves that end below and above it; empty beyond them.\n\n"
     )
 
 

@@ -279,15 +279,16 @@ def test_frontiers_by_hand(study, arms):
     """Token ends at KL 4 and 8 with 0.45 and 0.65, n-grams at 2 and 6 with 0.65 and 0.85."""
     ends = study["frontier"]
 
-    def at(arm, kl, gold):
+    def at(name, arm, kl, gold):
         curves = {"eval/kl": arm.curves["eval/kl"] + kl, "eval/gold_mean": arm.gold + gold}
-        return dataclasses.replace(arm, curves=curves)
+        return dataclasses.replace(arm, name=name, curves=curves)
 
-    both = arms | {
-        "token-free": at(arms["token"], 4, 0.2),
-        "ngram": at(arms["ngram"], -2, 0),
-        "ngram-free": at(arms["ngram"], 2, 0.2),
-    }
+    more = [
+        at("token-free", arms["token"], 4, 0.2),
+        at("ngram", arms["ngram"], -2, 0),
+        at("ngram-free", arms["ngram"], 2, 0.2),
+    ]
+    both = arms | {arm.name: arm for arm in more}
     families = {"token": ["token-free", "token"], "n": ["ngram", "ngram-free", "not-run"]}
     families["none"] = ["not-run"]
     token, ngram = ends.frontiers(both, families)
@@ -297,6 +298,10 @@ def test_frontiers_by_hand(study, arms):
     # At KL 4 it is 0.75 against 0.45, at 6 0.85 against 0.55.
     assert ngram.lead.value == pytest.approx(0.3)
     assert (ngram.lead.low, ngram.lead.high) == pytest.approx((0.3, 0.3))
+    # Token's arm of KL 4 needs 20 steps for 0.45. The mean of the n-gram curves, 0.05, 0.45, 0.65
+    # and 0.2 more, is 0.15 and 0.55 at steps 0 and 10: 0.45 after 7.5. KL 8 is beyond them.
+    assert ngram.speed_ups["token"].value == pytest.approx(20 / 7.5)
+    assert np.isnan(ngram.speed_ups["token-free"].value)
     assert np.isnan(ends.frontier_lead([both["ngram"]], [both["token"]], np.arange(2)))
     assert ends.frontiers(both, {}) == []
 
@@ -332,6 +337,7 @@ def test_page_and_table(study, arms, tmp_path):
         "eval/score_mean": "1",
     }
     assert "| fives | 4.00 | 0.650 |  |" in text
+    assert "| fives | token | 2.00 [2.00, 2.00] |" in text
     for figure in ("steps.svg", "seconds.svg", "kl.svg", "frontier.svg"):
         assert (tmp_path / figure).read_text().count("<path") > 3
     assert "<!-- ngram -->" in (tmp_path / "steps.svg").read_text()
