@@ -79,7 +79,7 @@ def _text(arms: Mapping[str, Arm], rows: Sequence[Row], baseline: str) -> str:
         "of the baseline's end.\n\n"
         + MORE
         + "".join(_more(arm) for arm in arms.values())
-        + "\nMeans over seeds; the last three over the steps of the run too.\n\n"
+        + "\nMeans over seeds; of critic and advantages also over the second half of the run.\n\n"
         "![Gold reward over steps](steps.svg)\n\n![Gold reward over seconds](seconds.svg)\n\n"
         "![Gold reward over KL](kl.svg)\n"
     )
@@ -140,11 +140,12 @@ def _row(row: Row) -> str:
 
 def _more(arm: Arm) -> str:
     score, explained, spread = (arm.curves.get(name) for name in (SCORE, EXPLAINED, SPREAD))
+    second_half = slice(len(arm.steps) // 2, None)
     cells = [
         arm.name,
         "" if score is None else f"{score[:, -1].mean():.2f}",
-        "" if explained is None else f"{explained.mean():.2f}",
-        "" if spread is None else f"{spread.mean():.3f}",
+        "" if explained is None else f"{explained[:, second_half].mean():.2f}",
+        "" if spread is None else f"{spread[:, second_half].mean():.3f}",
         "" if arm.has_own_jobs else f"{arm.seconds[:, -1].mean() / arm.steps[-1]:.2f}",
     ]
     return f"| {' | '.join(cells)} |\n"
