@@ -74,7 +74,7 @@ def _text(arms: Mapping[str, Arm], rows: Sequence[Row], baseline: str) -> str:
         + HEAD
         + "".join(_row(row) for row in rows)
         + "\n*Steps: times fewer*: steps of the baseline until its final gold reward over those of "
-        "the arm until the same; 0 if it never gets there; *by score*: the same of the score that "
+        "the arm until the same (0 where a resample never gets there); *by score*: the same of the score that "
         "is trained on. *At equal KL*: gold reward less the baseline's where both have half the KL "
         "of the baseline's end.\n\n"
         + MORE
@@ -104,7 +104,7 @@ def _frontiers_text(found: Sequence[Frontier]) -> str:
 
 def _speed_ups_text(found: Sequence[Frontier]) -> str:
     rows = [
-        f"| {one.name} | {arm} | {_shown(speed_up, digits=2)} |\n"
+        f"| {one.name} | {arm} | {_times(speed_up)} |\n"
         for one in found
         for arm, speed_up in one.speed_ups.items()
     ]
@@ -131,8 +131,8 @@ def _row(row: Row) -> str:
         "" if isnan(row.kl) else f"{row.kl:.2f}",
         _shown(row.difference, sign="+"),
         "" if row.p_value is None else f"{row.p_value:.3f}",
-        _shown(row.speed_up, digits=2),
-        _shown(row.score_speed_up, digits=2),
+        _times(row.speed_up),
+        _times(row.score_speed_up),
         _shown(row.at_equal_kl, sign="+"),
     ]
     return f"| {' | '.join(cells)} |\n"
@@ -149,6 +149,10 @@ def _more(arm: Arm) -> str:
         "" if arm.has_own_jobs else f"{arm.seconds[:, -1].mean() / arm.steps[-1]:.2f}",
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _times(found: Estimate | None) -> str:
+    return "never" if found is not None and found.value == 0 else _shown(found, digits=2)
 
 
 def _shown(found: Estimate | None, *, sign: str = "", digits: int = 4) -> str:

@@ -325,6 +325,8 @@ def test_page_and_table(study, arms, tmp_path):
     text = page.read_text()
     assert "| ngram | 2 | 0.6500 [0.6000, 0.7000] |" in text
     assert "| ngram | 6.00 |  |  | 0.50 |" in text
+    never = study["page"]._times(study["results"].Estimate(value=0.0, low=0.0, high=1.5))
+    assert never == "never"
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert len(rows) == 12
     assert rows[4] == {
