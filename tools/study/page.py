@@ -74,9 +74,9 @@ def _text(arms: Mapping[str, Arm], rows: Sequence[Row], baseline: str) -> str:
         + HEAD
         + "".join(_row(row) for row in rows)
         + "\n*Steps: times fewer*: steps of the baseline until its final gold reward over those of "
-        "the arm until the same (0 where a resample never gets there); *by score*: the same of the score that "
-        "is trained on. *At equal KL*: gold reward less the baseline's where both have half the KL "
-        "of the baseline's end.\n\n"
+        "the arm until the same (0 where a resample never gets there); *by score*: the same of the "
+        "score that is trained on. *At equal KL*: gold reward less the baseline's where both have "
+        "half the KL of the baseline's end.\n\n"
         + MORE
         + "".join(_more(arm) for arm in arms.values())
         + "\nMeans over seeds; of critic and advantages also over the second half of the run.\n\n"
