@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "reward_model": {"lr": 5e-4, "batch_size": 64, "microbatch_size": 32},
     "rollout": {"batch_size": 128, "max_response_tokens": 56},
     "macro": {"rule": "fixed_ngram", "n": 5},
-    "ppo": {"epochs": 2, "minibatch_size": 64, "microbatch_size": 32, "kl_coef": 0.1},
+    "ppo": {"epochs": 2, "minibatch_size": 64, "microbatch_size": 32, "kl_coef": 0.4},
     "evaluate": {
         "num_prompts": 512,
         "batch_size": 256,
