@@ -24,6 +24,7 @@ from results import (
 )
 
 matplotlib.rcParams["svg.hashsalt"] = "marlhf_mega"  # the same bytes for the same numbers
+matplotlib.rcParams["svg.fonttype"] = "none"  # words, not outlines of letters
 HEAD = (
     "| arm | seeds | gold at the end | mean gold | KL | less the baseline's | p | steps: times "
     "fewer | by score | at equal KL |\n|---|---|---|---|---|---|---|---|---|---|\n"

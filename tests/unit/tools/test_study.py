@@ -342,8 +342,8 @@ def test_page_and_table(study, arms, tmp_path):
     assert "| fives | token | 2.00 [2.00, 2.00] |" in text
     for figure in ("steps.svg", "seconds.svg", "kl.svg", "frontier.svg"):
         assert (tmp_path / figure).read_text().count("<path") > 3
-    assert "<!-- ngram -->" in (tmp_path / "steps.svg").read_text()
-    assert "<!-- token -->" not in (tmp_path / "steps.svg").read_text()
+    assert ">ngram</text>" in (tmp_path / "steps.svg").read_text()
+    assert ">token</text>" not in (tmp_path / "steps.svg").read_text()
 
 
 def test_a_report_needs_the_baseline(study, tmp_path, capsys):
