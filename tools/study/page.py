@@ -131,7 +131,7 @@ def _row(row: Row) -> str:
         _shown(row.area),
         "" if isnan(row.kl) else f"{row.kl:.2f}",
         _shown(row.difference, sign="+"),
-        "" if row.p_value is None else f"{row.p_value:.3f}",
+        _p_value(row.p_value),
         _times(row.speed_up),
         _times(row.score_speed_up),
         _shown(row.at_equal_kl, sign="+"),
@@ -152,6 +152,12 @@ def _more(arm: Arm) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
+def _p_value(found: float | None) -> str:
+    if found is None:
+        return ""
+    return f"{found:.3f}" if found >= 0.001 else "< 0.001"
+
+
 def _times(found: Estimate | None) -> str:
     return "never" if found is not None and found.value == 0 else _shown(found, digits=2)
 
@@ -160,7 +166,7 @@ def _shown(found: Estimate | None, *, sign: str = "", digits: int = 4) -> str:
     if found is None or isnan(found.value):
         return ""
     value, low, high = (f"{x:{sign}.{digits}f}" for x in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
+    return value if found.low == found.high else f"{value} [{low}, {high}]"  # of one seed
 
 
 def _draw_frontiers(path: Path, found: Sequence[Frontier]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from grid import Grid
 from numpy.typing import NDArray
-from runner import done_note, run_dir
+from runner import arm_runs, run_dir
 from scipy.stats import ttest_rel
 
 from marlhf_mega.report.run import Points, Stage, read_stage
@@ -84,7 +84,7 @@ class Row:
 
 
 def read_arms(grid: Grid, folder: Path) -> dict[str, Arm]:
-    """Read the runs that have evaluations.
+    """Read the runs that are done, with these settings.
 
     Raises:
         ValueError: there is none of the baseline.
@@ -94,7 +94,7 @@ def read_arms(grid: Grid, folder: Path) -> dict[str, Arm]:
         stages = {
             seed: read_stage(run_dir(folder, name, seed))
             for seed in grid.seeds
-            if done_note(run_dir(folder, name, seed)).is_file()
+            if arm_runs(grid, folder, arms=[name], seeds=[seed])[-1][-1].is_done
         }
         if stages:
             arm = _arm(name, stages)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import json
 import signal
 import sys
 from itertools import chain
@@ -339,11 +340,32 @@ def test_page_and_table(study, arms, tmp_path):
         "eval/score_mean": "1",
     }
     assert "| fives | 4.00 | 0.650 |  |" in text
-    assert "| fives | token | 2.00 [2.00, 2.00] |" in text
+    assert "| fives | token | 2.00 |" in text
     for figure in ("steps.svg", "seconds.svg", "kl.svg", "frontier.svg"):
         assert (tmp_path / figure).read_text().count("<path") > 3
     assert ">ngram</text>" in (tmp_path / "steps.svg").read_text()
     assert ">token</text>" not in (tmp_path / "steps.svg").read_text()
+
+
+def test_a_report_reads_what_is_done_with_the_settings_of_the_grid(study, tmp_path):
+    grid = study["grid"].load_grid(grid_file(tmp_path))
+    [runs] = study["runner"].arm_runs(grid, tmp_path)
+    for run in runs[:3]:
+        run.target.mkdir(parents=True)
+        lines = [{"step": 0, "eval/gold_mean": 0.5}, {"step": 2, "eval/gold_mean": 0.7}]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (run.target / "metrics.jsonl").write_text(text)
+        run.note_done()
+    found = study["results"].read_arms(grid, tmp_path)
+    assert {name: arm.seeds for name, arm in found.items()} == {"slow": (1, 2), "fast": (1,)}
+    assert found["slow"].gold.tolist() == [[0.5, 0.7]] * 2
+    other = grid.model_copy(update={"arms": grid.arms | {"fast": ("policy.lr=2e-3",)}})
+    assert [*study["results"].read_arms(other, tmp_path)] == ["slow"]
+
+
+def test_small_p_values_are_not_zero(study):
+    shown = study["page"]._p_value
+    assert [shown(None), shown(0.0004), shown(0.039)] == ["", "< 0.001", "0.039"]
 
 
 def test_a_report_needs_the_baseline(study, tmp_path, capsys):
