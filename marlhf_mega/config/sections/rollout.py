@@ -168,7 +168,7 @@ class MacroConfig(Section):
     (`position_repo`, as in its code), or the first token."""
     reward: MacroReward = "sum"
     """How token rewards are pooled. `mean` takes the weights of `value`, so that the KL penalty
-    does not grow with the length."""
+    does not grow with the length; the score, on the last token, is weighted as well."""
     ratio: Ratio = "token"
     """Likelihood ratio of the policy loss: per token, of the whole action, or its geometric mean
     per token."""
