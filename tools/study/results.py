@@ -173,7 +173,7 @@ def resamples(num_seeds: int) -> NDArray[np.int64]:
 
 
 def estimate(statistic: Callable[[NDArray[np.int64]], float], draws: NDArray[np.int64]) -> Estimate:
-    """Return a statistic of the runs and the percentiles of it over resampled seeds."""
+    """Return a statistic of the runs and its percentiles over the resampled seeds that have one."""
     # A handful of seeds has few different resamples.
     kinds, counts = np.unique(np.sort(draws, axis=1), axis=0, return_counts=True)
     values = np.array([statistic(rows) for rows in kinds])

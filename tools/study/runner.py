@@ -27,6 +27,13 @@ class Run:
     overrides: tuple[str, ...]
     target: Path
     """Its run directory; the log and a note that it is done stand beside it."""
+    previous: Path | None = None
+    """The run directory that it reads, of the arm's job before it."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the job before it, if there is one, is done."""
+        return self.previous is None or done_note(self.previous).is_file()
 
     @property
     def log(self) -> Path:
@@ -119,6 +126,7 @@ def _run(
         config=None if step.config is None else Path(placed(str(step.config))),
         overrides=tuple(placed(item) for item in overrides),
         target=target,
+        previous=previous,
     )
 
 

@@ -19,7 +19,7 @@ from page import write_page
 from results import read_arms
 from runner import arm_runs, run_all, shared_runs
 
-from marlhf_mega.config.exit_codes import EXIT_USAGE
+from marlhf_mega.config.exit_codes import EXIT_PREEMPTED, EXIT_USAGE
 from marlhf_mega.config.load import ConfigError
 
 
@@ -35,13 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = arm_runs(grid, options.dir, arms=options.arms, seeds=options.seeds)
         if code := run_all(shared_runs(grid, options.dir), parallel=1):
             return code
+        failed = 0
         for group in groups:
-            if code := run_all(group, parallel=options.parallel):
+            ready = [run for run in group if run.is_ready]
+            if (code := run_all(ready, parallel=options.parallel)) == EXIT_PREEMPTED:
                 return code
+            failed = failed or code
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    return 0
+    return failed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -184,6 +184,35 @@ def test_what_is_done_is_run_again_only_with_other_settings(study, tmp_path, mon
     assert started.read_text() == "xxx"
 
 
+def test_an_arm_that_fails_holds_up_no_other(study, tmp_path, monkeypatch):
+    """The second job of an arm runs if its own first one is done, whatever became of the rest."""
+    jobs = "- {{job: preference, overrides: [policy.lr={}]}}\n    - {{job: evaluate}}"
+    text = "runs: {{job: sft}}\nseeds: [1]\nbaseline: {baseline}\narms:\n  slow: []\n"
+    arms = "".join(f"  {n}:\n    {jobs.format(lr)}\n" for n, lr in (("good", 1), ("bad", 2)))
+    path = grid_file(tmp_path, text=text + arms.replace("{", "{{").replace("}", "}}"))
+    told = tmp_path / "told"
+    job = f"import sys; open({str(told)!r}, 'a').write(sys.argv[1] + ' '); "
+    job += "sys.exit('policy.lr=2' in sys.argv)"
+    monkeypatch.setattr(
+        study["runner"].Run,
+        "command",
+        lambda run: [
+            sys.executable,
+            "-c",
+            job,
+            run.name.split()[0] + "-" + run.job,
+            *run.overrides,
+        ],
+    )
+    assert study["study"].main(["run", str(path), str(tmp_path)]) == 1
+    assert told.read_text().split() == [
+        "slow-sft",
+        "good-preference",
+        "bad-preference",
+        "good-evaluate",
+    ]
+
+
 def test_a_signal_reaches_the_jobs_and_the_rest_is_not_started(
     study, tmp_path, capsys, monkeypatch
 ):
